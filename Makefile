@@ -1,0 +1,50 @@
+# Every command of the project. `make demo` and `make test` set up all they need.
+.PHONY: help install demo test lint bench reasoner card readme clean
+PYTHON ?= python3
+BIN := .venv/bin
+# One OpenMP thread: on shared cores more of them decode many times slower.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+help:
+	@echo "make install   virtual environment with SGLang and this project"
+	@echo "make demo      the main job: a question set solved by stock sampling and by programs, with a picture"
+	@echo "make test      all tests"
+	@echo "make lint      ruff and pyright"
+	@echo "make bench     the benchmarks behind the README's tables"
+	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
+	@echo "make card      measure the tiny reasoner and write its model card's table"
+	@echo "make readme    write the generated tables (patch ledger)"
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml examples/cpu_platform/pyproject.toml .ci/install.sh
+	PYTHON="$(PYTHON)" bash .ci/install.sh
+	@touch $@
+
+demo: install
+	$(BIN)/sglang-dynasor demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install
+	$(BIN)/python benchmarks/bench_self_consistency.py --csv benchmarks/results/self_consistency.csv
+	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
+
+reasoner: install
+	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2
+
+card: install
+	$(BIN)/python examples/tiny_reasoner/card.py
+
+readme: install
+	$(BIN)/python -m sglang_dynasor_patches.table
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.png

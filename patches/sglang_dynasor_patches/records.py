@@ -1,0 +1,91 @@
+"""The ledger: one record per hook. `make readme` prints it into patches/README.md."""
+
+from __future__ import annotations
+
+from sglang_dynasor_patches.patch import Patch
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+_ARGS = "sglang.srt.server_args.ServerArgs"
+_ENGINE = "sglang.srt.entrypoints.engine.Engine"
+_FLAG = "sglang_dynasor.engine.flag"
+_HOOKS = "sglang_dynasor.engine.hooks"
+_FRONT = "sglang_dynasor.engine.front"
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        f"{_ARGS}.add_cli_args", "after", ("parser",), f"{_FLAG}.add_cli_args", "flag",
+        "adds --scheduler and --dynasor-* to every command line of SGLang",
+        "SGLang lets a plugin declare options",
+    ),
+    Patch(
+        f"{_ARGS}.from_cli_args", "after", ("cls", "args"), f"{_FLAG}.from_cli_args", "flag",
+        "carries the checked options to every process, and stops the start-up if they cannot be served",
+        "SGLang lets a plugin declare options",
+    ),
+    Patch(
+        f"{_ENGINE}._launch_subprocesses", "after",
+        ("cls", "server_args", "init_tokenizer_manager_func", "run_scheduler_process_func",
+         "run_detokenizer_process_func", "port_args", "placement_group"),
+        f"{_FRONT}.check_schedulers", "main",
+        "stops the start-up if a scheduler process came up without the hooks, which SGLang would swallow",
+        "SGLang reports failed plugins",
+    ),
+    Patch(
+        "sglang.srt.entrypoints.http_server.launch_server", "before",
+        ("server_args", "init_tokenizer_manager_func", "run_scheduler_process_func", "run_detokenizer_process_func",
+         "execute_warmup_func", "launch_callback"),
+        f"{_FRONT}.add_routes", "main",
+        "serves /dynasor/programs/{id} and /dynasor/status",
+        "SGLang lets a plugin add a router",
+    ),
+    Patch(
+        f"{_TOKENIZER}._validate_one_request", "after", ("self", "obj", "input_ids"), f"{_FRONT}.validate", "main",
+        "answers a wrong dynasor field with HTTP 400 before anything is queued",
+        "SGLang lets a plugin validate custom_params",
+    ),
+    Patch(
+        f"{_TOKENIZER}.update_request_meta_info", "around",
+        ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
+        f"{_FRONT}.add_record", "main",
+        "puts the program's record into meta_info and what it really generated into usage",
+        "customized_info may carry one value per request",
+    ),
+    Patch(
+        f"{_SCHEDULER}.__init__", "before",
+        ("self", "server_args", "port_args"),
+        f"{_HOOKS}.init_scheduler", "scheduler",
+        "gives the scheduler its controller of programs",
+        "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}._add_request_to_queue", "around", ("self", "req", "is_retracted"), f"{_HOOKS}.enqueue",
+        "scheduler", "holds a program's own request and queues its branches instead",
+        "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.get_output_streamer_class", "after", ("self",), f"{_HOOKS}.output_streamer", "scheduler",
+        "keeps branches from the detokenizer and shows the controller what each step finished",
+        "never: this is SGLang's own extension point",
+    ),
+    Patch(
+        f"{_SCHEDULER}.abort_request", "before", ("self", "recv_req"), f"{_HOOKS}.abort_request", "scheduler",
+        "an abort, time-out or disconnect of the client ends all branches",
+        "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.send_abort_output", "around", ("self", "abort_req", "req"), f"{_HOOKS}.send_abort_output",
+        "scheduler", "a queued branch that SGLang gives up is told to its program, not to a client that never sent it",
+        "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.get_init_info", "after", ("self",), f"{_HOOKS}.init_info", "scheduler",
+        "tells the main process that the hooks are live in this scheduler",
+        "SGLang reports failed plugins",
+    ),
+    Patch(
+        f"{_SCHEDULER}.get_internal_state", "after", ("self", "recv_req"), f"{_HOOKS}.internal_state", "scheduler",
+        "reports programs in /server_info",
+        "SGLang lets a plugin report its state",
+    ),
+)  # fmt: skip

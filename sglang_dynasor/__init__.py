@@ -1,0 +1,3 @@
+"""Reasoning programs as first-class citizens of SGLang's scheduler."""
+
+__version__ = "0.1.0"

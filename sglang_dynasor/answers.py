@@ -1,0 +1,162 @@
+"""What a branch answered: extraction from its text, and the key under which equal answers are counted.
+
+Everything here runs in the scheduler's loop on every finished branch, so the work is bounded: at most TAIL_CHARS
+characters are read, patterns run on RE2 (linear time), and numbers are exact rationals of bounded size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+import re2
+
+from sglang_dynasor.errors import FieldError
+
+TAIL_CHARS = 4096
+MAX_ANSWER_CHARS = 256
+MAX_PATTERN_CHARS = 256
+MAX_DIGITS = 40  # beyond this a number is compared as text
+
+_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?")
+_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
+_CHOICE = re.compile(r"(?:answer|choice|option)\b[^A-Za-z0-9]{0,12}(?:is|:)?[^A-Za-z0-9]{0,12}([A-J])\b|\(([A-J])\)|^[ \t]*([A-J])[ \t]*[.)]?[ \t]*$", re.I | re.M)
+
+
+def _boxed(text: str) -> str | None:
+    r"""The contents of the last complete `\boxed{...}`, braces balanced."""
+    end = len(text)
+    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
+        depth = 1
+        for i in range(start + len("\\boxed{"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : i]
+        end = start
+    return None
+
+
+def _hash(text: str) -> str | None:
+    """What follows the last `####`, to the end of its line."""
+    _, mark, rest = text.rpartition("####")
+    return rest.split("\n", 1)[0] if mark else None
+
+
+def _choice(text: str) -> str | None:
+    """The last letter A to J that stands as a choice: "answer is (B)", "(B)", or alone on a line."""
+    letter = None
+    for found in _CHOICE.finditer(text):
+        letter = found[1] or found[2] or found[3]
+    return letter.upper() if letter else None
+
+
+def _number(text: str) -> str | None:
+    """The last number, commas and fractions included."""
+    numbers = _NUMBER.findall(text)
+    return numbers[-1] if numbers else None
+
+
+def _last_line(text: str) -> str | None:
+    """The last line that is not blank."""
+    lines = text.rstrip().rsplit("\n", 1)
+    return lines[-1]
+
+
+def _auto(text: str) -> str | None:
+    r"""`boxed`, else `hash`, else `last_line`."""
+    for extract in (_boxed, _hash, _last_line):
+        if (found := extract(text)) is not None:
+            return found
+    return None
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "auto": _auto,
+    "hash": _hash,
+    "boxed": _boxed,
+    "choice": _choice,
+    "number": _number,
+    "last_line": _last_line,
+}
+
+
+@lru_cache(maxsize=256)
+def _compile(pattern: str) -> Any:
+    options = re2.Options()
+    options.log_errors = False
+    options.max_mem = 1 << 20
+    return re2.compile(pattern, options)
+
+
+def check_extractor(extractor: str) -> None:
+    """Raise FieldError unless `extractor` is a name in EXTRACTORS or `regex:PATTERN` with a pattern RE2 takes."""
+    if extractor in EXTRACTORS:
+        return
+    kind, sep, pattern = extractor.partition(":")
+    if kind != "regex" or not sep:
+        raise FieldError(
+            f"dynasor.answer={extractor!r} is not an extractor; "
+            f"use one of {', '.join(EXTRACTORS)}, or 'regex:PATTERN' (RE2 syntax, the first group is the answer)"
+        )
+    if not 1 <= len(pattern) <= MAX_PATTERN_CHARS:
+        raise FieldError(
+            f"dynasor.answer: the pattern has {len(pattern)} characters; 1 to {MAX_PATTERN_CHARS} are allowed"
+        )
+    try:
+        _compile(pattern)
+    except re2.error as error:
+        raise FieldError(f"dynasor.answer={extractor!r} is no RE2 pattern: {error}; correct it") from None
+
+
+def extract_answer(text: str, extractor: str) -> str | None:
+    """The answer in `text`, as written; None where there is none (an abstention).
+
+    Args:
+        text: what a branch generated; only its last TAIL_CHARS characters are read.
+        extractor: a name in EXTRACTORS, or `regex:PATTERN`: the last match's first group, or the whole match.
+
+    Returns:
+        The answer without surrounding white space, at most MAX_ANSWER_CHARS long; None if empty or not found.
+    """
+    tail = text[-TAIL_CHARS:]
+    if extractor in EXTRACTORS:
+        found = EXTRACTORS[extractor](tail)
+    else:
+        found = None
+        for match in _compile(extractor.partition(":")[2]).finditer(tail):
+            found = match.group(1) if match.re.groups else match.group(0)
+    found = (found or "").strip()[:MAX_ANSWER_CHARS].strip()
+    return found or None
+
+
+def as_number(text: str) -> Fraction | None:
+    """The exact rational that `text` writes (`1,234`, `-3/4`, `0.75`, `2e3`, LaTeX fractions); None if it is none."""
+    text = _FRAC.sub(r"\1/\2", text).replace(" ", "")
+    found = _NUMBER.fullmatch(text)
+    if not found or sum(c.isdigit() for c in text) > MAX_DIGITS:
+        return None
+    numerator, _, denominator = text.replace(",", "").partition("/")
+    try:
+        return Fraction(numerator) / Fraction(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def answer_key(answer: str) -> str:
+    """The string under which an answer is counted; equal answers have equal keys.
+
+    Numbers are equal as exact rationals ("0.5" = "1/2" = "$.50"); anything else is compared without case, white space,
+    surrounding punctuation, dollar signs and LaTeX text wrappers. Never symbolic: this runs in the scheduler's loop.
+    """
+    text = _WRAPPED.sub(r"\1", answer).replace("\\!", "").replace("\\,", "").replace("\\%", "%").replace("\\$", "$")
+    text = text.replace("−", "-").strip().strip("$").strip()
+    text = text.rstrip(".,;:!").strip()
+    percent = text.endswith("%")
+    number = as_number(text.removesuffix("%").removeprefix("$").strip())
+    if number is not None:
+        return f"{number}{'%' if percent else ''}"
+    return "".join(text.casefold().split()).strip("\"'`*()[]{}")  or answer

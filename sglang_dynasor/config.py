@@ -1,0 +1,66 @@
+"""The operator's settings: one table that the command line, `sgl.Engine`, the checks and the README are made from."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sglang_dynasor.errors import ConfigError
+
+SGLANG_RANGE = ">=0.5.22,<0.5.24"
+
+
+@dataclass(frozen=True, slots=True)
+class DynasorConfig:
+    """What the operator chose. Frozen, so every scheduler process sees the same."""
+
+    scheduler: str | None = None
+    dynasor_max_branches: int = 64
+    dynasor_strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in (None, "dynasor"):
+            raise ConfigError(
+                f"--scheduler={self.scheduler!r} is not a scheduler; use 'dynasor', or leave it out for stock SGLang"
+            )
+        if not 1 <= self.dynasor_max_branches <= 1024:
+            raise ConfigError(
+                f"--dynasor-max-branches={self.dynasor_max_branches} is outside [1, 1024]; choose a value inside"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        return self.scheduler == "dynasor"
+
+
+HELP = {
+    "scheduler": "'dynasor' makes reasoning programs first-class in the scheduler; without it SGLang is untouched.",
+    "dynasor_max_branches": "Most branches one program may ask for (1 to 1024).",
+    "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the operator's options; only store and store_true, which SGLang's --config YAML can carry."""
+    group = parser.add_argument_group("dynasor")
+    for field in fields(DynasorConfig):
+        option = "--" + field.name.replace("_", "-")
+        if field.name == "scheduler":
+            group.add_argument(option, choices=["dynasor"], default=None, help=HELP[field.name])
+        elif isinstance(field.default, bool):
+            group.add_argument(option, action="store_true", help=HELP[field.name])
+        else:
+            group.add_argument(option, type=type(field.default), default=field.default, help=HELP[field.name])
+
+
+def take_config(options: Mapping[str, Any]) -> tuple[DynasorConfig, dict[str, Any]]:
+    """Split options by name into ours, checked, and the rest.
+
+    Raises:
+        ConfigError: one of ours is out of range.
+    """
+    names = {field.name for field in fields(DynasorConfig)}
+    ours = {name: value for name, value in options.items() if name in names}
+    return DynasorConfig(**ours), {name: value for name, value in options.items() if name not in names}

@@ -1,0 +1,103 @@
+"""A branch inside the engine: an internal Req made after the client's own, and how it ends before its time."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
+
+if TYPE_CHECKING:
+    from sglang_dynasor.engine.controller import LiveProgram
+
+_SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: far apart for neighbouring indices
+_DEFAULT_SEED = 42  # what SGLang gives a request without one
+
+
+@dataclass(frozen=True, slots=True)
+class BranchTag:
+    """Which branch a Req is. `is_internal`: the server made it, and nothing of it goes to a client by itself."""
+
+    live: LiveProgram
+    index: int
+    is_internal: bool
+
+
+class FINISH_ENDED(BaseFinishReason):
+    """The program no longer needs this branch. A normal stop to the client: text so far, no error."""
+
+    def to_json(self) -> dict[str, Any]:
+        # `matched` must be None: SGLang trims the text by a string and the ids by an int.
+        return {"type": "stop", "matched": None}
+
+
+def branch_seed(seed: int | None, index: int) -> int:
+    """The sampling seed of branch `index`; branch 0 has the request's own.
+
+    SGLang reads seeds under --enable-deterministic-inference only.
+    """
+    base = _DEFAULT_SEED if seed is None else seed
+    return (base + index * _SEED_STEP) % 2**63 if index else base
+
+
+def tag_of(req: Req) -> BranchTag | None:
+    """The branch that `req` is, or None for a plain request."""
+    return getattr(req, "dynasor_branch", None)
+
+
+def set_tag(req: Req, tag: BranchTag) -> None:
+    req.dynasor_branch = tag  # type: ignore[attr-defined]  # Req has no slot for us and takes new attributes
+
+
+def make_branch(scheduler: Any, parent: Req, rid: str, tag: BranchTag) -> Req:
+    """An internal Req that samples the same prompt as `parent` under a seed of its own."""
+    params = copy.copy(parent.sampling_params)
+    params.sampling_seed = branch_seed(params.sampling_seed, tag.index)
+    req = Req(
+        rid,
+        "",
+        parent.origin_input_ids,
+        params,
+        return_logprob=parent.return_logprob,
+        top_logprobs_num=parent.logprob.top_logprobs_num,
+        token_ids_logprob=parent.logprob.token_ids_logprob,
+        custom_logit_processor=parent.custom_logit_processor,
+        require_reasoning=parent.require_reasoning,
+        return_hidden_states=parent.return_hidden_states,
+        eos_token_ids=parent.eos_token_ids,
+        vocab_size=parent.vocab_size,
+        priority=parent.priority,
+        routing_key=parent.routing_key,
+        extra_key=parent.extra_key,
+        cache_salt=parent.cache_salt,
+        disagg_mode=scheduler.disaggregation_mode,
+        metrics_collector=parent.metrics_collector,
+        time_stats=parent.time_stats,
+    )
+    req.lora_id = parent.lora_id  # after the constructor, which would append it to extra_key again
+    req.tokenizer = parent.tokenizer
+    req.logprob_start_len = parent.logprob_start_len
+    if parent.grammar is not None:
+        req.grammar = parent.grammar.copy()
+        req.grammar_key = parent.grammar_key
+    set_tag(req, tag)
+    return req
+
+
+def end_branch(scheduler: Any, req: Req) -> int:
+    """Let a branch end normally with what it has; return the tokens it will have cost.
+
+    A queued (or retracted) branch leaves the queue at once; a running one leaves with the step under way, and what
+    that step samples is cut off (`finished_len`). Idempotent for a branch that already ends.
+    """
+    if req.finished() or req.to_finish is not None:
+        return len(req.output_ids)
+    req.finished_len = len(req.output_ids)
+    if not req.kv.holds_kv and req in scheduler.waiting_queue:
+        scheduler.waiting_queue.remove(req)
+        scheduler._release_aborted_request(req)
+        req.finished_reason = FINISH_ENDED()
+        return len(req.output_ids)
+    req.to_finish = FINISH_ENDED()
+    return len(req.output_ids) + 1  # the step under way samples one more token

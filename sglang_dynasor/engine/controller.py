@@ -1,0 +1,293 @@
+"""Programs inside one scheduler process: intake, branches, answers.
+
+Every tensor-parallel rank runs this in lockstep on token ids, which are equal on all ranks, so every rank decides the
+same without a message. Nothing here reads a clock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, make_branch, set_tag, tag_of
+from sglang_dynasor.errors import ConfigError
+from sglang_dynasor.ledger import Totals
+from sglang_dynasor.program import BranchState, Program, StopReason
+from sglang_dynasor.spec import parse_field
+
+logger = logging.getLogger(__name__)
+
+TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
+MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
+
+
+@dataclass(slots=True)
+class LiveProgram:
+    """A program and the Reqs it needs: those in flight, and one finished Req for each answer."""
+
+    program: Program
+    parent: Req | None  # the client's own request, held until the answer; None where clients send the branches
+    reqs: dict[int, Req] = field(default_factory=dict[int, Req])
+    is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
+    is_advancing: bool = False
+    failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
+
+
+class Controller:
+    """The programs of one scheduler."""
+
+    def __init__(self, scheduler: Any, config: DynasorConfig):
+        self.scheduler = scheduler
+        self.config = config
+        self.totals = Totals()
+        self.held: dict[str, LiveProgram] = {}  # by the client's rid, in order of arrival
+        self.sent: OrderedDict[str, LiveProgram] = OrderedDict()  # by program id, the longest unused first
+        self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
+        self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
+        self.num_started = 0
+        self._logged: set[str] = set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no program lives here: then nothing of ours runs in a step."""
+        return not self.held and not self.sent
+
+    def status(self) -> dict[str, Any]:
+        """Counters and table sizes, for `/server_info` and tests."""
+        return {
+            **self.totals.as_dict(),
+            "num_held_programs": len(self.held),
+            "num_client_programs": len(self.sent),
+            "num_branches_in_flight": sum(
+                live.program.num_in_flight for table in (self.held, self.sent) for live in table.values()
+            ),
+        }
+
+    # Intake
+
+    def intake(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
+        """What happens when SGLang queues a request: a program's own request is held, anything else goes on."""
+        self.enqueue = enqueue
+        params = req.sampling_params.custom_params
+        field = params.get("dynasor") if params else None
+        is_plain = field is None or is_retracted or tag_of(req) is not None
+        # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
+        if is_plain or req.to_finish is not None or req.finished() or req.sampling_params.max_new_tokens == 0:
+            enqueue(req, is_retracted)
+            return
+        try:
+            spec = parse_field(field, self.config.dynasor_max_branches)
+            if spec.program is not None:
+                self._join(req, spec.program, Program(spec.program, spec))
+            else:
+                self.held[req.rid] = LiveProgram(Program(req.rid, spec), parent=req)
+        except Exception as error:
+            self._fall_back("intake", error)
+            enqueue(req, is_retracted)
+            return
+        if spec.program is None:
+            self._guarded(self.held[req.rid], self._advance)
+        elif (tag := tag_of(req)) is None:  # decided already, or more requests than the cap
+            self._answer_at_once(req, self.sent[spec.program].program)
+        else:
+            tag.live.reqs[tag.index] = req
+            enqueue(req, is_retracted)
+
+    def _join(self, req: Req, program_id: str, fresh: Program) -> None:
+        live = self.sent.setdefault(program_id, LiveProgram(fresh, parent=None))
+        self.sent.move_to_end(program_id)
+        program = live.program
+        if program.reason is None and len(program.branches) < program.spec.branches:
+            set_tag(req, BranchTag(live, program.start_branch(), is_internal=False))
+        if len(self.sent) > MAX_CLIENT_PROGRAMS:
+            oldest = next((key for key, old in self.sent.items() if not old.program.num_in_flight), None)
+            if oldest is not None and oldest != program_id:
+                del self.sent[oldest]
+
+    def _answer_at_once(self, req: Req, program: Program) -> None:
+        req.finished_reason, req.finished_len = FINISH_ENDED(), 0
+        req.customized_info = {"dynasor": [program.record()]}
+        self._emit([req])
+
+    # Branches
+
+    def _advance(self, live: LiveProgram) -> None:
+        """Start what the program wants started, or answer it. A loop, as a branch may fail while it is queued."""
+        program = live.program
+        assert live.parent is not None
+        live.is_advancing = True
+        while program.num_to_start > 0 and (live.is_prompt_cached or program.num_in_flight == 0):
+            index = program.start_branch()
+            self.num_started += 1
+            req = make_branch(
+                self.scheduler, live.parent, f"dynasor-{self.num_started}", BranchTag(live, index, is_internal=True)
+            )
+            live.reqs[index] = req
+            self.scheduler._add_request_to_queue(req)
+        live.is_advancing = False
+        if program.reason is not None:
+            self._answer(live)
+
+    def on_output(self, reqs: list[Req]) -> list[Req]:
+        """Take the branches out of a step's requests; return those that go to clients now."""
+        visible: list[Req] = []
+        for req in reqs:
+            tag = tag_of(req)
+            if tag is None:
+                visible.append(req)
+                continue
+            if not tag.is_internal:
+                visible.append(req)
+            if not req.finished():
+                if tag.is_internal and not tag.live.is_prompt_cached and len(req.output_ids):
+                    tag.live.is_prompt_cached = True
+                    self._guarded(tag.live, self._advance)
+            elif not req.finished_output:  # with overlap a finished request comes by twice
+                if tag.is_internal:
+                    req.finished_output = True
+                self._guarded(tag.live, lambda live, req=req, tag=tag: self._settle(live, tag.index, req))
+        return visible
+
+    def _settle(self, live: LiveProgram, index: int, req: Req) -> None:
+        """A branch has finished, by itself or by force."""
+        program = live.program
+        if req.finished_len is None:
+            req.finished_len = len(req.output_ids)
+        if program.branches[index].state is BranchState.IN_FLIGHT:
+            if isinstance(req.finished_reason, FINISH_ABORT):
+                live.failure = req.finished_reason.to_json()
+                program.fail(index, len(req.output_ids))
+            else:
+                self._finish(program, index, req)
+        if program.winner != index and all(who[0] != index for who in program.votes.values()):
+            live.reqs.pop(index, None)  # nobody will ask for its text
+        if live.parent is not None:
+            live.is_prompt_cached = True
+            if live.parent.rid in self.held:
+                self._advance(live)
+            return
+        req.customized_info = {"dynasor": [program.record()]}
+        if program.reason is not None:
+            self._end_rest(live)
+        if program.num_in_flight == 0 and len(program.branches) >= program.spec.branches:
+            live.reqs.clear()
+
+    def _finish(self, program: Program, index: int, req: Req) -> None:
+        ids = req.output_ids_through_stop
+        num_tokens = len(ids)
+        try:
+            text = self.scheduler.tokenizer.decode(list(ids[-TAIL_TOKENS:]), skip_special_tokens=True)
+            program.finish(index, text, num_tokens)
+        except Exception as error:
+            self._fall_back("vote", error)
+            # Without a vote the program goes on to its cap, as stock sampling would.
+            if program.branches[index].state is BranchState.IN_FLIGHT:
+                program.fail(index, num_tokens)
+
+    def on_aborted(self, abort: AbortReq, req: Req) -> bool:
+        """SGLang gave up a queued branch (timeout, full queue). Returns whether the client must not be told."""
+        tag = tag_of(req)
+        if tag is None:
+            return False
+        program = tag.live.program
+        if program.branches[tag.index].state is BranchState.IN_FLIGHT:
+            tag.live.failure = abort.finished_reason or {"type": "abort", "message": "Aborted"}
+            program.fail(tag.index, len(req.output_ids))
+            tag.live.reqs.pop(tag.index, None)
+            if tag.is_internal and not tag.live.is_advancing and program.id in self.held:
+                self._guarded(tag.live, self._advance)
+        return tag.is_internal
+
+    # Ends
+
+    def _end_rest(self, live: LiveProgram) -> None:
+        """End every branch still in flight; those of clients that were queued are told now."""
+        for index, req in list(live.reqs.items()):
+            if live.program.branches[index].state is not BranchState.IN_FLIGHT:
+                continue
+            live.program.end(index, end_branch(self.scheduler, req))
+            if live.parent is None and req.finished():
+                req.customized_info = {"dynasor": [live.program.record()]}
+                self._emit([req])
+
+    def _answer(self, live: LiveProgram) -> None:
+        """Answer the client once: the winning branch speaks in the held request's name."""
+        parent, program = live.parent, live.program
+        assert parent is not None
+        if self.held.pop(parent.rid, None) is None:
+            return
+        self._end_rest(live)
+        if program.reason is StopReason.FAILED or program.winner is None:
+            self.totals.num_aborted += 1
+            self.scheduler.send_abort_output(AbortReq(rid=parent.rid, finished_reason=live.failure), parent)
+            return
+        record = program.record()
+        self.totals.add(record)
+        self._speak(parent, live.reqs[program.winner], record)
+        live.reqs.clear()
+
+    def _speak(self, parent: Req, winner: Req, record: dict[str, Any]) -> None:
+        # Its tokens, logprobs and finish reason are its own; only the address is the client's.
+        winner.rid, winner.http_worker_ipc, winner.stream = parent.rid, parent.http_worker_ipc, parent.stream
+        winner.finished_output = None
+        winner.customized_info = {"dynasor": [record]}
+        self._emit([winner])
+
+    def abort(self, abort: AbortReq) -> None:
+        """The client gave up (abort, time-out, disconnect): end its programs' branches and tell it so."""
+        for rid, live in list(self.held.items()):
+            if abort.abort_all or rid.startswith(abort.rid):
+                del self.held[rid]
+                live.program.reason = StopReason.FAILED
+                self._end_rest(live)
+                live.reqs.clear()
+                self.totals.num_aborted += 1
+                assert live.parent is not None
+                self.scheduler.send_abort_output(AbortReq(rid=rid, finished_reason=abort.finished_reason), live.parent)
+
+    # Faults
+
+    def _guarded(self, live: LiveProgram, step: Callable[[LiveProgram], None]) -> None:
+        try:
+            step(live)
+        except Exception as error:
+            self._fall_back("program", error)
+            self._surrender(live)
+
+    def _surrender(self, live: LiveProgram) -> None:
+        """Our own code failed: answer with any branch that finished, or let the client's request run as stock would."""
+        if live.parent is None or self.held.pop(live.parent.rid, None) is None:
+            return
+        if live.program.reason is None:
+            live.program.reason = StopReason.FAILED
+        for req in live.reqs.values():
+            end_branch(self.scheduler, req)
+        done = [req for req in live.reqs.values() if req.finished() and req.finished_len]
+        if done:
+            self._speak(live.parent, done[0], {"program": live.program.id, "stop_reason": str(StopReason.FAILED)})
+        else:
+            assert self.enqueue is not None
+            self.enqueue(live.parent, False)
+        live.reqs.clear()
+
+    def _fall_back(self, where: str, error: Exception) -> None:
+        """Count an exception of ours; log each kind once; in strict mode let it fail the engine."""
+        self.totals.num_policy_errors += 1
+        if self.config.dynasor_strict:
+            raise error
+        kind = f"{where}: {type(error).__name__}"
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.error("dynasor fell back to stock behaviour (%s); logged once", kind, exc_info=error)
+
+    def _emit(self, reqs: list[Req]) -> None:
+        if self.emit is None:
+            raise ConfigError("dynasor: the output streamer is not ours; SGLang was started by another entry point")
+        self.emit(reqs, any(req.return_logprob for req in reqs))

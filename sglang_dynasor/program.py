@@ -1,0 +1,158 @@
+"""A program: its branches, their votes, and the one place that decides whether it goes on.
+
+Pure policy: it knows no engine. The engine (and a simulator) tells it what happened and does what it answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sglang_dynasor.answers import answer_key, extract_answer
+from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.spec import ProgramSpec
+from sglang_dynasor.stopping import Evidence
+
+
+class BranchState(StrEnum):
+    IN_FLIGHT = "in_flight"
+    FINISHED = "finished"  # it came to its own end and voted or abstained
+    ENDED = "ended"  # the program no longer needed it
+    FAILED = "failed"  # the engine gave it up: timeout, full queue, abort
+
+
+class StopReason(StrEnum):
+    CERTAIN = "certain"  # the stopping rule fired
+    CAP = "cap"  # every branch allowed has finished
+    FAILED = "failed"  # no branch is left that could finish
+
+
+@dataclass(slots=True)
+class Branch:
+    state: BranchState = BranchState.IN_FLIGHT
+    num_tokens: int = 0
+    answer: str | None = None  # as written
+    key: str | None = None  # as counted
+
+
+@dataclass(slots=True)
+class Program:
+    """One question being reasoned about.
+
+    A branch is known by its index, given out in order. `reason` is None while the program goes on; it never changes
+    once set.
+    """
+
+    id: str
+    spec: ProgramSpec
+    branches: list[Branch] = field(default_factory=list[Branch])
+    votes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])  # key -> indices of its branches, in order
+    recent: list[str | None] = field(default_factory=list[str | None])
+    num_in_flight: int = 0
+    num_failed: int = 0
+    reason: StopReason | None = None
+
+    def start_branch(self) -> int:
+        """Count one more branch as in flight and return its index."""
+        self.branches.append(Branch())
+        self.num_in_flight += 1
+        return len(self.branches) - 1
+
+    @property
+    def num_to_start(self) -> int:
+        """Branches that may be started now: up to the width, within the cap, none once decided."""
+        if self.reason is not None:
+            return 0
+        return min(self.spec.width - self.num_in_flight, self.spec.branches - len(self.branches))
+
+    @property
+    def num_abstentions(self) -> int:
+        return self.recent.count(None)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Votes per answer, descending."""
+        return tuple(sorted(map(len, self.votes.values()), reverse=True))
+
+    @property
+    def evidence(self) -> Evidence:
+        num_left = self.spec.branches - self.num_failed - len(self.recent)
+        return Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
+
+    @property
+    def winner(self) -> int | None:
+        """The first finished branch that gave the leading answer (of tied answers, the one first given).
+
+        Where nobody voted, the first that finished; None where none did.
+        """
+        if self.votes:
+            return max(self.votes.values(), key=len)[0]
+        finished = (i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED)
+        return next(finished, None)
+
+    def finish(self, index: int, text: str, num_tokens: int) -> None:
+        """Branch `index` came to its own end with this text. A branch that ends after the decision does not vote."""
+        branch = self._leave(index, BranchState.FINISHED, num_tokens)
+        if self.reason is not None:
+            return
+        branch.answer = extract_answer(text, self.spec.answer)
+        branch.key = None if branch.answer is None else answer_key(branch.answer)
+        if branch.key is not None:
+            self.votes.setdefault(branch.key, []).append(index)
+        self.recent.append(branch.key)
+        if self.spec.stop.stops(self.evidence):
+            self.reason = StopReason.CERTAIN
+        else:
+            self._stop_if_used_up()
+
+    def end(self, index: int, num_tokens: int) -> None:
+        """Branch `index` was ended because the program no longer needs it."""
+        self._leave(index, BranchState.ENDED, num_tokens)
+
+    def fail(self, index: int, num_tokens: int) -> None:
+        """The engine gave branch `index` up; the cap shrinks by one, so that a failing engine is not asked again."""
+        self._leave(index, BranchState.FAILED, num_tokens)
+        self.num_failed += 1
+        if self.reason is None:
+            self._stop_if_used_up()
+
+    def _leave(self, index: int, state: BranchState, num_tokens: int) -> Branch:
+        branch = self.branches[index]
+        if branch.state is not BranchState.IN_FLIGHT:
+            raise ValueError(f"branch {index} of program {self.id} is already {branch.state}")
+        branch.state, branch.num_tokens = state, num_tokens
+        self.num_in_flight -= 1
+        return branch
+
+    def _stop_if_used_up(self) -> None:
+        if self.num_in_flight == 0 and len(self.branches) == self.spec.branches:
+            self.reason = StopReason.CAP if self.recent else StopReason.FAILED
+
+    def record(self) -> dict[str, Any]:
+        """What the client and the operator are told; JSON. Keys are explained in docs/record.md."""
+        evidence, winner = self.evidence, self.winner
+        num_left = 0 if self.reason is StopReason.CAP else evidence.num_left
+        risk = overtake_risk(evidence.counts, evidence.abstentions, num_left)
+        return {
+            "program": self.id,
+            "algorithm": self.spec.algorithm,
+            "answer": self.branches[winner].answer if winner is not None else None,
+            "certaindex": round(1.0 - risk, 6),
+            "risk": round(risk, 6),
+            "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
+            "votes": [
+                {"answer": self.branches[who[0]].answer, "votes": len(who)}
+                for who in sorted(self.votes.values(), key=len, reverse=True)
+            ],
+            "num_abstentions": evidence.abstentions,
+            "num_failed": self.num_failed,
+            "branch": winner,
+            "num_branches": len(self.branches),
+            "cap": self.spec.branches,
+            "width": self.spec.width,
+            "num_tokens": sum(branch.num_tokens for branch in self.branches),
+            "branch_tokens": [branch.num_tokens for branch in self.branches],
+            "stop_rule": self.spec.stop.text,
+            "stop_reason": None if self.reason is None else str(self.reason),
+        }

@@ -1,0 +1,89 @@
+"""The one field a client sends, checked and made into a ProgramSpec."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_dynasor.answers import check_extractor
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.stopping import StopRule, parse_stop
+
+ALGORITHMS = ("self_consistency",)
+DEFAULT_BRANCHES = 16
+DEFAULT_WIDTH = 8  # 0.71x the latency of all at once, at 62 % fewer tokens: docs/architecture.md, "Sliding width"
+_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
+
+FIELD_HELP = {
+    "algorithm": ("self_consistency", "how branches become an answer: by majority vote"),
+    "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use (default {DEFAULT_BRANCHES})"),
+    "width": ("1 to branches", f"branches in flight at once (default {DEFAULT_WIDTH}, or the cap if smaller)"),
+    "stop": ("NAME[:LEVEL], joined by and / or", "when to end early (default predictive:0.02)"),
+    "answer": ("auto, hash, boxed, choice, number, last_line, regex:PATTERN", "where the answer stands in the text (default auto)"),
+    "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSpec:
+    """What a client asked for, every value in range."""
+
+    algorithm: str
+    branches: int
+    width: int
+    stop: StopRule
+    answer: str
+    program: str | None  # None: the server makes the branches; else the client sends them under this id
+
+
+def parse_field(field: Any, max_branches: int) -> ProgramSpec:
+    """The program that a request's `dynasor` field asks for.
+
+    Args:
+        field: an algorithm's name, or a flat mapping of the keys in FIELD_HELP.
+        max_branches: the operator's limit on the cap.
+
+    Raises:
+        FieldError: an unknown key, a wrong type or a value out of range; the message names the key and what is allowed.
+    """
+    if isinstance(field, str):
+        field = {"algorithm": field}
+    if not isinstance(field, Mapping):
+        raise FieldError(
+            f"dynasor={field!r} is a {type(field).__name__}; send an object such as "
+            '{"algorithm": "self_consistency"}, or the algorithm\'s name'
+        )
+    for key in field:
+        if key not in FIELD_HELP:
+            raise FieldError(f"dynasor.{key} is not a key of the field; the keys are {', '.join(FIELD_HELP)}")
+    algorithm = _text(field, "algorithm", ALGORITHMS[0])
+    if algorithm not in ALGORITHMS:
+        raise FieldError(f"dynasor.algorithm={algorithm!r} is not known; use one of {', '.join(ALGORITHMS)}")
+    branches = _whole(field, "branches", min(DEFAULT_BRANCHES, max_branches), max_branches, "--dynasor-max-branches")
+    width = _whole(field, "width", min(DEFAULT_WIDTH, branches), branches, "dynasor.branches")
+    answer = _text(field, "answer", "auto")
+    check_extractor(answer)
+    program = _text(field, "program", None)
+    if program is not None and not _ID.fullmatch(program):
+        raise FieldError(f"dynasor.program={program!r} is not an id; use 1 to 128 of A-Z a-z 0-9 . _ : -")
+    stop_text = _text(field, "stop", "predictive")
+    assert algorithm is not None and answer is not None and stop_text is not None
+    return ProgramSpec(algorithm, branches, width, parse_stop(stop_text), answer, program)
+
+
+def _text(field: Mapping[str, Any], key: str, default: str | None) -> str | None:
+    value = field.get(key, default)
+    if key in field and not isinstance(value, str):
+        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a string: {FIELD_HELP[key][0]}")
+    return value
+
+
+def _whole(field: Mapping[str, Any], key: str, default: int, high: int, limit_name: str) -> int:
+    value = field.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a whole number, 1 to {high}")
+    if not 1 <= value <= high:
+        raise FieldError(f"dynasor.{key}={value} is outside [1, {high}] ({limit_name} is {high}); send a value inside")
+    return value

@@ -1,0 +1,150 @@
+"""When a program has seen enough: one pure function per rule, and rules joined by "and" / "or".
+
+A rule is written `name` or `name:level`, e.g. "predictive:0.05", "window:5 and margin".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log
+from typing import NamedTuple
+
+from sglang_dynasor.certaindex import answer_entropy, beta_certainty, overtake_risk
+from sglang_dynasor.errors import FieldError
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a rule may look at: the same on every rank."""
+
+    counts: tuple[int, ...]  # votes per answer, descending
+    abstentions: int  # finished branches without an answer
+    num_left: int  # branches that may still finish
+    recent: tuple[str | None, ...] = ()  # answer keys in the order they came; None = abstention
+    rewards: tuple[float, ...] = ()  # in [0, 1], where something judges branches
+
+    @property
+    def num_votes(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def lead(self) -> int:
+        """Votes between the leader and the next answer; 0 for a tie or no votes."""
+        first, second = (*self.counts, 0, 0)[:2]
+        return first - second
+
+
+def predictive(evidence: Evidence, level: float) -> bool:
+    """The risk that the branches left change the answer is at most `level`, from three votes on."""
+    if evidence.num_votes < 3:
+        return False
+    return overtake_risk(evidence.counts, evidence.abstentions, evidence.num_left) <= level
+
+
+def entropy(evidence: Evidence, level: float) -> bool:
+    """The answers' entropy is as low as certaindex `level` asks of five votes, from five votes on.
+
+    At five votes this is the paper's rule. Beyond, the entropy is still measured against log 5: with the paper's own
+    log n a growing tie would pass (an even split of 16 scores 0.75). Source: arXiv 2412.20993, sections 3.1 and B.1.
+    """
+    return evidence.num_votes >= 5 and answer_entropy(evidence.counts) <= (1 - level) * log(5)
+
+
+def window(evidence: Evidence, level: float) -> bool:
+    """The last full window of `level` finished branches is unanimous. Source: ESC, arXiv 2401.10480."""
+    size = int(level)
+    if len(evidence.recent) < size or len(evidence.recent) % size:
+        return False
+    last = evidence.recent[-size:]
+    return last[0] is not None and len(set(last)) == 1
+
+
+def beta(evidence: Evidence, level: float) -> bool:
+    """P(the leader beats the next answer) is at least `level` (Adaptive-Consistency): 4-0, 6-1, 8-2 at 0.95."""
+    first, second = (*evidence.counts, 0, 0)[:2]
+    return beta_certainty(first, second) >= level
+
+
+def margin(evidence: Evidence, level: float) -> bool:
+    """The leader cannot be overtaken: lossless. `level` is not used."""
+    return evidence.lead > evidence.num_left
+
+
+def reward(evidence: Evidence, level: float) -> bool:
+    """The mean reward is at least `level`; never without rewards. Source: arXiv 2412.20993, section B.1."""
+    return bool(evidence.rewards) and sum(evidence.rewards) / len(evidence.rewards) >= level
+
+
+def never(evidence: Evidence, level: float) -> bool:
+    """Use the whole cap."""
+    return False
+
+
+class Rule(NamedTuple):
+    """A rule with its default level and the levels allowed (inclusive)."""
+
+    stops: Callable[[Evidence, float], bool]
+    default: float
+    low: float
+    high: float
+
+
+RULES = {
+    "predictive": Rule(predictive, 0.02, 0.0, 0.5),
+    "entropy": Rule(entropy, 0.7, 0.0, 1.0),
+    "window": Rule(window, 5, 2, 64),
+    "beta": Rule(beta, 0.95, 0.5, 1.0),
+    "margin": Rule(margin, 0, 0, 0),
+    "reward": Rule(reward, 0.8, 0.0, 1.0),
+    "never": Rule(never, 0, 0, 0),
+}
+# Rules that judge the vote: a tie never stops. A reward does not need a vote.
+_VOTE_RULES = frozenset(RULES) - {"reward", "never"}
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """One rule or several, all or any of which must hold."""
+
+    text: str
+    parts: tuple[tuple[str, float], ...]
+    needs_all: bool
+
+    def stops(self, evidence: Evidence) -> bool:
+        """Whether a program with this evidence may end now. A tie of votes never stops."""
+        if evidence.lead == 0 and any(name in _VOTE_RULES for name, _ in self.parts):
+            return False
+        held = (RULES[name].stops(evidence, level) for name, level in self.parts)
+        return all(held) if self.needs_all else any(held)
+
+
+def parse_stop(text: str) -> StopRule:
+    """The rule that `text` writes.
+
+    Raises:
+        FieldError: an unknown name, a level outside the rule's range, or "and" mixed with "or".
+    """
+    words = text.split()
+    joiners = set(words[1::2])
+    if not words or len(words) % 2 == 0 or not joiners <= {"and", "or"} or len(joiners) > 1:
+        raise FieldError(
+            f"dynasor.stop={text!r} is no rule; write 'NAME', 'NAME:LEVEL' or several joined by only 'and' or only 'or'"
+        )
+    parts: list[tuple[str, float]] = []
+    for word in words[::2]:
+        name, sep, level_text = word.partition(":")
+        if name not in RULES:
+            raise FieldError(f"dynasor.stop={text!r}: {name!r} is not a rule; use one of {', '.join(RULES)}")
+        rule = RULES[name]
+        try:
+            level = float(level_text) if sep else rule.default
+        except ValueError:
+            level = float("nan")
+        if not rule.low <= level <= rule.high or (name == "window" and level != int(level)):
+            raise FieldError(
+                f"dynasor.stop={text!r}: level {level_text!r} of {name!r} is outside [{rule.low:g}, {rule.high:g}]"
+                + (" or no whole number" if name == "window" else "")
+            )
+        parts.append((name, level))
+    return StopRule(" ".join(words), tuple(parts), needs_all=joiners != {"or"})

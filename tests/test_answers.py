@@ -1,0 +1,95 @@
+"""What counts as an answer, and which answers are the same."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang_dynasor.answers import EXTRACTORS, answer_key, check_extractor, extract_answer
+from sglang_dynasor.errors import FieldError
+
+
+@pytest.mark.parametrize(
+    ("extractor", "text", "answer"),
+    [
+        ("hash", "12 + 7 = 19\n#### 19", "19"),
+        ("hash", "#### 1\n#### 2 \nthanks", "2"),
+        ("hash", "no mark", None),
+        ("hash", "####   ", None),
+        ("boxed", r"so \boxed{\frac{1}{2}} is it", r"\frac{1}{2}"),
+        ("boxed", r"\boxed{1} then \boxed{2}", "2"),
+        ("boxed", r"\boxed{1} then \boxed{2 unfinished", "1"),
+        ("boxed", r"\boxed{never closed", None),
+        ("choice", "The answer is (B).", "B"),
+        ("choice", "The correct choice: **c**", "C"),
+        ("choice", "A is wrong.\nD", "D"),
+        ("choice", "A banana and an apple", None),
+        ("number", "from 3 to 1,234.50 in all", "1,234.50"),
+        ("number", "none", None),
+        ("last_line", "one\ntwo\n\n", "two"),
+        ("last_line", "  \n ", None),
+        ("auto", "#### 3\nbut \\boxed{4}", "4"),
+        ("auto", "#### 3\nbye", "3"),
+        ("auto", "plain\nwords", "words"),
+        ("regex:ANSWER=(\\w+)", "ANSWER=a ANSWER=b", "b"),
+        ("regex:[0-9]+", "1 22", "22"),
+        ("regex:x(y)?", "x", None),
+    ],
+)
+def test_extraction(extractor: str, text: str, answer: str | None) -> None:
+    """Each extractor finds the last complete answer of its form, and nothing where there is none."""
+    check_extractor(extractor)
+    assert extract_answer(text, extractor) == answer
+
+
+@pytest.mark.parametrize("extractor", ["nope", "regex", "regex:", "regex:(", "regex:" + "a" * 257, "regex:(?=a)", "HASH"])
+def test_a_wrong_extractor_is_refused_with_what_is_allowed(extractor: str) -> None:
+    """The error names the setting and what to use instead."""
+    with pytest.raises(FieldError, match=r"dynasor\.answer"):
+        check_extractor(extractor)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ["1/2", "0.5", ".50", r"\frac{1}{2}", r"\dfrac{1}{2}", "$0.50", " 0.5. "],
+        ["1234", "1,234", "$1,234.00", "1.234e3"],
+        ["-3", "−3", "-3.0"],
+        ["Paris", "paris", " PARIS.", r"\text{Paris}", '"Paris"'],
+        ["50%", "50 %", r"50\%"],
+        ["x + 1", "x+1"],
+    ],
+)
+def test_equal_answers_have_one_key(same: list[str]) -> None:
+    """Different writings of one answer are one vote."""
+    assert len({answer_key(answer) for answer in same}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("0.5", "0.50001"), ("50", "50%"), ("1/3", "0.333"), ("-3", "3"), ("a", "b"), ("12", "1 2 x")]
+)
+def test_different_answers_have_different_keys(one: str, other: str) -> None:
+    """Exact: nearly equal numbers are different answers."""
+    assert answer_key(one) != answer_key(other)
+
+
+@given(st.text(max_size=400), st.sampled_from(sorted(EXTRACTORS)))
+def test_any_text_gives_a_bounded_answer_or_none(text: str, extractor: str) -> None:
+    """Whatever a model writes, extraction and keying neither raise nor return something empty."""
+    answer = extract_answer(text, extractor)
+    if answer is not None:
+        assert 0 < len(answer) <= 256
+        assert answer_key(answer)
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 100_000, "1e999999999", "\\boxed{" * 20_000, "#" * 100_000, "(" * 50_000, "\n" * 100_000, "1/" * 50_000]
+)
+def test_work_is_bounded(text: str) -> None:
+    """Hostile text costs the scheduler's loop no more than a few milliseconds."""
+    started = time.perf_counter()
+    for extractor in (*EXTRACTORS, "regex:(a+)+$", "regex:(.*)*x"):
+        answer_key(extract_answer(text, extractor) or "")
+    assert time.perf_counter() - started < 0.5

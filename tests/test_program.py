@@ -1,0 +1,197 @@
+"""The life of a program: width, cap, votes, decision, record."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.ledger import RecordBook, Totals
+from sglang_dynasor.program import BranchState, Program, StopReason
+from sglang_dynasor.spec import FIELD_HELP, parse_field
+
+
+def program(**field: object) -> Program:
+    return Program("p", parse_field({"answer": "hash", **field}, 64))
+
+
+def start_all(p: Program) -> list[int]:
+    return [p.start_branch() for _ in range(max(0, p.num_to_start))]
+
+
+def test_width_and_cap_bound_what_starts() -> None:
+    """Never more than the width in flight, never more than the cap in all."""
+    p = program(branches=5, width=3, stop="never")
+    assert start_all(p) == [0, 1, 2]
+    assert p.num_to_start == 0
+    p.finish(1, "#### 1", 10)
+    assert start_all(p) == [3]
+    p.finish(0, "#### 1", 10)
+    p.finish(2, "#### 1", 10)
+    assert start_all(p) == [4]
+    p.finish(3, "#### 2", 10)
+    assert p.reason is None
+    p.finish(4, "#### 1", 10)
+    assert p.reason is StopReason.CAP
+    assert p.record()["answer"] == "1"
+    assert p.record()["votes"] == [{"answer": "1", "votes": 4}, {"answer": "2", "votes": 1}]
+
+
+def test_a_certain_program_stops_and_an_uncertain_one_does_not() -> None:
+    """Six of six end a program of sixteen; a split does not."""
+    sure, unsure = program(), program()
+    for p, answers in ((sure, "111111"), (unsure, "112233")):
+        start_all(p)
+        for index, answer in enumerate(answers):
+            p.finish(index, f"#### {answer}", 1)
+    assert sure.reason is StopReason.CERTAIN
+    assert sure.num_to_start == 0
+    assert unsure.reason is None
+    assert unsure.num_to_start > 0
+
+
+def test_abstentions_cost_tokens_and_do_not_vote() -> None:
+    """A branch without an answer is counted, not heard."""
+    p = program(branches=3, width=3)
+    start_all(p)
+    p.finish(0, "nothing", 7)
+    p.finish(1, "#### 5", 7)
+    p.finish(2, "nothing", 7)
+    record = p.record()
+    assert (record["answer"], record["num_abstentions"], record["num_tokens"]) == ("5", 2, 21)
+    assert p.reason is StopReason.CAP
+
+
+def test_no_answer_at_all_gives_the_first_text() -> None:
+    """All abstain: the first that finished is shown, with no answer claimed."""
+    p = program(branches=2, width=2)
+    start_all(p)
+    p.finish(1, "x", 1)
+    p.finish(0, "y", 1)
+    assert p.winner == 0
+    assert p.record()["answer"] is None
+    assert p.record()["certaindex"] == 0.0
+
+
+def test_a_late_branch_does_not_vote() -> None:
+    """Once decided, the vote stands."""
+    p = program(branches=8, width=8, stop="beta")
+    start_all(p)
+    for index in range(4):
+        p.finish(index, "#### 1", 1)
+    assert p.reason is StopReason.CERTAIN
+    before = p.counts
+    p.finish(4, "#### 2", 1)
+    p.end(5, 3)
+    assert p.counts == before
+    assert p.branches[5].state is BranchState.ENDED
+
+
+def test_failures_shrink_the_cap_and_end_a_program_that_cannot_go_on() -> None:
+    """What the engine gave up is not asked for again; with nothing finished the program failed."""
+    p = program(branches=3, width=3, stop="margin")
+    start_all(p)
+    p.fail(0, 0)
+    p.finish(1, "#### 1", 1)
+    assert p.reason is StopReason.CERTAIN or p.reason is None
+    p2 = program(branches=2, width=2)
+    start_all(p2)
+    p2.fail(0, 0)
+    p2.fail(1, 0)
+    assert p2.reason is StopReason.FAILED
+    assert p2.winner is None
+
+
+def test_a_branch_leaves_once() -> None:
+    """Finishing twice is our own bug, and says so."""
+    p = program(branches=2, width=2)
+    start_all(p)
+    p.finish(0, "#### 1", 1)
+    with pytest.raises(ValueError, match="already finished"):
+        p.finish(0, "#### 1", 1)
+
+
+@given(st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none", "FAIL"]), min_size=1, max_size=40), st.integers(1, 16), st.integers(1, 16))
+def test_every_program_ends(outcomes: list[str], cap: int, width: int) -> None:
+    """Whatever the branches say, a program ends within its cap, and its record is JSON whose numbers agree."""
+    p = program(branches=cap, width=min(cap, width))
+    turn = 0
+    while p.reason is None:
+        start_all(p)
+        index = next(i for i, b in enumerate(p.branches) if b.state is BranchState.IN_FLIGHT)
+        outcome = outcomes[turn % len(outcomes)]
+        turn += 1
+        if outcome == "FAIL":
+            p.fail(index, 1)
+        else:
+            p.finish(index, outcome, 1)
+        assert turn <= cap
+        assert p.num_in_flight <= width
+    record = json.loads(json.dumps(p.record()))
+    assert sum(v["votes"] for v in record["votes"]) + record["num_abstentions"] + record["num_failed"] == turn
+    assert 0.0 <= record["certaindex"] <= 1.0
+    assert record["risk"] == pytest.approx(1 - record["certaindex"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"brnches": 3}, "dynasor.brnches is not a key"),
+        ({"branches": 0}, r"dynasor.branches=0 is outside \[1, 64\]"),
+        ({"branches": 65}, r"--dynasor-max-branches is 64"),
+        ({"branches": "8"}, "dynasor.branches='8' is a str"),
+        ({"branches": True}, "dynasor.branches=True is a bool"),
+        ({"branches": 4, "width": 5}, r"dynasor.width=5 is outside \[1, 4\]"),
+        ({"algorithm": "magic"}, "dynasor.algorithm='magic' is not known"),
+        ({"algorithm": 3}, "dynasor.algorithm=3 is a int"),
+        ({"stop": "certain"}, "not a rule"),
+        ({"answer": "boxd"}, "not an extractor"),
+        ({"program": "a b"}, "dynasor.program='a b' is not an id"),
+        (["self_consistency"], "is a list"),
+        (None, "is a NoneType"),
+        ("beam", "dynasor.algorithm='beam'"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(field: object, message: str) -> None:
+    """Each error names the key, the value got and what is allowed."""
+    with pytest.raises(FieldError, match=message):
+        parse_field(field, 64)
+
+
+def test_defaults_fit_any_limit() -> None:
+    """The smallest useful field works, also where the operator allows little."""
+    spec = parse_field("self_consistency", 64)
+    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, 8, "predictive", "auto")
+    assert parse_field({}, 3).branches == 3
+    assert parse_field({}, 3).width == 3
+    assert set(FIELD_HELP) == {"algorithm", "branches", "width", "stop", "answer", "program"}
+
+
+def test_the_record_book_forgets_the_oldest() -> None:
+    """Bounded memory: the newest records are kept, a re-kept one counts as new."""
+    book = RecordBook(size=2)
+    book.keep("a", {"n": 1})
+    book.keep("b", {"n": 2})
+    book.keep("a", {"n": 3})
+    book.keep("c", {"n": 4})
+    assert book.find("b") is None
+    assert book.find("a") == {"n": 3}
+    assert len(book) == 2
+
+
+def test_totals_add_up() -> None:
+    """What was used and what was not add up to the caps."""
+    totals = Totals()
+    p = program(branches=16, width=8)
+    start_all(p)
+    for index in range(6):
+        p.finish(index, "#### 1", 10)
+    p.end(6, 4)
+    p.end(7, 0)
+    totals.add(p.record())
+    assert totals.as_dict()["num_branches"] == 8
+    assert totals.num_branches_saved == 8
+    assert totals.num_tokens == 64
+    assert totals.num_certain == 1

@@ -1,0 +1,175 @@
+"""When a program has seen enough: exact numbers, and what must hold for any votes."""
+
+from __future__ import annotations
+
+import random
+from math import log
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sglang_dynasor.certaindex import answer_entropy, beta_certainty, entropy_certaindex, overtake_risk
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.stopping import RULES, Evidence, parse_stop
+
+VOTES = st.lists(st.integers(1, 12), min_size=1, max_size=6).map(lambda c: tuple(sorted(c, reverse=True)))
+
+
+def stops(rule: str, counts: tuple[int, ...], num_left: int = 10, **more: object) -> bool:
+    return parse_stop(rule).stops(Evidence(counts, 0, num_left, **more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [((5,), 1.0), ((4, 1), 0.689), ((3, 2), 0.582), ((3, 1, 1), 0.410), ((2, 2, 1), 0.345), ((2, 1, 1, 1), 0.172), ((1,) * 5, 0.0)],
+)
+def test_entropy_certaindex_at_five(counts: tuple[int, ...], expected: float) -> None:
+    """The paper's certaindex of every split of five votes."""
+    assert entropy_certaindex(counts) == pytest.approx(expected, abs=5e-4)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(10, 0.699), (16, 0.750), (20, 0.769), (30, 0.796), (64, 0.833), (128, 0.857)])
+def test_entropy_certaindex_of_a_tie_grows_with_size(n: int, expected: float) -> None:
+    """Why a constant threshold must not be re-checked: an even two-way tie scores 1 - ln 2 / ln n."""
+    assert entropy_certaindex((n // 2, n // 2)) == pytest.approx(expected, abs=5e-4)
+    assert not stops("entropy", (n // 2, n // 2))
+
+
+def test_entropy_of_nothing_is_zero() -> None:
+    """No votes: no entropy, no certainty."""
+    assert answer_entropy(()) == 0.0
+    assert entropy_certaindex(()) == 0.0
+    assert entropy_certaindex((1,)) == 0.0
+    assert answer_entropy((1, 1)) == pytest.approx(log(2))
+
+
+@pytest.mark.parametrize(
+    ("votes", "probability"), [((3, 0), 0.9375), ((4, 0), 0.9688), ((5, 1), 0.9375), ((6, 1), 0.9648), ((7, 2), 0.9453), ((8, 2), 0.9673), ((9, 3), 0.9539)]
+)
+def test_beta_certainty_is_adaptive_consistency_s(votes: tuple[int, int], probability: float) -> None:
+    """Adaptive-Consistency's figures, and so where it stops at 0.95."""
+    assert beta_certainty(*votes) == pytest.approx(probability, abs=5e-5)
+    counts = tuple(v for v in votes if v)
+    assert stops("beta", counts) == (probability >= 0.95)
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts", "num_left", "expected"),
+    [
+        ("entropy", (5,), 11, True),
+        ("entropy", (4,), 12, False),
+        ("entropy", (4, 1), 11, False),
+        ("entropy", (9, 1), 6, True),
+        ("margin", (5, 1), 3, True),
+        ("margin", (5, 1), 4, False),
+        ("margin", (5, 5), 0, False),
+        ("predictive", (2,), 14, False),
+        ("predictive", (6,), 10, True),
+        ("predictive", (4, 1), 11, False),
+        ("predictive", (6, 1), 9, True),
+        ("predictive", (5, 2), 9, False),
+        ("predictive", (8, 8), 0, False),
+        ("predictive", (5, 5), 6, False),
+        ("never", (16,), 0, False),
+        ("reward", (3,), 5, False),
+    ],
+)
+def test_each_rule_at_its_edges(rule: str, counts: tuple[int, ...], num_left: int, expected: bool) -> None:
+    """Where each rule fires, and the nearest case where it must not."""
+    assert stops(rule, counts, num_left) is expected
+
+
+def test_window_wants_one_whole_unanimous_window() -> None:
+    """ESC: only full windows count, and an abstention breaks one."""
+    rule = "window:3"
+    assert stops(rule, (3,), recent=("a", "a", "a"))
+    assert not stops(rule, (2,), recent=("a", "a"))
+    assert not stops(rule, (4,), recent=("a",) * 4)
+    assert not stops(rule, (2,), recent=("a", None, "a"))
+    assert stops(rule, (4, 2), recent=("b", "b", "a", "a", "a", "a")[-6:])
+    assert not stops(rule, (3, 3), recent=("b", "b", "b", "a", "a", "a"))  # the window agrees, the vote is a tie
+
+
+def test_reward_uses_the_mean_and_never_fires_without_rewards() -> None:
+    """The reward rule is ready for judges and silent until there is one."""
+    assert stops("reward:0.4", (), rewards=(0.3, 0.6))
+    assert not stops("reward:0.4", (), rewards=(0.3, 0.4))
+    assert not stops("reward:0", ())
+
+
+def test_rules_join_by_and_or() -> None:
+    """All must hold, or any may."""
+    assert not stops("beta and margin", (4,), 10)
+    assert stops("beta or margin", (4,), 10)
+    assert stops("beta and margin", (4,), 3)
+    assert not stops("beta or never", (2, 2), 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nope", "beta:", "beta:2", "beta:x", "beta:nan", "beta and", "beta margin", "beta and margin or never", "window:2.5", "window:inf", "predictive:-0.1", "margin:1"]
+)
+def test_a_wrong_rule_is_refused(text: str) -> None:
+    """The error names the field, the text got and what is allowed."""
+    with pytest.raises(FieldError, match=r"dynasor\.stop="):
+        parse_stop(text)
+
+
+def test_predictive_risk_by_hand() -> None:
+    """One vote left, 1-0: only an unseen answer can tie. P = (1/2)(1/2)/(1 + 3/2): half of the prior's share."""
+    # alphas: leader 1.5, unseen 0.5, abstention 0.5: P(unseen next) = 0.5 / 2.5; a tie counts half.
+    assert overtake_risk((1,), 0, 1) == pytest.approx(0.5 * 0.5 / 2.5)
+    # 2-1, one left: the rival ties with 1.5 / 5, the unseen one cannot reach.
+    assert overtake_risk((2, 1), 0, 1) == pytest.approx(0.5 * 1.5 / 5.0)
+    assert overtake_risk((), 3, 5) == 1.0
+
+
+def test_predictive_risk_matches_simulation() -> None:
+    """The union of the pairwise terms, against drawing the future from the same posterior."""
+    counts, abstentions, num_left = (4, 2, 1), 1, 6
+    rng, draws = random.Random(0), 40_000
+    total = 0.0
+    for _ in range(draws):
+        # the last two: an answer not seen yet, and abstention
+        weights = [c + 0.5 for c in counts] + [0.5, abstentions + 0.5]
+        final = [*counts, 0, 0]
+        for _ in range(num_left):
+            pick = rng.choices(range(5), weights)[0]
+            weights[pick] += 1
+            final[pick] += 1
+        total += sum((final[j] > final[0]) + 0.5 * (final[j] == final[0]) for j in range(1, 4))
+    assert overtake_risk(counts, abstentions, num_left) == pytest.approx(total / draws, abs=0.01)
+
+
+@given(VOTES, st.integers(0, 5), st.integers(0, 40))
+def test_risk_is_a_probability_and_zero_exactly_when_decided(counts: tuple[int, ...], abstentions: int, num_left: int) -> None:
+    """Risk falls to 0 exactly when the lead exceeds what is left."""
+    risk = overtake_risk(counts, abstentions, num_left)
+    assert 0.0 <= risk <= 1.0
+    lead = counts[0] - (counts[1] if len(counts) > 1 else 0)
+    assert (risk == 0.0) == (lead > num_left)
+
+
+@given(VOTES, st.integers(1, 40))
+def test_risk_falls_as_the_lead_grows(counts: tuple[int, ...], num_left: int) -> None:
+    """One more vote for the leader, with one branch fewer left, never raises the risk."""
+    more = (counts[0] + 1, *counts[1:])
+    assert overtake_risk(more, 0, num_left - 1) <= overtake_risk(counts, 0, num_left) + 1e-12
+
+
+@given(VOTES, st.integers(0, 30), st.sampled_from(sorted(set(RULES) - {"reward"})))
+def test_a_tie_never_stops(counts: tuple[int, ...], num_left: int, rule: str) -> None:
+    """Whatever the rule, two leaders mean no decision."""
+    tied = (counts[0], *counts)
+    assert not stops(rule, tied, num_left, recent=("a",) * 5)
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=16), st.permutations("abcde"), st.sampled_from(sorted(RULES)))
+def test_names_of_answers_do_not_matter(answers: list[str], renamed: list[str], rule: str) -> None:
+    """Permuting the labels changes no decision."""
+
+    def decide(names: list[str]) -> bool:
+        counts = tuple(sorted((names.count(name) for name in set(names)), reverse=True))
+        return stops(rule, counts, 16 - len(names), recent=tuple(names))
+
+    mapping = dict(zip("abcde", renamed, strict=True))
+    assert decide(answers) == decide([mapping[a] for a in answers])
