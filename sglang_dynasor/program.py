@@ -32,6 +32,7 @@ class StopReason(StrEnum):
 class Branch:
     state: BranchState = BranchState.IN_FLIGHT
     num_tokens: int = 0
+    num_cached_tokens: int = 0  # of its prompt, found in the radix cache
     answer: str | None = None  # as written
     key: str | None = None  # as counted
 
@@ -152,6 +153,7 @@ class Program:
             "cap": self.spec.branches,
             "width": self.spec.width,
             "num_tokens": sum(branch.num_tokens for branch in self.branches),
+            "num_cached_tokens": sum(branch.num_cached_tokens for branch in self.branches),
             "branch_tokens": [branch.num_tokens for branch in self.branches],
             "stop_rule": self.spec.stop.text,
             "stop_reason": None if self.reason is None else str(self.reason),

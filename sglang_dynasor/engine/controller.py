@@ -52,12 +52,13 @@ class Controller:
         self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
         self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
         self.num_started = 0
+        self.num_inside = 0  # internal Reqs that SGLang still holds, also those of programs already answered
         self._logged: set[str] = set()
 
     @property
     def is_idle(self) -> bool:
-        """Whether no program lives here: then nothing of ours runs in a step."""
-        return not self.held and not self.sent
+        """Whether nothing of ours is in the engine: then nothing of ours runs in a step."""
+        return not self.num_inside and not self.sent
 
     def status(self) -> dict[str, Any]:
         """Counters and table sizes, for `/server_info` and tests."""
@@ -65,9 +66,7 @@ class Controller:
             **self.totals.as_dict(),
             "num_held_programs": len(self.held),
             "num_client_programs": len(self.sent),
-            "num_branches_in_flight": sum(
-                live.program.num_in_flight for table in (self.held, self.sent) for live in table.values()
-            ),
+            "num_branches_inside": self.num_inside,
         }
 
     # Intake
@@ -130,6 +129,7 @@ class Controller:
                 self.scheduler, live.parent, f"dynasor-{self.num_started}", BranchTag(live, index, is_internal=True)
             )
             live.reqs[index] = req
+            self.num_inside += 1
             self.scheduler._add_request_to_queue(req)
         live.is_advancing = False
         if program.reason is not None:
@@ -152,6 +152,7 @@ class Controller:
             elif not req.finished_output:  # with overlap a finished request comes by twice
                 if tag.is_internal:
                     req.finished_output = True
+                    self.num_inside -= 1
                 self._guarded(tag.live, lambda live, req=req, tag=tag: self._settle(live, tag.index, req))
         return visible
 
@@ -160,6 +161,7 @@ class Controller:
         program = live.program
         if req.finished_len is None:
             req.finished_len = len(req.output_ids)
+        program.branches[index].num_cached_tokens = req.cached_tokens
         if program.branches[index].state is BranchState.IN_FLIGHT:
             if isinstance(req.finished_reason, FINISH_ABORT):
                 live.failure = req.finished_reason.to_json()
@@ -212,10 +214,22 @@ class Controller:
         for index, req in list(live.reqs.items()):
             if live.program.branches[index].state is not BranchState.IN_FLIGHT:
                 continue
-            live.program.end(index, end_branch(self.scheduler, req))
+            live.program.end(index, self._end(req))
+            live.program.branches[index].num_cached_tokens = req.cached_tokens
             if live.parent is None and req.finished():
                 req.customized_info = {"dynasor": [live.program.record()]}
                 self._emit([req])
+
+    def _end(self, req: Req) -> int:
+        """End one branch; return the tokens it will have cost."""
+        if req.finished():
+            return len(req.output_ids)
+        num_tokens = end_branch(self.scheduler, req)
+        tag = tag_of(req)
+        if req.finished() and tag is not None and tag.is_internal:  # it left the queue: no step will show it
+            req.finished_output = True
+            self.num_inside -= 1
+        return num_tokens
 
     def _answer(self, live: LiveProgram) -> None:
         """Answer the client once: the winning branch speaks in the held request's name."""
@@ -268,7 +282,7 @@ class Controller:
         if live.program.reason is None:
             live.program.reason = StopReason.FAILED
         for req in live.reqs.values():
-            end_branch(self.scheduler, req)
+            self._end(req)
         done = [req for req in live.reqs.values() if req.finished() and req.finished_len]
         if done:
             self._speak(live.parent, done[0], {"program": live.program.id, "stop_reason": str(StopReason.FAILED)})

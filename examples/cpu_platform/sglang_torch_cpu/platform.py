@@ -23,6 +23,12 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
         # By now SGLang has filled in intel_amx for any x86 CPU; it needs kernels that the normal install lacks.
         if server_args.attention_backend in (None, "intel_amx"):
             server_args.attention_backend = ATTENTION
+        if server_args.dtype == "auto":
+            server_args.dtype = "float32"  # what every CPU computes natively
+        if server_args.max_total_tokens is None:
+            server_args.max_total_tokens = 131_072  # SGLang's default would fill the machine's memory with KV cache
+        if server_args.max_running_requests is None:
+            server_args.max_running_requests = 64  # a CPU's throughput is flat beyond
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         if ATTENTION not in choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES:

@@ -1,0 +1,225 @@
+"""The server as an operator starts it and clients call it: the README's own snippets, errors, disconnects."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engines import CHECKPOINT, ROOT
+from questions import held_out, prompt
+
+pytestmark = pytest.mark.engine
+README = (ROOT / "README.md").read_text()
+QUESTION = held_out(12)[10]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """`sglang serve` in a process of its own; everything it prints goes to `log`."""
+
+    def __init__(self, log: Path, *args: str):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(CHECKPOINT)]
+        with log.open("w") as out:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(self.port), *args], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self, timeout_s: float = 300) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
+            try:
+                if httpx.get(f"{self.url}/health_generate", timeout=10).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-2000:])
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(30)
+
+    def status(self) -> dict[str, Any]:
+        return httpx.get(f"{self.url}/dynasor/status", timeout=30).json()[0]
+
+    def generate(self, **field: Any) -> httpx.Response:
+        body = {
+            "text": prompt(QUESTION.text),
+            "sampling_params": {"max_new_tokens": 200, "custom_params": {"dynasor": {"answer": "hash", **field}}},
+        }
+        return httpx.post(f"{self.url}/generate", json=body, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server") / "log", "--scheduler", "dynasor", "--enable-metrics")
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+def readme_block(language: str, containing: str) -> str:
+    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    (block,) = (b for b in blocks if containing in b)
+    return block
+
+
+def test_the_readme_s_curl_works(server: Server) -> None:
+    """The first thing a reader copies."""
+    command = readme_block("bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    out = json.loads(done.stdout)
+    assert out["meta_info"]["dynasor"]["answer"] == "19"
+    assert out["meta_info"]["finish_reason"]["type"] == "stop"
+
+
+def test_the_readme_s_openai_client_works(server: Server) -> None:
+    """The OpenAI client sends one field more and finds the record by the response's id."""
+    script = readme_block("python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "#### 19" in done.stdout
+    assert "certaindex" in done.stdout
+
+
+def test_openai_completions_and_streaming(server: Server) -> None:
+    """/v1/completions takes the field too; a stream brings the answer in one piece and says what it used."""
+    body = {
+        "model": "any", "prompt": prompt(QUESTION.text), "max_tokens": 200, "stream": True,
+        "stream_options": {"include_usage": True}, "custom_params": {"dynasor": {"answer": "hash"}},
+    }  # fmt: skip
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+        lines = [line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line) for line in lines[:-1]]
+    texts = [c["choices"][0]["text"] for c in chunks if c["choices"] and c["choices"][0]["text"]]
+    assert len(texts) == 1
+    assert "####" in texts[0]
+    record = httpx.get(f"{server.url}/dynasor/programs/{chunks[0]['id']}", timeout=30).json()
+    assert chunks[-1]["usage"]["completion_tokens"] == record["num_tokens"]
+
+
+def test_chat_returns_the_record_on_request(server: Server) -> None:
+    """With return_meta_info the record comes in the response itself."""
+    body = {
+        "model": "any", "messages": [{"role": "user", "content": QUESTION.text}], "max_tokens": 200,
+        "return_meta_info": True, "custom_params": {"dynasor": {"answer": "hash"}},
+    }  # fmt: skip
+    choice = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["meta_info"]["dynasor"]["num_branches"] >= 3
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"branches": 1000}, "dynasor.branches=1000 is outside [1, 64]"),
+        ({"widht": 2}, "dynasor.widht is not a key"),
+        ({"stop": "later"}, "dynasor.stop='later'"),
+        ({"branches": 2.5}, "dynasor.branches=2.5 is a float"),
+    ],
+)
+def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: str) -> None:
+    """The error names the field and what is allowed, and nothing is enqueued."""
+    before = server.status()
+    response = server.generate(**field)
+    assert response.status_code == 400
+    assert message in response.text
+    assert server.status() == before
+
+
+def test_greedy_branches_are_a_400(server: Server) -> None:
+    """Sixteen times the same answer would be no evidence."""
+    body = {"text": "Q", "sampling_params": {"temperature": 0, "custom_params": {"dynasor": "self_consistency"}}}
+    response = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "greedy" in response.text
+
+
+def test_an_unknown_program_is_a_404(server: Server) -> None:
+    """With the reason."""
+    response = httpx.get(f"{server.url}/dynasor/programs/nobody", timeout=30)
+    assert response.status_code == 404
+    assert "nobody" in response.json()["error"]
+
+
+def wait_until_idle(server: Server) -> dict[str, Any]:
+    for _ in range(100):
+        status = server.status()
+        if status["num_held_programs"] == 0 and status["num_branches_inside"] == 0:
+            return status
+        time.sleep(0.1)
+    raise AssertionError(server.status())
+
+
+def test_a_disconnect_frees_every_branch(server: Server) -> None:
+    """A client that hangs up leaves nothing behind."""
+    before = wait_until_idle(server)
+    body = {
+        "text": prompt(QUESTION.text),
+        "sampling_params": {"max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 64, "width": 16}}},
+    }
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(f"{server.url}/generate", json=body, timeout=httpx.Timeout(60, read=1.5))
+    after = wait_until_idle(server)
+    assert after["num_aborted"] == before["num_aborted"] + 1
+    assert after["num_programs"] == before["num_programs"]
+    assert server.generate().status_code == 200
+
+
+def test_an_abort_answers_the_client_and_frees_every_branch(server: Server) -> None:
+    """/abort_request by the client's own rid ends all branches; the client is told it was aborted."""
+    import threading
+
+    answers: list[httpx.Response] = []
+    body = {
+        "text": prompt(QUESTION.text), "rid": "to-abort",
+        "sampling_params": {"max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 64}}},
+    }  # fmt: skip
+    sender = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=120)))
+    sender.start()
+    for _ in range(100):
+        if server.status()["num_held_programs"]:
+            break
+        time.sleep(0.05)
+    httpx.post(f"{server.url}/abort_request", json={"rid": "to-abort"}, timeout=30)
+    sender.join(60)
+    assert "abort" in answers[0].text.lower()
+    wait_until_idle(server)
+
+
+def test_nothing_of_a_branch_leaks(server: Server) -> None:
+    """No branch ever reached the front process, nothing failed, and the scheduler's own memory checks held."""
+    wait_until_idle(server)
+    log = server.log.read_text()
+    assert "state was deleted" not in log
+    assert "Traceback" not in log
+    assert "memory leak" not in log.lower()
