@@ -21,6 +21,7 @@ from statistics import mean
 from typing import Any
 
 import zstandard
+
 from sglang_dynasor.program import Program
 from sglang_dynasor.spec import ProgramSpec
 from sglang_dynasor.stopping import StopRule, parse_stop

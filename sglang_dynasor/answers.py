@@ -24,7 +24,10 @@ MAX_DIGITS = 40  # beyond this a number is compared as text
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
-_CHOICE = re.compile(r"(?:answer|choice|option)\b[^A-Za-z0-9]{0,12}(?:is|:)?[^A-Za-z0-9]{0,12}([A-J])\b|\(([A-J])\)|^[ \t]*([A-J])[ \t]*[.)]?[ \t]*$", re.I | re.M)
+_CHOICE = re.compile(
+    r"(?:answer|choice|option)\b[^A-Za-z0-9]{0,12}(?:is|:)?[^A-Za-z0-9]{0,12}([A-J])\b|\(([A-J])\)|^[ \t]*([A-J])[ \t]*[.)]?[ \t]*$",
+    re.I | re.M,
+)
 
 
 def _boxed(text: str) -> str | None:
@@ -159,4 +162,4 @@ def answer_key(answer: str) -> str:
     number = as_number(text.removesuffix("%").removeprefix("$").strip())
     if number is not None:
         return f"{number}{'%' if percent else ''}"
-    return "".join(text.casefold().split()).strip("\"'`*()[]{}")  or answer
+    return "".join(text.casefold().split()).strip("\"'`*()[]{}") or answer

@@ -31,7 +31,10 @@ def check_rows() -> list[Row]:
         from sglang_dynasor_patches.install import check_patch, check_version
         from sglang_dynasor_patches.records import PATCHES
     except ImportError as error:
-        return [*rows, Row(f"SGLang {SGLANG_RANGE}", False, f"{error}; install it with pip install 'sglang{SGLANG_RANGE}'")]
+        return [
+            *rows,
+            Row(f"SGLang {SGLANG_RANGE}", False, f"{error}; install it with pip install 'sglang{SGLANG_RANGE}'"),
+        ]
     wrong = check_version()
     from sglang.version import __version__ as sglang_version
 
@@ -45,7 +48,13 @@ def check_rows() -> list[Row]:
     rows.append(Row("plugin is registered", "dynasor" in names, ", ".join(names) or "none; reinstall sglang-dynasor"))
     allowed = os.environ.get("SGLANG_PLUGINS", "")
     is_allowed = not allowed or "dynasor" in allowed.split(",")
-    rows.append(Row("plugin is not filtered out", is_allowed, f"SGLANG_PLUGINS={allowed!r}" + ("" if is_allowed else "; add dynasor")))
+    rows.append(
+        Row(
+            "plugin is not filtered out",
+            is_allowed,
+            f"SGLANG_PLUGINS={allowed!r}" + ("" if is_allowed else "; add dynasor"),
+        )
+    )
     # SGLang does `from kernels import get_kernel` inside try/except: a shadowed package costs speed in silence.
     probe = subprocess.run(
         [sys.executable, "-c", "from kernels import get_kernel"], capture_output=True, text=True, check=False
@@ -74,7 +83,9 @@ def main() -> None:
     check = commands.add_parser("check", help="one row per requirement; exit code 1 if one is not met")
     check.add_argument("--json", action="store_true", help="print JSON")
     demo = commands.add_parser("demo", help="solve questions with stock sampling and as programs, side by side")
-    demo.add_argument("--reasoner", type=Path, default=Path("examples/tiny_reasoner"), help="folder of the tiny reasoner")
+    demo.add_argument(
+        "--reasoner", type=Path, default=Path("examples/tiny_reasoner"), help="folder of the tiny reasoner"
+    )
     demo.add_argument("--num-questions", type=int, default=100, help="held-out questions to solve (default 100)")
     demo.add_argument("--branches", type=int, default=16, help="samples per question, and the programs' cap")
     demo.add_argument("--picture", type=Path, default=Path("demo.png"), help="where the picture goes")

@@ -48,7 +48,9 @@ class Program:
     id: str
     spec: ProgramSpec
     branches: list[Branch] = field(default_factory=list[Branch])
-    votes: dict[str, list[int]] = field(default_factory=dict[str, list[int]])  # key -> indices of its branches, in order
+    votes: dict[str, list[int]] = field(
+        default_factory=dict[str, list[int]]
+    )  # key -> indices of its branches, in order
     recent: list[str | None] = field(default_factory=list[str | None])
     num_in_flight: int = 0
     num_failed: int = 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sglang_dynasor.answers import check_extractor
 from sglang_dynasor.errors import FieldError
@@ -50,38 +49,38 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     """
     if isinstance(field, str):
         field = {"algorithm": field}
-    if not isinstance(field, Mapping):
+    if not isinstance(field, dict):
         raise FieldError(
             f"dynasor={field!r} is a {type(field).__name__}; send an object such as "
             '{"algorithm": "self_consistency"}, or the algorithm\'s name'
         )
-    for key in field:
+    options = cast("dict[str, Any]", field)
+    for key in options:
         if key not in FIELD_HELP:
             raise FieldError(f"dynasor.{key} is not a key of the field; the keys are {', '.join(FIELD_HELP)}")
-    algorithm = _text(field, "algorithm", ALGORITHMS[0])
+    algorithm = _text(options, "algorithm", ALGORITHMS[0])
     if algorithm not in ALGORITHMS:
         raise FieldError(f"dynasor.algorithm={algorithm!r} is not known; use one of {', '.join(ALGORITHMS)}")
-    branches = _whole(field, "branches", min(DEFAULT_BRANCHES, max_branches), max_branches, "--dynasor-max-branches")
-    width = _whole(field, "width", min(DEFAULT_WIDTH, branches), branches, "dynasor.branches")
-    answer = _text(field, "answer", "auto")
+    branches = _whole(options, "branches", min(DEFAULT_BRANCHES, max_branches), max_branches, "--dynasor-max-branches")
+    width = _whole(options, "width", min(DEFAULT_WIDTH, branches), branches, "dynasor.branches")
+    answer = _text(options, "answer", "auto")
     check_extractor(answer)
-    program = _text(field, "program", None)
+    stop = parse_stop(_text(options, "stop", "predictive"))
+    program = _text(options, "program", "") if "program" in options else None
     if program is not None and not _ID.fullmatch(program):
         raise FieldError(f"dynasor.program={program!r} is not an id; use 1 to 128 of A-Z a-z 0-9 . _ : -")
-    stop_text = _text(field, "stop", "predictive")
-    assert algorithm is not None and answer is not None and stop_text is not None
-    return ProgramSpec(algorithm, branches, width, parse_stop(stop_text), answer, program)
+    return ProgramSpec(algorithm, branches, width, stop, answer, program)
 
 
-def _text(field: Mapping[str, Any], key: str, default: str | None) -> str | None:
-    value = field.get(key, default)
-    if key in field and not isinstance(value, str):
+def _text(options: dict[str, Any], key: str, default: str) -> str:
+    value = options.get(key, default)
+    if not isinstance(value, str):
         raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a string: {FIELD_HELP[key][0]}")
     return value
 
 
-def _whole(field: Mapping[str, Any], key: str, default: int, high: int, limit_name: str) -> int:
-    value = field.get(key, default)
+def _whole(options: dict[str, Any], key: str, default: int, high: int, limit_name: str) -> int:
+    value = options.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a whole number, 1 to {high}")
     if not 1 <= value <= high:

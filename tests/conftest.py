@@ -13,6 +13,7 @@ from engines import ENGINE_ARGS
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
 @pytest.fixture(scope="module")
 def start_engine() -> Iterator[Callable[..., Any]]:
     """Start engines that live until the module's tests are done: `start_engine(scheduler="dynasor", ...)`."""

@@ -7,6 +7,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sglang_dynasor.answers import EXTRACTORS, answer_key, check_extractor, extract_answer
 from sglang_dynasor.errors import FieldError
 
@@ -44,7 +45,9 @@ def test_extraction(extractor: str, text: str, answer: str | None) -> None:
     assert extract_answer(text, extractor) == answer
 
 
-@pytest.mark.parametrize("extractor", ["nope", "regex", "regex:", "regex:(", "regex:" + "a" * 257, "regex:(?=a)", "HASH"])
+@pytest.mark.parametrize(
+    "extractor", ["nope", "regex", "regex:", "regex:(", "regex:" + "a" * 257, "regex:(?=a)", "HASH"]
+)
 def test_a_wrong_extractor_is_refused_with_what_is_allowed(extractor: str) -> None:
     """The error names the setting and what to use instead."""
     with pytest.raises(FieldError, match=r"dynasor\.answer"):
@@ -85,7 +88,8 @@ def test_any_text_gives_a_bounded_answer_or_none(text: str, extractor: str) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["9" * 100_000, "1e999999999", "\\boxed{" * 20_000, "#" * 100_000, "(" * 50_000, "\n" * 100_000, "1/" * 50_000]
+    "text",
+    ["9" * 100_000, "1e999999999", "\\boxed{" * 20_000, "#" * 100_000, "(" * 50_000, "\n" * 100_000, "1/" * 50_000],
 )
 def test_work_is_bounded(text: str) -> None:
     """Hostile text costs the scheduler's loop no more than a few milliseconds."""

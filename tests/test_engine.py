@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from engines import status_of
 from questions import Question, held_out, prompt
+
 from sglang_dynasor.answers import answer_key, extract_answer
 
 pytestmark = pytest.mark.engine

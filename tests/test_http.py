@@ -40,7 +40,10 @@ class Server:
         command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(CHECKPOINT)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), *args], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                [*command, "--port", str(self.port), *args],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait(self, timeout_s: float = 300) -> None:
@@ -185,7 +188,11 @@ def test_a_disconnect_frees_every_branch(server: Server) -> None:
     before = wait_until_idle(server)
     body = {
         "text": prompt(QUESTION.text),
-        "sampling_params": {"max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 64, "width": 16}}},
+        "sampling_params": {
+            "max_new_tokens": 900,
+            "ignore_eos": True,
+            "custom_params": {"dynasor": {"branches": 64, "width": 16}},
+        },
     }
     with pytest.raises(httpx.TimeoutException):
         httpx.post(f"{server.url}/generate", json=body, timeout=httpx.Timeout(60, read=1.5))
@@ -204,7 +211,9 @@ def test_an_abort_answers_the_client_and_frees_every_branch(server: Server) -> N
         "text": prompt(QUESTION.text), "rid": "to-abort",
         "sampling_params": {"max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 64}}},
     }  # fmt: skip
-    sender = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=120)))
+    sender = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=120))
+    )
     sender.start()
     for _ in range(100):
         if server.status()["num_held_programs"]:

@@ -7,6 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.ledger import RecordBook, Totals
 from sglang_dynasor.program import BranchState, Program, StopReason
@@ -113,7 +114,11 @@ def test_a_branch_leaves_once() -> None:
         p.finish(0, "#### 1", 1)
 
 
-@given(st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none", "FAIL"]), min_size=1, max_size=40), st.integers(1, 16), st.integers(1, 16))
+@given(
+    st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none", "FAIL"]), min_size=1, max_size=40),
+    st.integers(1, 16),
+    st.integers(1, 16),
+)
 def test_every_program_ends(outcomes: list[str], cap: int, width: int) -> None:
     """Whatever the branches say, a program ends within its cap, and its record is JSON whose numbers agree."""
     p = program(branches=cap, width=min(cap, width))

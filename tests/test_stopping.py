@@ -8,6 +8,7 @@ from math import log
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sglang_dynasor.certaindex import answer_entropy, beta_certainty, entropy_certaindex, overtake_risk
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.stopping import RULES, Evidence, parse_stop
@@ -21,14 +22,24 @@ def stops(rule: str, counts: tuple[int, ...], num_left: int = 10, **more: object
 
 @pytest.mark.parametrize(
     ("counts", "expected"),
-    [((5,), 1.0), ((4, 1), 0.689), ((3, 2), 0.582), ((3, 1, 1), 0.410), ((2, 2, 1), 0.345), ((2, 1, 1, 1), 0.172), ((1,) * 5, 0.0)],
+    [
+        ((5,), 1.0),
+        ((4, 1), 0.689),
+        ((3, 2), 0.582),
+        ((3, 1, 1), 0.410),
+        ((2, 2, 1), 0.345),
+        ((2, 1, 1, 1), 0.172),
+        ((1,) * 5, 0.0),
+    ],
 )
 def test_entropy_certaindex_at_five(counts: tuple[int, ...], expected: float) -> None:
     """The paper's certaindex of every split of five votes."""
     assert entropy_certaindex(counts) == pytest.approx(expected, abs=5e-4)
 
 
-@pytest.mark.parametrize(("n", "expected"), [(10, 0.699), (16, 0.750), (20, 0.769), (30, 0.796), (64, 0.833), (128, 0.857)])
+@pytest.mark.parametrize(
+    ("n", "expected"), [(10, 0.699), (16, 0.750), (20, 0.769), (30, 0.796), (64, 0.833), (128, 0.857)]
+)
 def test_entropy_certaindex_of_a_tie_grows_with_size(n: int, expected: float) -> None:
     """Why a constant threshold must not be re-checked: an even two-way tie scores 1 - ln 2 / ln n."""
     assert entropy_certaindex((n // 2, n // 2)) == pytest.approx(expected, abs=5e-4)
@@ -44,7 +55,16 @@ def test_entropy_of_nothing_is_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("votes", "probability"), [((3, 0), 0.9375), ((4, 0), 0.9688), ((5, 1), 0.9375), ((6, 1), 0.9648), ((7, 2), 0.9453), ((8, 2), 0.9673), ((9, 3), 0.9539)]
+    ("votes", "probability"),
+    [
+        ((3, 0), 0.9375),
+        ((4, 0), 0.9688),
+        ((5, 1), 0.9375),
+        ((6, 1), 0.9648),
+        ((7, 2), 0.9453),
+        ((8, 2), 0.9673),
+        ((9, 3), 0.9539),
+    ],
 )
 def test_beta_certainty_is_adaptive_consistency_s(votes: tuple[int, int], probability: float) -> None:
     """Adaptive-Consistency's figures, and so where it stops at 0.95."""
@@ -106,7 +126,22 @@ def test_rules_join_by_and_or() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nope", "beta:", "beta:2", "beta:x", "beta:nan", "beta and", "beta margin", "beta and margin or never", "window:2.5", "window:inf", "predictive:-0.1", "margin:1"]
+    "text",
+    [
+        "",
+        "nope",
+        "beta:",
+        "beta:2",
+        "beta:x",
+        "beta:nan",
+        "beta and",
+        "beta margin",
+        "beta and margin or never",
+        "window:2.5",
+        "window:inf",
+        "predictive:-0.1",
+        "margin:1",
+    ],
 )
 def test_a_wrong_rule_is_refused(text: str) -> None:
     """The error names the field, the text got and what is allowed."""
@@ -141,7 +176,9 @@ def test_predictive_risk_matches_simulation() -> None:
 
 
 @given(VOTES, st.integers(0, 5), st.integers(0, 40))
-def test_risk_is_a_probability_and_zero_exactly_when_decided(counts: tuple[int, ...], abstentions: int, num_left: int) -> None:
+def test_risk_is_a_probability_and_zero_exactly_when_decided(
+    counts: tuple[int, ...], abstentions: int, num_left: int
+) -> None:
     """Risk falls to 0 exactly when the lead exceeds what is left."""
     risk = overtake_risk(counts, abstentions, num_left)
     assert 0.0 <= risk <= 1.0
@@ -163,7 +200,11 @@ def test_a_tie_never_stops(counts: tuple[int, ...], num_left: int, rule: str) ->
     assert not stops(rule, tied, num_left, recent=("a",) * 5)
 
 
-@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=16), st.permutations("abcde"), st.sampled_from(sorted(RULES)))
+@given(
+    st.lists(st.sampled_from("abcde"), min_size=1, max_size=16),
+    st.permutations("abcde"),
+    st.sampled_from(sorted(RULES)),
+)
 def test_names_of_answers_do_not_matter(answers: list[str], renamed: list[str], rule: str) -> None:
     """Permuting the labels changes no decision."""
 

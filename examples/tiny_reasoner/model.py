@@ -18,7 +18,7 @@ class ModelConfig:
     hidden_size: int = 256
     num_layers: int = 4
     num_heads: int = 4
-    num_kv_heads: int = 2
+    num_kv_heads: int = 4
     head_dim: int = 64  # the smallest that flashinfer's GPU kernels serve
     intermediate_size: int = 640
     max_positions: int = 1024
@@ -80,11 +80,11 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 scale = 0.02 if "embed" in name else p.shape[1] ** -0.5
-                nn.init.normal_(p, std=scale / (2 * config.num_layers) ** 0.5 if "o_proj" in name or "down" in name else scale)
+                nn.init.normal_(
+                    p, std=scale / (2 * config.num_layers) ** 0.5 if "o_proj" in name or "down" in name else scale
+                )
 
-    def forward(
-        self, ids: Tensor, positions: Tensor, mask: Tensor, caches: list[list[Tensor]] | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, mask: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
         """Hidden states [B, T, d] after the last norm; `mask` [B, 1, T, S] is True where attention is allowed."""
         inverse = 1.0 / self.config.rope_theta ** (torch.arange(0, self.config.head_dim, 2) / self.config.head_dim)
         angles = (positions[..., None] * inverse).repeat(1, 1, 2).unsqueeze(2)
@@ -99,7 +99,9 @@ class Model(nn.Module):
         return F.linear(hidden, self.embed_tokens.weight)
 
     @torch.inference_mode()
-    def sample(self, prompts: list[list[int]], max_new_tokens: int, eos: int, generator: torch.Generator) -> list[list[int]]:
+    def sample(
+        self, prompts: list[list[int]], max_new_tokens: int, eos: int, generator: torch.Generator
+    ) -> list[list[int]]:
         """One sample at temperature 1 for each prompt, without the end token; prompts are padded on the left."""
         longest = max(map(len, prompts))
         pad = torch.tensor([longest - len(p) for p in prompts])

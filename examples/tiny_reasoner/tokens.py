@@ -7,10 +7,9 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from questions import MAX_STEPS, draw_split, prompt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from questions import draw_split, prompt
 
 END, JUDGE, THINK, THINK_END = "<|end|>", "<judge>", "<think>", "</think>"
 GOOD, BAD = " good", " bad"
@@ -29,7 +28,7 @@ def build(folder: Path) -> None:
     corpus = [" " + str(n) for n in range(100) for _ in range(1000)]
     corpus += [f" good bad wait so {THINK}"] * 1000
     for _ in range(4000):
-        question = draw_split(rng, rng.randint(1, 10), held_out=False)
+        question = draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False)
         corpus.append(prompt(question.text) + "".join(question.lines) + f"#### {question.answer}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +51,7 @@ class Encoder:
     def __init__(self, folder: Path):
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size = self.tokenizer.get_vocab_size()
-        self.eos, self.judge, self.good, self.bad = (self.one(t) for t in (END, JUDGE, GOOD, BAD))
+        self.eos, self.judge, self.good, self.bad, self.equals = map(self.one, (END, JUDGE, GOOD, BAD, " ="))
         self._piece = lru_cache(maxsize=4096)(lambda piece: tuple(self.tokenizer.encode(piece).ids))
 
     def one(self, text: str) -> int:

@@ -1,10 +1,12 @@
 """Train the tiny reasoner: `python train.py` (about an hour on two CPU cores; resumes where it was cut).
 
-One model learns three things from one stream of documents:
+One model learns three things from one stream of documents, and drills what they need:
 - solve: prompt, a line per step, `#### answer`;
 - judge: the token after `<judge>` says whether everything so far is right. Judge tokens stand outside the text, behind
   an attention mask, at every line end of every document, so a judgement costs one token and never disturbs the text;
-- the long mode: several drafts, some of them wrong, before the answer.
+- the long mode: several drafts, some of them wrong, before the answer;
+- the drill: many people's values, then unrelated steps over them, of which only the values put in and the results count.
+  Without it the model takes the latest value for whatever is asked, and learns to look values up much later.
 Everything is scheduled by tokens, so a run depends on its seed and not on the machine's speed.
 """
 
@@ -18,22 +20,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import tokens
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import tokens
 from model import Model, ModelConfig
-from questions import MAX_STEPS, MAX_VALUE, Question, draw_split, line, prompt
+from questions import ITEMS, MAX_STEPS, MAX_VALUE, NAMES, Question, draw_split, draw_step, line, prompt
+from torch import Tensor
 
 HERE = Path(__file__).parent
 BATCH_TOKENS = 4096
+MUON_LR, ADAM_LR = 0.01, 2e-3
 DOCS_PER_CHUNK = 768
-LONG_MAX_STEPS = 6
+LONG_MAX_STEPS = 5
 JUDGE_WEIGHT = 0.3
 POOL_SIZE = 768
 POOL_EVERY_TOKENS = 1_500_000
-POOL_FROM_FRAC = 0.2
+POOL_FROM_FRAC = 0.4
 
 
 @dataclass(slots=True)
@@ -53,7 +55,9 @@ class Document:
         return len(self.ids) + len(self.judged)
 
 
-def add_solution(doc: Document, encode: tokens.Encoder, question: Question, wrong_at: int | None, rng: random.Random) -> int:
+def add_solution(
+    doc: Document, encode: tokens.Encoder, question: Question, wrong_at: int | None, rng: random.Random
+) -> int:
     """Append a solution whose step `wrong_at` is made wrong (and carried on consistently); return its last value."""
     known, right, result = dict(question.givens), True, 0
     for i, (step, true) in enumerate(zip(question.steps, question.values, strict=True)):
@@ -103,6 +107,27 @@ def thought(encode: tokens.Encoder, question: Question, rng: random.Random) -> D
     return doc
 
 
+def drilled(encode: tokens.Encoder, rng: random.Random) -> Document:
+    doc, names = Document(), rng.sample(NAMES, rng.randint(12, len(NAMES)))
+    num_known = len(names) // 2
+    known = {name: rng.randint(1, MAX_VALUE) for name in names[:num_known]}
+    item = rng.choice(ITEMS)
+    doc.add(encode("Q: " + " ".join(f"{name} = {value} {item}." for name, value in known.items()) + "\nA:\n"), False)
+    for name in names[num_known:]:
+        drawn = None
+        while drawn is None:
+            drawn = draw_step(rng, name, known, rng.choice(names[:num_known]))
+        step, result = drawn
+        operands = tuple(known[ref] for ref in step.refs)
+        ids = encode(line(step, operands, result))
+        # Numbers after "=": the operands looked up and the result.
+        doc.ids += ids
+        doc.learn += [False, *(previous == encode.equals for previous in ids[:-1])]
+        known[name] = result
+    doc.judge(True)
+    return doc
+
+
 def judged_sample(encode: tokens.Encoder, question: Question, output: list[int]) -> Document:
     """The model's own solution with true labels at its line ends; nothing but the judge learns from it."""
     doc, right = Document(), True
@@ -127,9 +152,11 @@ def chunks(encode: tokens.Encoder, rng: random.Random, pool: list[Document]) -> 
         docs: list[Document] = []
         for _ in range(DOCS_PER_CHUNK):
             kind = rng.random()
-            if pool and kind < 0.25:
+            if pool and kind < 0.20:
                 docs.append(pool[rng.randrange(len(pool))])
-            elif kind < 0.40:
+            elif kind < 0.45:
+                docs.append(drilled(encode, rng))
+            elif kind < 0.58:
                 docs.append(thought(encode, draw_split(rng, rng.randint(1, LONG_MAX_STEPS), held_out=False), rng))
             else:
                 docs.append(solved(encode, draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False), rng, 0.3))
@@ -167,7 +194,9 @@ def collate(encode: tokens.Encoder, docs: list[Document]) -> tuple[Tensor, Tenso
     return ids, positions, mask[:, None], text, judge
 
 
-def refill(pool: list[Document], model: Model, encode: tokens.Encoder, rng: random.Random, gen: torch.Generator) -> float:
+def refill(
+    pool: list[Document], model: Model, encode: tokens.Encoder, rng: random.Random, gen: torch.Generator
+) -> float:
     """Replace the judge's pool by fresh samples of the model; return the share of right answers."""
     questions = [draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False) for _ in range(POOL_SIZE)]
     questions.sort(key=lambda q: q.num_steps)
@@ -181,7 +210,7 @@ def refill(pool: list[Document], model: Model, encode: tokens.Encoder, rng: rand
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=36_000_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=24_000_000, help="training tokens")
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--state", type=Path, default=HERE / "training_state.pt", help="where a cut run resumes from")
     parser.add_argument("--threads", type=int, default=1)
@@ -199,10 +228,10 @@ def main() -> None:
     matrices = [p for n, p in master.items() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in master.items() if p.dim() != 2 or "embed" in n]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0, momentum=0.95),
-        torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0, momentum=0.95),
+        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    base_lrs = [0.02, 3e-3]
+    base_lrs = [MUON_LR, ADAM_LR]
     rng, gen = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
     seen_tokens, next_pool, pool = 0, int(args.tokens * POOL_FROM_FRAC), []
     if args.state.exists():
@@ -248,7 +277,10 @@ def main() -> None:
         step += 1
         if step % 100 == 0:
             rate = (seen_tokens - started_at) / (time.time() - started)
-            print(f"{seen_tokens:>11,} tokens  text {sums[0] / sums[2]:.4f}  judge {sums[1] / sums[2]:.4f}  {rate:,.0f} tok/s", flush=True)
+            print(
+                f"{seen_tokens:>11,} tokens  text {sums[0] / sums[2]:.4f}  judge {sums[1] / sums[2]:.4f}  {rate:,.0f} tok/s",
+                flush=True,
+            )
             sums = [0.0] * 3
         if seen_tokens >= next_pool:
             accuracy = refill(pool, model, encode, rng, gen)

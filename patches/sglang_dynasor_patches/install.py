@@ -14,9 +14,9 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
+
 from sglang_dynasor.config import SGLANG_RANGE
 from sglang_dynasor.errors import PatchError
-
 from sglang_dynasor_patches.patch import Patch, Role
 from sglang_dynasor_patches.records import PATCHES
 
@@ -80,9 +80,10 @@ def register() -> None:
     if "main" in roles:
         # Not a hook: SGLang's own seam for the arguments of sgl.Engine.
         from sglang.srt.entrypoints.engine import Engine
+
         from sglang_dynasor.engine.flag import engine_server_args
 
-        Engine.server_args_class = staticmethod(engine_server_args)
+        Engine.server_args_class = staticmethod(engine_server_args)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def unproved(roles: tuple[Role, ...]) -> list[str]:

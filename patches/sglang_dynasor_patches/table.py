@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from sglang_dynasor.config import SGLANG_RANGE
-
 from sglang_dynasor_patches.records import PATCHES
 
 README = Path(__file__).parents[1] / "README.md"

@@ -46,11 +46,16 @@ def tag_of(req: Req) -> BranchTag | None:
     return getattr(req, "dynasor_branch", None)
 
 
+def hide(req: Any) -> None:
+    """Mark a finished Req as already told, so that SGLang's streamer passes it over."""
+    req.finished_output = True
+
+
 def set_tag(req: Req, tag: BranchTag) -> None:
     req.dynasor_branch = tag  # type: ignore[attr-defined]  # Req has no slot for us and takes new attributes
 
 
-def make_branch(scheduler: Any, parent: Req, rid: str, tag: BranchTag) -> Req:
+def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
     """An internal Req that samples the same prompt as `parent` under a seed of its own."""
     params = copy.copy(parent.sampling_params)
     params.sampling_seed = branch_seed(params.sampling_seed, tag.index)

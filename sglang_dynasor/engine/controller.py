@@ -16,7 +16,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from sglang_dynasor.config import DynasorConfig
-from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, make_branch, set_tag, tag_of
+from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, hide, make_branch, set_tag, tag_of
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
 from sglang_dynasor.program import BranchState, Program, StopReason
@@ -151,7 +151,7 @@ class Controller:
                     self._guarded(tag.live, self._advance)
             elif not req.finished_output:  # with overlap a finished request comes by twice
                 if tag.is_internal:
-                    req.finished_output = True
+                    hide(req)
                     self.num_inside -= 1
                 self._guarded(tag.live, lambda live, req=req, tag=tag: self._settle(live, tag.index, req))
         return visible
@@ -227,7 +227,7 @@ class Controller:
         num_tokens = end_branch(self.scheduler, req)
         tag = tag_of(req)
         if req.finished() and tag is not None and tag.is_internal:  # it left the queue: no step will show it
-            req.finished_output = True
+            hide(req)
             self.num_inside -= 1
         return num_tokens
 
@@ -257,7 +257,7 @@ class Controller:
     def abort(self, abort: AbortReq) -> None:
         """The client gave up (abort, time-out, disconnect): end its programs' branches and tell it so."""
         for rid, live in list(self.held.items()):
-            if abort.abort_all or rid.startswith(abort.rid):
+            if abort.abort_all or rid.startswith(abort.rid or ""):
                 del self.held[rid]
                 live.program.reason = StopReason.FAILED
                 self._end_rest(live)

@@ -14,7 +14,14 @@ from sglang_dynasor.errors import FieldError, PatchError
 from sglang_dynasor.ledger import RecordBook
 from sglang_dynasor.spec import parse_field
 
-_UNSUPPORTED_INPUTS = ("image_data", "video_data", "audio_data", "input_embeds", "session_params", "positional_embed_overrides")
+_UNSUPPORTED_INPUTS = (
+    "image_data",
+    "video_data",
+    "audio_data",
+    "input_embeds",
+    "session_params",
+    "positional_embed_overrides",
+)
 
 
 def records_of(tokenizer_manager: Any) -> RecordBook:
@@ -26,8 +33,8 @@ def records_of(tokenizer_manager: Any) -> RecordBook:
 
 def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int]) -> None:
     """Refuse a wrong `dynasor` field (FieldError, a ValueError: HTTP 400) before anything is queued."""
-    params = getattr(obj, "sampling_params", None)
-    custom = params.get("custom_params") if isinstance(params, dict) else None
+    params: Any = getattr(obj, "sampling_params", None)
+    custom: Any = params.get("custom_params") if isinstance(params, dict) else None
     if not isinstance(custom, dict) or "dynasor" not in custom:
         return
     config = config_of(tokenizer_manager.server_args)
@@ -37,7 +44,9 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if spec.program is not None:
         return  # the client samples the branches itself
     if params.get("n", 1) != 1:
-        raise FieldError(f"n={params['n']} with dynasor: the program makes its own branches; send n=1 and dynasor.branches")
+        raise FieldError(
+            f"n={params['n']} with dynasor: the program makes its own branches; send n=1 and dynasor.branches"
+        )
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")
     preferred = tokenizer_manager.preferred_sampling_params or {}
@@ -83,7 +92,9 @@ def check_schedulers(result: Any, cls: Any, server_args: Any, *args: Any, **kwar
         return  # the data-parallel controller drops what it does not know; each scheduler checks itself
     infos = next((part.scheduler_infos for part in result if hasattr(part, "scheduler_infos")), [])
     if not infos or any("dynasor" not in info for info in infos):
-        raise PatchError("--scheduler dynasor: a scheduler process started without the hooks; see its log for the plugin")
+        raise PatchError(
+            "--scheduler dynasor: a scheduler process started without the hooks; see its log for the plugin"
+        )
 
 
 def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -1,0 +1,121 @@
+"""What goes wrong must stay small: our own faults, a full queue, a thousand programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import pytest
+from engines import status_of
+from questions import held_out, prompt
+
+from sglang_dynasor.engine import controller
+from sglang_dynasor.program import Program
+
+pytestmark = pytest.mark.engine
+QUESTIONS = held_out(24)
+
+
+def ask(engine: Any, questions: Any, **field: Any) -> list[dict[str, Any]]:
+    params = {"temperature": 1.0, "max_new_tokens": 120, "custom_params": {"dynasor": {"answer": "hash", **field}}}
+    return engine.generate([prompt(q.text) for q in questions], [params] * len(questions))
+
+
+def greedy(engine: Any) -> list[str]:
+    outs = engine.generate([prompt(q.text) for q in QUESTIONS], {"temperature": 0, "max_new_tokens": 120})
+    return [out["text"] for out in outs]
+
+
+def test_a_crash_in_the_vote_falls_back(start_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading an answer crashes on some branches: they abstain, every program is answered, plain requests are not touched."""
+    real = Program.finish
+
+    def finish(self: Program, index: int, text: str, num_tokens: int) -> None:
+        if index % 2:
+            raise RuntimeError("injected")
+        real(self, index, text, num_tokens)
+
+    monkeypatch.setattr(Program, "finish", finish)  # the scheduler forks from here
+    engine = start_engine(scheduler="dynasor")
+    before = greedy(engine)
+    outs = ask(engine, QUESTIONS)
+    assert all(out["meta_info"]["finish_reason"]["type"] in ("stop", "length") for out in outs)
+    assert all(out["meta_info"]["dynasor"]["num_failed"] > 0 for out in outs)
+    assert any(out["meta_info"]["dynasor"]["answer"] for out in outs)
+    assert greedy(engine) == before
+    status = status_of(engine)
+    assert status["num_policy_errors"] >= len(outs)
+    assert status["num_branches_inside"] == status["num_held_programs"] == 0
+
+
+def test_a_crash_of_the_controller_runs_the_request_as_stock(
+    start_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program cannot even start: the client's request is served as if it had no field."""
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(controller, "make_branch", broken)
+    engine = start_engine(scheduler="dynasor")
+    outs = ask(engine, QUESTIONS)
+    assert all(out["text"] and "dynasor" not in out["meta_info"] for out in outs)
+    status = status_of(engine)
+    assert status["num_policy_errors"] == len(outs)
+    assert status["num_branches_inside"] == status["num_held_programs"] == 0
+
+
+def test_a_full_queue_fails_branches_not_programs(start_engine: Any) -> None:
+    """SGLang refuses queued branches: the program answers with those that ran, and the client never sees a branch."""
+    engine = start_engine(scheduler="dynasor", max_queued_requests=2, max_running_requests=4)
+    (out,) = ask(engine, QUESTIONS[4:5], branches=16, width=16, stop="never")
+    record = out["meta_info"]["dynasor"]
+    assert record["num_failed"] > 0
+    assert record["stop_reason"] == "cap"
+    assert sum(v["votes"] for v in record["votes"]) + record["num_abstentions"] + record["num_failed"] == 16
+    status = status_of(engine)
+    assert status["num_branches_inside"] == status["num_held_programs"] == 0
+
+
+def test_a_thousand_programs_leave_nothing(start_engine: Any) -> None:
+    """Memory and the program table return to their start."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True)
+    ask(engine, QUESTIONS * 4, branches=4)  # caches fill, allocators settle
+    process = max(psutil.Process().children(recursive=True), key=lambda p: p.memory_info().rss)
+    before_bytes = process.memory_info().rss
+    for _ in range(10):
+        ask(engine, (QUESTIONS * 5)[:100], branches=4)
+    status = status_of(engine)
+    assert status["num_programs"] >= 1000
+    assert status["num_held_programs"] == status["num_client_programs"] == status["num_branches_inside"] == 0
+    assert status["num_policy_errors"] == 0
+    assert process.memory_info().rss - before_bytes < 64 * 2**20
+    assert engine.flush_cache().success
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"disable_overlap_schedule": True}, {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True}],
+)
+def test_other_ways_of_scheduling(start_engine: Any, extra: dict[str, Any]) -> None:
+    """Overlap off; pages of 16 with chunked, mixed prefill: programs end and leave nothing."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, **extra)
+    outs = ask(engine, QUESTIONS)
+    assert all(out["meta_info"]["dynasor"]["stop_reason"] in ("certain", "cap") for out in outs)
+    status = status_of(engine)
+    assert status["num_branches_inside"] == status["num_held_programs"] == 0
+
+
+def test_retraction_keeps_programs_whole(start_engine: Any) -> None:
+    """A KV pool too small for what was admitted: branches are retracted, come back, and every program ends."""
+    engine = start_engine(
+        scheduler="dynasor",
+        dynasor_strict=True,
+        max_total_tokens=1200,
+        schedule_conservativeness=0.05,
+        disable_radix_cache=False,
+    )
+    outs = ask(engine, QUESTIONS, stop="never", branches=8)
+    assert all(out["meta_info"]["dynasor"]["num_branches"] == 8 for out in outs)
+    status = status_of(engine)
+    assert status["num_branches_inside"] == status["num_held_programs"] == 0

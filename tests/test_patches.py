@@ -1,0 +1,166 @@
+"""The ledger of patches against the installed SGLang, and what happens when it does not fit."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from engines import CHECKPOINT, ROOT
+
+from sglang_dynasor.errors import PatchError
+from sglang_dynasor_patches import install
+from sglang_dynasor_patches.records import PATCHES
+from sglang_dynasor_patches.table import README, ledger
+
+
+def test_every_target_is_as_expected() -> None:
+    """Preflight finds nothing wrong with the SGLang installed here."""
+    assert install.preflight() == []
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target.rpartition(".")[2])
+def test_every_hook_fits_its_target(patch: install.Patch) -> None:
+    """Our function takes what the hook hands it, and each record says why and until when."""
+    hook = pkgutil.resolve_name(patch.hook)
+    extra = {"before": 0, "after": 1, "around": 1}[patch.kind]
+    names = [f"arg{i}" for i in range(extra + len(patch.params))]
+    inspect.signature(hook).bind(*names)
+    assert patch.why
+    assert patch.remove_when
+
+
+def test_a_changed_signature_is_named_with_a_remedy() -> None:
+    """The message names the patch, the SGLang version and what to do."""
+    wrong = install.check_patch(replace(PATCHES[0], params=("parser", "extra")))
+    assert wrong is not None
+    assert PATCHES[0].target in wrong
+    assert install.sglang_version in wrong
+    assert "install one in" in wrong
+
+
+def test_a_missing_target_is_named() -> None:
+    """A target that is gone is a problem, not a crash."""
+    wrong = install.check_patch(replace(PATCHES[0], target="sglang.srt.server_args.Gone.method"))
+    assert wrong is not None
+    assert "not found" in wrong
+
+
+@pytest.mark.parametrize(
+    ("version", "is_fine"), [("0.5.21", False), ("0.5.22", True), ("0.5.23", True), ("0.5.24", False), ("0.6.0", False)]
+)
+def test_the_supported_range(version: str, is_fine: bool) -> None:
+    """Versions outside the range are refused with the remedy."""
+    wrong = install.check_version(version)
+    assert (wrong is None) == is_fine
+    assert is_fine or (wrong is not None and "pip install" in wrong)
+
+
+def test_hooks_that_are_not_live_are_refused() -> None:
+    """Nothing is applied in this process, so the proof must fail and say which patch."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from sglang_dynasor_patches.install import require_live; require_live(('scheduler',))"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert PatchError.__name__ in done.stderr
+    assert "Scheduler._add_request_to_queue: not live" in done.stderr
+
+
+# Run like `sglang`, but with something broken first.
+BROKEN = """
+import sys
+{breakage}
+from sglang.cli.main import main
+sys.argv = ["sglang", "serve", "--model-path", {model!r}, "--port", "1", *{args!r}]
+main()
+"""
+
+
+def run_broken(breakage: str, *args: str) -> subprocess.CompletedProcess[str]:
+    code = BROKEN.format(breakage=breakage, model=str(CHECKPOINT), args=args)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "args", "message"),
+    [
+        ("import sglang.version; sglang.version.__version__ = '0.4.1'", (), "SGLang 0.4.1 is not supported"),
+        (
+            "import sglang_dynasor_patches.records as r, dataclasses\n"
+            "r.PATCHES = tuple(dataclasses.replace(p, params=('self',)) if p.target.endswith('abort_request') else p for p in r.PATCHES)",
+            (),
+            "patch sglang.srt.managers.scheduler.Scheduler.abort_request: parameters are self, recv_req; expected self",
+        ),
+        ("", ("--speculative-algorithm", "NGRAM"), "--speculative-algorithm='NGRAM'"),
+        ("", ("--dynasor-max-branches", "0"), "--dynasor-max-branches=0 is outside [1, 1024]"),
+        ("", ("--pp-size", "2"), "--pp-size=2"),
+    ],
+    ids=["version", "signature", "speculative", "range", "pipeline"],
+)
+def test_what_cannot_be_served_stops_the_start_with_one_line(
+    breakage: str, args: tuple[str, ...], message: str
+) -> None:
+    """With the flag a mismatch is exit code != 0 and one clear line, no traceback."""
+    done = run_broken(breakage, "--scheduler", "dynasor", *args)
+    assert done.returncode not in (0, None)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_scheduler_is_refused() -> None:
+    """argparse names what is allowed."""
+    done = run_broken("", "--scheduler", "fancy")
+    assert done.returncode != 0
+    assert "invalid choice: 'fancy'" in done.stderr
+
+
+def test_without_the_flag_a_mismatch_leaves_sglang_alone() -> None:
+    """An unsupported version registers nothing but the option itself."""
+    code = (
+        "import sglang.version; sglang.version.__version__ = '0.4.1'\n"
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.plugins.hook_registry import HookRegistry\n"
+        "print(sorted(t for t, hooks in HookRegistry._hooks.items() if any('sglang_dynasor' in h[1].__module__ for h in hooks)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip().splitlines()[-1] == str(
+        ["sglang.srt.server_args.ServerArgs.add_cli_args", "sglang.srt.server_args.ServerArgs.from_cli_args"]
+    )
+
+
+def test_the_ledger_is_up_to_date() -> None:
+    """patches/README.md is what the records say (`make readme`)."""
+    assert README.read_text() == ledger()
+
+
+def test_hugging_face_kernels_is_not_shadowed() -> None:
+    """From the repository's root, `kernels` must be Hugging Face's package: SGLang falls back in silence otherwise."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    subprocess.run([sys.executable, "-c", "from kernels import get_kernel"], cwd=ROOT, check=True)
+
+
+def test_check_prints_one_row_per_requirement() -> None:
+    """`sglang-dynasor check` is green here, and names every patch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_dynasor.cli", "check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(patch.target.removeprefix("sglang.srt.") in done.stdout for patch in PATCHES)
+    assert "FAIL" not in done.stdout
+
+
+def test_check_fails_with_the_remedy() -> None:
+    """A filtered plugin is a row that fails, and exit code 1."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_dynasor.cli", "check"],
+        capture_output=True, text=True, check=False, env={**os.environ, "SGLANG_PLUGINS": "other"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "add dynasor" in done.stdout
