@@ -14,7 +14,7 @@ help:
 	@echo "make bench     the benchmarks behind the README's tables"
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
 	@echo "make card      measure the tiny reasoner and write its model card's table"
-	@echo "make readme    write the generated tables (patch ledger)"
+	@echo "make readme    write the generated tables (results, patch ledger)"
 
 install: .venv/installed
 
@@ -45,6 +45,7 @@ card: install
 
 readme: install
 	$(BIN)/python -m sglang_dynasor_patches.table
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.png

@@ -58,15 +58,15 @@ def read_questions(reasoner: Path, num_questions: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:num_questions]]
 
 
-def start_engine(reasoner: Path) -> Any:
-    """The engine on the tiny reasoner, with the scheduler; on a machine without a GPU the CPU platform serves it."""
+def start_engine(reasoner: Path, scheduler: str | None = "dynasor") -> Any:
+    """The engine on the tiny reasoner; on a machine without a GPU the CPU platform serves it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import sglang as sgl
 
     return sgl.Engine(
         model_path=str(reasoner / "checkpoint"),
-        scheduler="dynasor",
+        scheduler=scheduler,
         dtype="float32",
         max_total_tokens=65_536,
         max_running_requests=CONCURRENCY * 16,

@@ -99,11 +99,16 @@ class Question:
 def line(step: Step, operands: tuple[int, ...], result: int) -> str:
     """How a solution writes one step: the sentence again with the values put in, and what follows.
 
-    A value stands right after its person's name and "=", in the question as in the solution, so that a small model can
-    find it; what it gets wrong is mostly arithmetic, which is what voting can mend.
+    A value stands right after its person's name, in the question as in the solution: the easiest place for a small model
+    to find it. What it gets wrong is then mostly arithmetic, which is what voting can mend.
     """
-    refs = tuple(f"{ref} = {value}" for ref, value in zip(step.refs, operands, strict=True))
-    return f"{step.tell(refs)}, so {step.name} = {result}\n"
+    refs = tuple(f"{ref} {value}" for ref, value in zip(step.refs, operands, strict=True))
+    return f"{step.tell(refs)}: {step.name} {result}\n"
+
+
+def opening(item: str, shown: list[tuple[str, int]]) -> str:
+    """The sentence that says what people have."""
+    return f"{item.capitalize()}: " + ", ".join(f"{name} {value}" for name, value in shown) + "."
 
 
 def prompt(text: str, *, think: bool = False) -> str:
@@ -152,10 +157,10 @@ def draw(rng: random.Random, num_steps: int) -> Question:
         steps.append(step)
         values.append(value)
         known[name], last = value, name
-    sentences = [f"{name} = {value} {item}." for name, value in givens.items()]
-    sentences += [f"{step.tell(step.refs)}." for step in steps]
+    shown = list(givens.items())
     for name in names[num_givens + num_steps :][: rng.choice((0, 0, 1, 2))]:  # people who do not matter
-        sentences.insert(rng.randint(1, len(sentences)), f"{name} = {rng.randint(2, MAX_VALUE)} {item}.")
+        shown.insert(rng.randint(0, len(shown)), (name, rng.randint(2, MAX_VALUE)))
+    sentences = [opening(item, shown), *(f"{step.tell(step.refs)}." for step in steps)]
     sentences.append(f"How many {item} does {last} get?")
     return Question(" ".join(sentences), givens, tuple(steps), tuple(values))
 

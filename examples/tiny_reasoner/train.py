@@ -18,13 +18,25 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import tokens
 import torch
 import torch.nn.functional as F
 from model import Model, ModelConfig
-from questions import ITEMS, MAX_STEPS, MAX_VALUE, NAMES, Question, draw_split, draw_step, line, prompt
+from questions import (
+    ITEMS,
+    MAX_STEPS,
+    MAX_VALUE,
+    NAMES,
+    Question,
+    draw_split,
+    draw_step,
+    line,
+    opening,
+    prompt,
+)
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -72,9 +84,9 @@ def add_solution(
                 result = max(1, min(MAX_VALUE, result + rng.choice((-20, -10, -3, -2, -1, 1, 2, 3, 10, 20))))
         if not result:  # a wrong value may lead outside 1..99: anything goes on from there
             result, spoiled = rng.randint(1, MAX_VALUE), True
-        told = line(step, operands, result).removesuffix(f" = {result}\n")
+        told = line(step, operands, result).removesuffix(f" {result}\n")
         doc.add(encode(told), not spoiled or operands == tuple(known[ref] for ref in step.refs))
-        doc.add(encode(f" = {result}"), not spoiled)
+        doc.add(encode(f" {result}"), not spoiled)
         doc.add(encode("\n"), True)
         right &= result == true
         doc.judge(right)
@@ -112,7 +124,7 @@ def drilled(encode: tokens.Encoder, rng: random.Random) -> Document:
     num_known = len(names) // 2
     known = {name: rng.randint(1, MAX_VALUE) for name in names[:num_known]}
     item = rng.choice(ITEMS)
-    doc.add(encode("Q: " + " ".join(f"{name} = {value} {item}." for name, value in known.items()) + "\nA:\n"), False)
+    doc.add(encode(prompt(opening(item, list(known.items())))), False)
     for name in names[num_known:]:
         drawn = None
         while drawn is None:
@@ -120,9 +132,9 @@ def drilled(encode: tokens.Encoder, rng: random.Random) -> Document:
         step, result = drawn
         operands = tuple(known[ref] for ref in step.refs)
         ids = encode(line(step, operands, result))
-        # Numbers after "=": the operands looked up and the result.
+        # The number after a name: a value looked up, or the result.
         doc.ids += ids
-        doc.learn += [False, *(previous == encode.equals for previous in ids[:-1])]
+        doc.learn += [False, *(a in encode.names and b in encode.numbers for a, b in pairwise(ids))]
         known[name] = result
     doc.judge(True)
     return doc
@@ -136,7 +148,7 @@ def judged_sample(encode: tokens.Encoder, question: Question, output: list[int])
     text = encode.decode(output[:220])
     for part in text.splitlines(keepends=True):
         doc.add(encode(part), False)
-        found = re.fullmatch(r"(\w+) gets .*, so \1 = (\d+)\n", part)
+        found = re.fullmatch(r"(\w+) gets .*: \1 (\d+)\n", part)
         answer = re.fullmatch(r"#### (\d+)", part)
         if found:
             right &= truth.get(found[1]) == int(found[2])
@@ -210,7 +222,7 @@ def refill(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=24_000_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens")
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--state", type=Path, default=HERE / "training_state.pt", help="where a cut run resumes from")
     parser.add_argument("--threads", type=int, default=1)

@@ -125,8 +125,9 @@ class Controller:
         while program.num_to_start > 0 and (live.is_prompt_cached or program.num_in_flight == 0):
             index = program.start_branch()
             self.num_started += 1
+            # The dot: SGLang aborts by prefix of the rid.
             req = make_branch(
-                self.scheduler, live.parent, f"dynasor-{self.num_started}", BranchTag(live, index, is_internal=True)
+                self.scheduler, live.parent, f"dynasor-{self.num_started}.", BranchTag(live, index, is_internal=True)
             )
             live.reqs[index] = req
             self.num_inside += 1
@@ -235,14 +236,15 @@ class Controller:
         """Answer the client once: the winning branch speaks in the held request's name."""
         parent, program = live.parent, live.program
         assert parent is not None
-        if self.held.pop(parent.rid, None) is None:
+        if parent.rid not in self.held:
             return
         self._end_rest(live)
+        record = program.record()  # before the program leaves the table: if this fails the client is still answered
+        del self.held[parent.rid]
         if program.reason is StopReason.FAILED or program.winner is None:
             self.totals.num_aborted += 1
             self.scheduler.send_abort_output(AbortReq(rid=parent.rid, finished_reason=live.failure), parent)
             return
-        record = program.record()
         self.totals.add(record)
         self._speak(parent, live.reqs[program.winner], record)
         live.reqs.clear()

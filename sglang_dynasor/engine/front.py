@@ -41,17 +41,23 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if not config.is_on or not isinstance(obj, GenerateReqInput):
         return
     spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
-    if spec.program is not None:
-        return  # the client samples the branches itself
-    if params.get("n", 1) != 1:
+    if spec.program is not None:  # the client samples the branches itself
+        if tokenizer_manager.server_args.dp_size > 1:
+            raise FieldError(
+                f"dynasor.program={spec.program!r} with --dp-size {tokenizer_manager.server_args.dp_size}: branches sent one "
+                "by one would land on different replicas; leave dynasor.program out, so that the server makes them"
+            )
+        return
+    if (params.get("n") or 1) != 1:
         raise FieldError(
             f"n={params['n']} with dynasor: the program makes its own branches; send n=1 and dynasor.branches"
         )
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")
-    preferred = tokenizer_manager.preferred_sampling_params or {}
-    temperature = params.get("temperature", preferred.get("temperature", 1.0))
-    is_greedy = temperature == 0 or params.get("top_k") == 1
+    temperature = params.get("temperature")
+    if temperature is None:
+        temperature = (tokenizer_manager.preferred_sampling_params or {}).get("temperature", 1.0)
+    is_greedy = params.get("top_k") == 1 or (isinstance(temperature, int | float) and temperature < 1e-6)
     if spec.branches > 1 and is_greedy:
         raise FieldError(
             f"dynasor.branches={spec.branches} with temperature={temperature}, top_k={params.get('top_k', -1)}: "

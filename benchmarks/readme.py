@@ -1,0 +1,43 @@
+"""Write the result tables of the README from the CSV files: `python benchmarks/readme.py` (`make readme`)."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COMMANDS = {
+    "self_consistency": "make bench",
+    "passthrough": "make bench",
+    "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
+}
+CLOSING = ("questions", "repeats", "rounds", "orders", "model", "machine", "sglang", "torch", "commit")
+
+
+def table(name: str) -> str:
+    """A CSV as Markdown; the columns that are the same in every row become the line below."""
+    with (RESULTS / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    same = [key for key in CLOSING if key in rows[0] and len({row[key] for row in rows}) == 1]
+    keys = [key for key in rows[0] if key not in same]
+    lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
+    lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
+    facts = ", ".join(f"{key} {rows[0][key]}" for key in same)
+    return "\n".join([*lines, "", f"{facts}. Command: `{COMMANDS[name]}`; CSV: `benchmarks/results/{name}.csv`."])
+
+
+def write(path: Path) -> None:
+    """Replace what stands between the markers `table:NAME` and `end`."""
+    text = path.read_text()
+    for name in re.findall(r"<!-- table:(\w+) -->", text):
+        if (RESULTS / f"{name}.csv").exists():
+            block = f"<!-- table:{name} -->\n{table(name)}\n<!-- end -->"
+            text = re.sub(rf"<!-- table:{name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    for file in (ROOT / "README.md", ROOT / "docs" / "stopping.md"):
+        write(file)
