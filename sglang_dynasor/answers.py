@@ -25,8 +25,10 @@ _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
-    r"(?:answer|choice|option)\b[^A-Za-z0-9]{0,12}(?:is|:)?[^A-Za-z0-9]{0,12}([A-J])\b|\(([A-J])\)|^[ \t]*([A-J])[ \t]*[.)]?[ \t]*$",
-    re.I | re.M,
+    r"(?i:answer)[^A-Za-z0-9]{0,12}(?:(?i:is)\b|:)[^A-Za-z0-9]{0,12}([A-J])\b"
+    r"|(?i:choice|option)\b[^A-Za-z0-9]{0,12}(?:(?i:is)\b)?[^A-Za-z0-9]{0,12}([A-J])\b"
+    r"|\(([A-Ja-j])\)|\*\*([A-Ja-j])\*\*|^[ \t]*([A-J])[ \t]*[.)]?[ \t]*$",
+    re.M,
 )
 
 
@@ -53,7 +55,7 @@ def _choice(text: str) -> str | None:
     """The last letter A to J that stands as a choice: "answer is (B)", "(B)", or alone on a line."""
     letter = None
     for found in _CHOICE.finditer(text):
-        letter = found[1] or found[2] or found[3]
+        letter = found[found.lastindex or 0]
     return letter.upper() if letter else None
 
 

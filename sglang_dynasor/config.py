@@ -25,9 +25,9 @@ class DynasorConfig:
             raise ConfigError(
                 f"--scheduler={self.scheduler!r} is not a scheduler; use 'dynasor', or leave it out for stock SGLang"
             )
-        if not 1 <= self.dynasor_max_branches <= 1024:
+        if not 1 <= self.dynasor_max_branches <= 256:
             raise ConfigError(
-                f"--dynasor-max-branches={self.dynasor_max_branches} is outside [1, 1024]; choose a value inside"
+                f"--dynasor-max-branches={self.dynasor_max_branches} is outside [1, 256]; choose a value inside"
             )
 
     @property
@@ -37,7 +37,7 @@ class DynasorConfig:
 
 HELP = {
     "scheduler": "'dynasor' makes reasoning programs first-class in the scheduler; without it SGLang is untouched.",
-    "dynasor_max_branches": "Most branches one program may ask for (1 to 1024).",
+    "dynasor_max_branches": "Most branches one program may ask for (1 to 256).",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }
 

@@ -54,6 +54,7 @@ class Program:
     recent: list[str | None] = field(default_factory=list[str | None])
     num_in_flight: int = 0
     num_failed: int = 0
+    is_closed: bool = False  # no branch is started any more: the engine gave one up
     reason: StopReason | None = None
 
     def start_branch(self) -> int:
@@ -64,8 +65,8 @@ class Program:
 
     @property
     def num_to_start(self) -> int:
-        """Branches that may be started now: up to the width, within the cap, none once decided."""
-        if self.reason is not None:
+        """Branches that may be started now: up to the width, within the cap, none once decided or closed."""
+        if self.reason is not None or self.is_closed:
             return 0
         return min(self.spec.width - self.num_in_flight, self.spec.branches - len(self.branches))
 
@@ -81,6 +82,8 @@ class Program:
     @property
     def evidence(self) -> Evidence:
         num_left = self.spec.branches - self.num_failed - len(self.recent)
+        if self.is_closed:
+            num_left = self.num_in_flight
         return Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
 
     @property
@@ -95,28 +98,36 @@ class Program:
         return next(finished, None)
 
     def finish(self, index: int, text: str, num_tokens: int) -> None:
-        """Branch `index` came to its own end with this text. A branch that ends after the decision does not vote."""
+        """Branch `index` came to its own end with this text. A branch that ends after the decision does not vote.
+
+        Whatever is raised in reading the text or by the rule, the branch has been counted: unread, it abstained.
+        """
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         if self.reason is not None:
             return
-        branch.answer = extract_answer(text, self.spec.answer)
-        branch.key = None if branch.answer is None else answer_key(branch.answer)
-        if branch.key is not None:
-            self.votes.setdefault(branch.key, []).append(index)
-        self.recent.append(branch.key)
+        try:
+            branch.answer = extract_answer(text, self.spec.answer)
+            branch.key = None if branch.answer is None else answer_key(branch.answer)
+        finally:
+            if branch.key is not None:
+                self.votes.setdefault(branch.key, []).append(index)
+            self.recent.append(branch.key)
+            self._stop_if_used_up()
         if self.spec.stop.stops(self.evidence):
             self.reason = StopReason.CERTAIN
-        else:
-            self._stop_if_used_up()
 
     def end(self, index: int, num_tokens: int) -> None:
         """Branch `index` was ended because the program no longer needs it."""
         self._leave(index, BranchState.ENDED, num_tokens)
 
-    def fail(self, index: int, num_tokens: int) -> None:
-        """The engine gave branch `index` up; the cap shrinks by one, so that a failing engine is not asked again."""
+    def fail(self, index: int, num_tokens: int, *, closes: bool) -> None:
+        """The engine gave branch `index` up (time-out, full queue, abort); the cap shrinks by one.
+
+        With `closes` no replacement is started, so that a time-out holds for the program and not for each branch in turn.
+        """
         self._leave(index, BranchState.FAILED, num_tokens)
         self.num_failed += 1
+        self.is_closed |= closes
         if self.reason is None:
             self._stop_if_used_up()
 
@@ -129,7 +140,7 @@ class Program:
         return branch
 
     def _stop_if_used_up(self) -> None:
-        if self.num_in_flight == 0 and len(self.branches) == self.spec.branches:
+        if self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches):
             self.reason = StopReason.CAP if self.recent else StopReason.FAILED
 
     def record(self) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from sglang_dynasor.errors import FieldError
         ("choice", "The correct choice: **c**", "C"),
         ("choice", "A is wrong.\nD", "D"),
         ("choice", "A banana and an apple", None),
+        ("choice", "the answer is a prime, the answer I choose", None),
+        ("choice", "Option B", "B"),
         ("number", "from 3 to 1,234.50 in all", "1,234.50"),
         ("number", "none", None),
         ("last_line", "one\ntwo\n\n", "two"),

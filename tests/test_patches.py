@@ -96,7 +96,7 @@ def run_broken(breakage: str, *args: str) -> subprocess.CompletedProcess[str]:
             "patch sglang.srt.managers.scheduler.Scheduler.abort_request: parameters are self, recv_req; expected self",
         ),
         ("", ("--speculative-algorithm", "NGRAM"), "--speculative-algorithm='NGRAM'"),
-        ("", ("--dynasor-max-branches", "0"), "--dynasor-max-branches=0 is outside [1, 1024]"),
+        ("", ("--dynasor-max-branches", "0"), "--dynasor-max-branches=0 is outside [1, 256]"),
         ("", ("--pp-size", "2"), "--pp-size=2"),
     ],
     ids=["version", "signature", "speculative", "range", "pipeline"],

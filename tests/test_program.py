@@ -90,19 +90,49 @@ def test_a_late_branch_does_not_vote() -> None:
     assert p.branches[5].state is BranchState.ENDED
 
 
-def test_failures_shrink_the_cap_and_end_a_program_that_cannot_go_on() -> None:
-    """What the engine gave up is not asked for again; with nothing finished the program failed."""
+def test_a_failure_closes_the_program() -> None:
+    """What the engine gave up is not tried again: the program answers with what is in flight, or failed."""
+    p = program(branches=8, width=3, stop="never")
+    start_all(p)
+    p.fail(0, 0, closes=True)
+    assert p.num_to_start == 0
+    p.finish(1, "#### 1", 1)
+    assert p.reason is None
+    p.finish(2, "#### 1", 1)
+    assert p.reason is StopReason.CAP
+    failed = program(branches=8, width=2)
+    start_all(failed)
+    failed.fail(0, 0, closes=True)
+    failed.fail(1, 0, closes=True)
+    assert failed.reason is StopReason.FAILED
+    assert failed.winner is None
+
+
+def test_a_failure_that_does_not_close_shrinks_the_cap() -> None:
+    """A client's own branch may fail and others come."""
     p = program(branches=3, width=3, stop="margin")
     start_all(p)
-    p.fail(0, 0)
+    p.fail(0, 0, closes=False)
     p.finish(1, "#### 1", 1)
-    assert p.reason is StopReason.CERTAIN or p.reason is None
-    p2 = program(branches=2, width=2)
-    start_all(p2)
-    p2.fail(0, 0)
-    p2.fail(1, 0)
-    assert p2.reason is StopReason.FAILED
-    assert p2.winner is None
+    assert p.reason is None
+    p.finish(2, "#### 1", 1)
+    assert p.reason is StopReason.CERTAIN
+
+
+def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If reading an answer raises, the branch abstained, and the last one still ends the program."""
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("injected")
+
+    p = program(branches=2, width=2)
+    start_all(p)
+    monkeypatch.setattr("sglang_dynasor.program.extract_answer", broken)
+    for index in range(2):
+        with pytest.raises(RuntimeError, match="injected"):
+            p.finish(index, "#### 1", 1)
+    assert p.reason is StopReason.CAP
+    assert p.num_abstentions == 2
 
 
 def test_a_branch_leaves_once() -> None:
@@ -129,7 +159,7 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int) -> None:
         outcome = outcomes[turn % len(outcomes)]
         turn += 1
         if outcome == "FAIL":
-            p.fail(index, 1)
+            p.fail(index, 1, closes=False)
         else:
             p.finish(index, outcome, 1)
         assert turn <= cap

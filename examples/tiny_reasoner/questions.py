@@ -1,6 +1,6 @@
 """Word problems with a known answer: what the tiny reasoner is trained on and measured with.
 
-A question is a chain of 1 to 8 steps over people who get coins, pens, ...; every value stays in 1..60, so that
+A question is a chain of 1 to 8 steps over people who get coins, pens, ...; every value stays in 1..99, so that
 each number is one token. A question belongs to the held-out split if and only if its text says so
 (`is_held_out`), so no seed can leak one split into the other.
 """
@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 
 MAX_STEPS = 8
-MAX_VALUE = 60
+MAX_VALUE = 99
 
 NAMES = (
     "Ann Bob Cid Dan Eve Fay Gus Hal Ida Jim Kay Leo Mia Ned Ola Pam Ray Sue Tom Uma Val Wes Xia Yan Zoe Abe "
@@ -20,21 +21,21 @@ NAMES = (
 ).split()
 ITEMS = "coins pens books apples cards shells stamps beads".split()
 FRACTIONS = {2: "half", 3: "third", 4: "quarter", 5: "fifth"}
-KINDS = {"plus": 0.26, "minus": 0.26, "times": 0.12, "part": 0.10, "sum": 0.14, "difference": 0.12}  # chance of each
+KINDS = {"plus": 0.3, "minus": 0.3, "times": 0.12, "part": 0.1, "times plus": 0.18}  # chance of each
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one person gets, told in terms of people named before."""
+    """What one person gets, told in terms of the person before."""
 
     name: str
     kind: str  # a key of KINDS
-    refs: tuple[str, ...]  # the people it is told in terms of
+    ref: str  # the person before
     constants: tuple[int, ...]
 
-    def tell(self, refs: tuple[str, ...]) -> str:
-        """What this person gets, in the given words for the people it is told in terms of."""
-        ref, c = refs[0], self.constants
+    def tell(self, ref: str) -> str:
+        """What this person gets, with `ref` for the person before."""
+        c = self.constants
         match self.kind:
             case "plus":
                 return f"{self.name} gets {c[0]} more than {ref}"
@@ -44,27 +45,23 @@ class Step:
                 return f"{self.name} gets {c[0]} times {ref}"
             case "part":
                 return f"{self.name} gets {FRACTIONS[c[0]]} of {ref}"
-            case "sum":
-                return f"{self.name} gets the sum of {ref} and {refs[1]}"
             case _:
-                return f"{self.name} gets {ref} minus {refs[1]}"
+                return f"{self.name} gets {c[0]} times {ref} plus {c[1]}"
 
-    def value(self, operands: tuple[int, ...]) -> int:
-        """The step's result; 0 where it is no whole number in 1..60, which no question has."""
-        a, c = operands[0], self.constants
+    def value(self, operand: int) -> int:
+        """The step's result; 0 where it is no whole number in 1..99, which no question has."""
+        c = self.constants
         match self.kind:
             case "plus":
-                result = a + c[0]
+                result = operand + c[0]
             case "minus":
-                result = a - c[0]
+                result = operand - c[0]
             case "times":
-                result = a * c[0]
+                result = operand * c[0]
             case "part":
-                result = a // c[0] if a % c[0] == 0 else 0
-            case "sum":
-                result = a + operands[1]
+                result = operand // c[0] if operand % c[0] == 0 else 0
             case _:
-                result = a - operands[1]
+                result = operand * c[0] + c[1]
         return result if 1 <= result <= MAX_VALUE else 0
 
 
@@ -73,7 +70,7 @@ class Question:
     """A word problem, its steps in order and its answer."""
 
     text: str
-    givens: dict[str, int]  # people whose holding the question states
+    start: int  # what the first person has
     steps: tuple[Step, ...]
     values: tuple[int, ...]  # the right result of each step
 
@@ -88,27 +85,17 @@ class Question:
     @property
     def lines(self) -> list[str]:
         """The right solution, a line per step."""
-        known = dict(self.givens)
-        lines: list[str] = []
-        for step, value in zip(self.steps, self.values, strict=True):
-            lines.append(line(step, tuple(known[ref] for ref in step.refs), value))
-            known[step.name] = value
-        return lines
+        operands = (self.start, *self.values)
+        return [line(s, operand, value) for s, operand, value in zip(self.steps, operands, self.values, strict=False)]
 
 
-def line(step: Step, operands: tuple[int, ...], result: int) -> str:
-    """How a solution writes one step: the sentence again with the values put in, and what follows.
+def line(step: Step, operand: int, result: int) -> str:
+    """How a solution writes one step: the sentence again with the value put in, and what follows.
 
-    A value stands right after its person's name, in the question as in the solution: the easiest place for a small model
-    to find it. What it gets wrong is then mostly arithmetic, which is what voting can mend.
+    The value needed was written just before, where a small model finds it; what it gets wrong is arithmetic, and that is
+    what voting can mend.
     """
-    refs = tuple(f"{ref} {value}" for ref, value in zip(step.refs, operands, strict=True))
-    return f"{step.tell(refs)}: {step.name} {result}\n"
-
-
-def opening(item: str, shown: list[tuple[str, int]]) -> str:
-    """The sentence that says what people have."""
-    return f"{item.capitalize()}: " + ", ".join(f"{name} {value}" for name, value in shown) + "."
+    return f"{step.tell(f'{step.ref} {operand}')}: {step.name} {result}\n"
 
 
 def prompt(text: str, *, think: bool = False) -> str:
@@ -116,53 +103,34 @@ def prompt(text: str, *, think: bool = False) -> str:
     return f"Q: {text}\nA:\n" + ("<think>\n" if think else "")
 
 
-def draw_step(rng: random.Random, name: str, known: dict[str, int], last: str) -> tuple[Step, int] | None:
-    """A random step for `name` and its value, told most often in terms of `last`; None where it leads outside 1..60."""
-    kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
-    others = [other for other in known if other != last]
-    ref = last if not others or rng.random() < 0.6 else rng.choice(others)
-    refs: tuple[str, ...] = (ref,)
-    constants: tuple[int, ...] = ()
-    if kind in ("plus", "minus"):
-        constants = (rng.randint(2, 40),)
-    elif kind == "times":
-        constants = (rng.randint(2, 9),)
-    elif kind == "part":
-        constants = (rng.randint(2, 5),)
-    else:
-        rest = [other for other in known if other != ref]
-        if not rest:
-            return None
-        refs = (ref, rng.choice(rest))
-    step = Step(name, kind, refs, constants)
-    value = step.value(tuple(known[r] for r in refs))
-    return (step, value) if value else None
+def draw_step(rng: random.Random, name: str, ref: str, operand: int) -> tuple[Step, int]:
+    """A random step for `name` in terms of `ref`, who has `operand`, and its result."""
+    while True:
+        kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
+        if kind in ("plus", "minus"):
+            constants: tuple[int, ...] = (rng.randint(2, 60),)
+        elif kind == "times plus":
+            constants = (rng.randint(2, 4), rng.randint(2, 30))
+        else:
+            constants = (rng.randint(2, 5 if kind == "part" else 9),)
+        step = Step(name, kind, ref, constants)
+        if value := step.value(operand):
+            return step, value
 
 
 def draw(rng: random.Random, num_steps: int) -> Question:
     """A random question with `num_steps` steps (1..8), of either split."""
-    names = rng.sample(NAMES, num_steps + 4)
-    item = rng.choice(ITEMS)
-    num_givens = rng.choice((1, 2))
-    givens = {name: rng.randint(2, MAX_VALUE) for name in names[:num_givens]}
-    known, last = dict(givens), names[num_givens - 1]
+    names = rng.sample(NAMES, num_steps + 1)
+    item, start = rng.choice(ITEMS), rng.randint(2, MAX_VALUE)
     steps: list[Step] = []
-    values: list[int] = []
-    while len(steps) < num_steps:
-        name = names[num_givens + len(steps)]
-        drawn = draw_step(rng, name, known, last)
-        if drawn is None:
-            continue
-        step, value = drawn
+    values = [start]
+    for ref, name in pairwise(names):
+        step, value = draw_step(rng, name, ref, values[-1])
         steps.append(step)
         values.append(value)
-        known[name], last = value, name
-    shown = list(givens.items())
-    for name in names[num_givens + num_steps :][: rng.choice((0, 0, 1, 2))]:  # people who do not matter
-        shown.insert(rng.randint(0, len(shown)), (name, rng.randint(2, MAX_VALUE)))
-    sentences = [opening(item, shown), *(f"{step.tell(step.refs)}." for step in steps)]
-    sentences.append(f"How many {item} does {last} get?")
-    return Question(" ".join(sentences), givens, tuple(steps), tuple(values))
+    sentences = [f"{item.capitalize()}: {names[0]} {start}.", *(f"{step.tell(step.ref)}." for step in steps)]
+    sentences.append(f"How many {item} does {names[-1]} get?")
+    return Question(" ".join(sentences), start, tuple(steps), tuple(values[1:]))
 
 
 def is_held_out(text: str) -> bool:

@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from questions import MAX_STEPS, NAMES, draw_split, prompt
+from questions import MAX_STEPS, draw_split, prompt
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -52,8 +52,6 @@ class Encoder:
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocab_size = self.tokenizer.get_vocab_size()
         self.eos, self.judge, self.good, self.bad = map(self.one, (END, JUDGE, GOOD, BAD))
-        self.names = {self.one(f" {name}") for name in NAMES}
-        self.numbers = {self.one(f" {n}") for n in range(100)}
         self._piece = lru_cache(maxsize=4096)(lambda piece: tuple(self.tokenizer.encode(piece).ids))
 
     def one(self, text: str) -> int:

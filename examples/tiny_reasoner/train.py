@@ -5,8 +5,7 @@ One model learns three things from one stream of documents, and drills what they
 - judge: the token after `<judge>` says whether everything so far is right. Judge tokens stand outside the text, behind
   an attention mask, at every line end of every document, so a judgement costs one token and never disturbs the text;
 - the long mode: several drafts, some of them wrong, before the answer;
-- the drill: many people's values, then unrelated steps over them, of which only the values put in and the results count.
-  Without it the model takes the latest value for whatever is asked, and learns to look values up much later.
+- the drill: unrelated steps, of which only the results count: arithmetic is what the model needs most tokens for.
 Everything is scheduled by tokens, so a run depends on its seed and not on the machine's speed.
 """
 
@@ -25,18 +24,7 @@ import tokens
 import torch
 import torch.nn.functional as F
 from model import Model, ModelConfig
-from questions import (
-    ITEMS,
-    MAX_STEPS,
-    MAX_VALUE,
-    NAMES,
-    Question,
-    draw_split,
-    draw_step,
-    line,
-    opening,
-    prompt,
-)
+from questions import MAX_STEPS, MAX_VALUE, NAMES, Question, draw_split, draw_step, line, prompt
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -71,27 +59,23 @@ def add_solution(
     doc: Document, encode: tokens.Encoder, question: Question, wrong_at: int | None, rng: random.Random
 ) -> int:
     """Append a solution whose step `wrong_at` is made wrong (and carried on consistently); return its last value."""
-    known, right, result = dict(question.givens), True, 0
+    last, right = question.start, True
     for i, (step, true) in enumerate(zip(question.steps, question.values, strict=True)):
-        operands = tuple(known[ref] for ref in step.refs)
-        result, spoiled = step.value(operands), False
-        if i == wrong_at:
-            spoiled = True
-            if rng.random() < 0.3:  # a value read from the wrong person
-                operands = (rng.choice([*known.values(), rng.randint(1, MAX_VALUE)]), *operands[1:])
-                result = step.value(operands)
-            else:
-                result = max(1, min(MAX_VALUE, result + rng.choice((-20, -10, -3, -2, -1, 1, 2, 3, 10, 20))))
+        operand, spoiled = last, i == wrong_at
+        if spoiled and rng.random() < 0.3:
+            operand = rng.randint(1, MAX_VALUE)  # a value read wrong
+        result = step.value(operand)
+        if spoiled and operand == last:
+            result = max(1, min(MAX_VALUE, result + rng.choice((-20, -10, -3, -2, -1, 1, 2, 3, 10, 20))))
         if not result:  # a wrong value may lead outside 1..99: anything goes on from there
             result, spoiled = rng.randint(1, MAX_VALUE), True
-        told = line(step, operands, result).removesuffix(f" {result}\n")
-        doc.add(encode(told), not spoiled or operands == tuple(known[ref] for ref in step.refs))
+        doc.add(encode(line(step, operand, result).removesuffix(f" {result}\n")), operand == last)
         doc.add(encode(f" {result}"), not spoiled)
         doc.add(encode("\n"), True)
         right &= result == true
         doc.judge(right)
-        known[step.name] = result
-    return result
+        last = result
+    return last
 
 
 def solved(encode: tokens.Encoder, question: Question, rng: random.Random, wrong_frac: float) -> Document:
@@ -120,22 +104,13 @@ def thought(encode: tokens.Encoder, question: Question, rng: random.Random) -> D
 
 
 def drilled(encode: tokens.Encoder, rng: random.Random) -> Document:
-    doc, names = Document(), rng.sample(NAMES, rng.randint(12, len(NAMES)))
-    num_known = len(names) // 2
-    known = {name: rng.randint(1, MAX_VALUE) for name in names[:num_known]}
-    item = rng.choice(ITEMS)
-    doc.add(encode(prompt(opening(item, list(known.items())))), False)
-    for name in names[num_known:]:
-        drawn = None
-        while drawn is None:
-            drawn = draw_step(rng, name, known, rng.choice(names[:num_known]))
-        step, result = drawn
-        operands = tuple(known[ref] for ref in step.refs)
-        ids = encode(line(step, operands, result))
-        # The number after a name: a value looked up, or the result.
-        doc.ids += ids
-        doc.learn += [False, *(a in encode.names and b in encode.numbers for a, b in pairwise(ids))]
-        known[name] = result
+    doc, names = Document(), rng.sample(NAMES, rng.randint(10, 20))
+    for ref, name in pairwise(names):
+        operand = rng.randint(1, MAX_VALUE)
+        step, result = draw_step(rng, name, ref, operand)
+        doc.add(encode(line(step, operand, result).removesuffix(f" {result}\n")), False)
+        doc.add(encode(f" {result}"), True)
+        doc.add(encode("\n"), False)
     doc.judge(True)
     return doc
 
@@ -222,7 +197,7 @@ def refill(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=20_000_000, help="training tokens")
+    parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens")
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--state", type=Path, default=HERE / "training_state.pt", help="where a cut run resumes from")
     parser.add_argument("--threads", type=int, default=1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
+from sglang.srt.mem_cache.common import release_kv_cache
 
 if TYPE_CHECKING:
     from sglang_dynasor.engine.controller import LiveProgram
@@ -15,13 +16,14 @@ _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: far apart for neighbour
 _DEFAULT_SEED = 42  # what SGLang gives a request without one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BranchTag:
-    """Which branch a Req is. `is_internal`: the server made it, and nothing of it goes to a client by itself."""
+    """Which branch a Req is."""
 
     live: LiveProgram
     index: int
-    is_internal: bool
+    is_internal: bool  # the server made it, and nothing of it goes to a client by itself
+    is_inside: bool = True  # SGLang holds it, or will presently
 
 
 class FINISH_ENDED(BaseFinishReason):
@@ -44,6 +46,15 @@ def branch_seed(seed: int | None, index: int) -> int:
 def tag_of(req: Req) -> BranchTag | None:
     """The branch that `req` is, or None for a plain request."""
     return getattr(req, "dynasor_branch", None)
+
+
+def record_of(req: Req) -> dict[str, Any] | None:
+    """The record to send with a request's last output, or None."""
+    return getattr(req, "dynasor_record", None)
+
+
+def set_record(req: Req, record: dict[str, Any]) -> None:
+    req.dynasor_record = record  # type: ignore[attr-defined]
 
 
 def hide(req: Any) -> None:
@@ -70,6 +81,12 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
         custom_logit_processor=parent.custom_logit_processor,
         require_reasoning=parent.require_reasoning,
         return_hidden_states=parent.return_hidden_states,
+        return_sampling_mask=parent.return_sampling_mask,
+        sampling_logprobs_mode=parent.sampling_logprobs_mode,
+        return_flat_raw_top_logprobs=parent.return_flat_raw_top_logprobs,
+        return_routed_experts=parent.return_routed_experts,
+        routed_experts_start_len=parent.routed_experts_start_len,
+        return_indexer_topk=parent.return_indexer_topk,
         eos_token_ids=parent.eos_token_ids,
         vocab_size=parent.vocab_size,
         priority=parent.priority,
@@ -80,7 +97,6 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
         metrics_collector=parent.metrics_collector,
         time_stats=parent.time_stats,
     )
-    req.lora_id = parent.lora_id  # after the constructor, which would append it to extra_key again
     req.tokenizer = parent.tokenizer
     req.logprob_start_len = parent.logprob_start_len
     if parent.grammar is not None:
@@ -102,6 +118,8 @@ def end_branch(scheduler: Any, req: Req) -> int:
     if not req.kv.holds_kv and req in scheduler.waiting_queue:
         scheduler.waiting_queue.remove(req)
         scheduler._release_aborted_request(req)
+        if req.kv.holds_mamba:
+            release_kv_cache(req, scheduler.tree_cache, checkpoint=False)
         req.finished_reason = FINISH_ENDED()
         return len(req.output_ids)
     req.to_finish = FINISH_ENDED()

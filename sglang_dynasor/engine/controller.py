@@ -16,7 +16,16 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 
 from sglang_dynasor.config import DynasorConfig
-from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, hide, make_branch, set_tag, tag_of
+from sglang_dynasor.engine.branch import (
+    FINISH_ENDED,
+    BranchTag,
+    end_branch,
+    hide,
+    make_branch,
+    set_record,
+    set_tag,
+    tag_of,
+)
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
 from sglang_dynasor.program import BranchState, Program, StopReason
@@ -52,13 +61,17 @@ class Controller:
         self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
         self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
         self.num_started = 0
-        self.num_inside = 0  # internal Reqs that SGLang still holds, also those of programs already answered
+        self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
         self._logged: set[str] = set()
+
+    def holds(self, live: LiveProgram) -> bool:
+        """Whether the program still owes its client an answer. By identity: a client may send the same rid again."""
+        return live.parent is not None and self.held.get(live.parent.rid) is live
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing of ours is in the engine: then nothing of ours runs in a step."""
-        return not self.num_inside and not self.sent
+        return not self.num_inside
 
     def status(self) -> dict[str, Any]:
         """Counters and table sizes, for `/server_info` and tests."""
@@ -97,6 +110,7 @@ class Controller:
             self._answer_at_once(req, self.sent[spec.program].program)
         else:
             tag.live.reqs[tag.index] = req
+            self.num_inside += 1
             enqueue(req, is_retracted)
 
     def _join(self, req: Req, program_id: str, fresh: Program) -> None:
@@ -112,7 +126,7 @@ class Controller:
 
     def _answer_at_once(self, req: Req, program: Program) -> None:
         req.finished_reason, req.finished_len = FINISH_ENDED(), 0
-        req.customized_info = {"dynasor": [program.record()]}
+        set_record(req, program.record())
         self._emit([req])
 
     # Branches
@@ -122,40 +136,49 @@ class Controller:
         program = live.program
         assert live.parent is not None
         live.is_advancing = True
-        while program.num_to_start > 0 and (live.is_prompt_cached or program.num_in_flight == 0):
-            index = program.start_branch()
+        while program.num_to_start > 0 and (program.num_in_flight == 0 or (live.is_prompt_cached and self._has_room())):
+            tag = BranchTag(live, program.start_branch(), is_internal=True)
             self.num_started += 1
-            # The dot: SGLang aborts by prefix of the rid.
-            req = make_branch(
-                self.scheduler, live.parent, f"dynasor-{self.num_started}.", BranchTag(live, index, is_internal=True)
-            )
-            live.reqs[index] = req
+            # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
+            req = make_branch(self.scheduler, live.parent, f"\0dynasor-{self.num_started}.", tag)
+            live.reqs[tag.index] = req
             self.num_inside += 1
             self.scheduler._add_request_to_queue(req)
         live.is_advancing = False
         if program.reason is not None:
             self._answer(live)
 
+    def _has_room(self) -> bool:
+        """Whether SGLang would queue one more; if not, the next branch that finishes asks again."""
+        limit = self.scheduler.max_queued_requests
+        return limit is None or len(self.scheduler.waiting_queue) < limit
+
     def on_output(self, reqs: list[Req]) -> list[Req]:
         """Take the branches out of a step's requests; return those that go to clients now."""
         visible: list[Req] = []
         for req in reqs:
             tag = tag_of(req)
+            if tag is None or not tag.is_internal:
+                visible.append(req)
             if tag is None:
-                visible.append(req)
                 continue
-            if not tag.is_internal:
-                visible.append(req)
             if not req.finished():
                 if tag.is_internal and not tag.live.is_prompt_cached and len(req.output_ids):
                     tag.live.is_prompt_cached = True
-                    self._guarded(tag.live, self._advance)
+                    if self.holds(tag.live):
+                        self._guarded(tag.live, self._advance)
             elif not req.finished_output:  # with overlap a finished request comes by twice
-                if tag.is_internal:
-                    hide(req)
-                    self.num_inside -= 1
+                self._left(req, tag)
                 self._guarded(tag.live, lambda live, req=req, tag=tag: self._settle(live, tag.index, req))
         return visible
+
+    def _left(self, req: Req, tag: BranchTag) -> None:
+        """A branch is no longer SGLang's."""
+        if tag.is_inside:
+            tag.is_inside = False
+            self.num_inside -= 1
+        if tag.is_internal:
+            hide(req)
 
     def _settle(self, live: LiveProgram, index: int, req: Req) -> None:
         """A branch has finished, by itself or by force."""
@@ -165,48 +188,52 @@ class Controller:
         program.branches[index].num_cached_tokens = req.cached_tokens
         if program.branches[index].state is BranchState.IN_FLIGHT:
             if isinstance(req.finished_reason, FINISH_ABORT):
-                live.failure = req.finished_reason.to_json()
-                program.fail(index, len(req.output_ids))
+                self._fail(live, index, req, req.finished_reason.to_json())
             else:
                 self._finish(program, index, req)
-        if program.winner != index and all(who[0] != index for who in program.votes.values()):
-            live.reqs.pop(index, None)  # nobody will ask for its text
-        if live.parent is not None:
+        may_speak = program.winner == index or any(who[0] == index for who in program.votes.values())
+        if live.parent is None or not may_speak:
+            live.reqs.pop(index, None)
+        if live.parent is None:
+            set_record(req, program.record())
+            if program.reason is not None:
+                self._end_rest(live)
+        elif self.holds(live):
             live.is_prompt_cached = True
-            if live.parent.rid in self.held:
-                self._advance(live)
-            return
-        req.customized_info = {"dynasor": [program.record()]}
-        if program.reason is not None:
-            self._end_rest(live)
-        if program.num_in_flight == 0 and len(program.branches) >= program.spec.branches:
-            live.reqs.clear()
+            self._advance(live)
 
     def _finish(self, program: Program, index: int, req: Req) -> None:
         ids = req.output_ids_through_stop
-        num_tokens = len(ids)
         try:
             text = self.scheduler.tokenizer.decode(list(ids[-TAIL_TOKENS:]), skip_special_tokens=True)
-            program.finish(index, text, num_tokens)
+            program.finish(index, text, len(ids))
         except Exception as error:
-            self._fall_back("vote", error)
-            # Without a vote the program goes on to its cap, as stock sampling would.
             if program.branches[index].state is BranchState.IN_FLIGHT:
-                program.fail(index, num_tokens)
+                raise
+            self._fall_back("vote", error)  # counted as an abstention: the program goes on to its cap, as stock would
+
+    def _fail(self, live: LiveProgram, index: int, req: Req, why: dict[str, Any]) -> None:
+        live.failure = why
+        # A client that gives up one branch of its own has others to send; a branch of ours is not tried again.
+        live.program.fail(index, len(req.output_ids), closes=live.parent is not None)
+        live.reqs.pop(index, None)
 
     def on_aborted(self, abort: AbortReq, req: Req) -> bool:
-        """SGLang gave up a queued branch (timeout, full queue). Returns whether the client must not be told."""
+        """SGLang gave up a branch outside the output (time-out, full queue). Returns whether no client must be told."""
         tag = tag_of(req)
         if tag is None:
             return False
-        program = tag.live.program
-        if program.branches[tag.index].state is BranchState.IN_FLIGHT:
-            tag.live.failure = abort.finished_reason or {"type": "abort", "message": "Aborted"}
-            program.fail(tag.index, len(req.output_ids))
-            tag.live.reqs.pop(tag.index, None)
-            if tag.is_internal and not tag.live.is_advancing and program.id in self.held:
-                self._guarded(tag.live, self._advance)
+        if tag.is_internal and not req.finished():
+            req.finished_reason = FINISH_ENDED()  # a batch under way may still show it: then it is passed over
+        self._left(req, tag)
+        self._guarded(tag.live, lambda live: self._lose(live, tag.index, req, abort))
         return tag.is_internal
+
+    def _lose(self, live: LiveProgram, index: int, req: Req, abort: AbortReq) -> None:
+        if live.program.branches[index].state is BranchState.IN_FLIGHT:
+            self._fail(live, index, req, abort.finished_reason or {"type": "abort", "message": "Aborted"})
+            if self.holds(live) and not live.is_advancing:
+                self._advance(live)
 
     # Ends
 
@@ -218,7 +245,8 @@ class Controller:
             live.program.end(index, self._end(req))
             live.program.branches[index].num_cached_tokens = req.cached_tokens
             if live.parent is None and req.finished():
-                req.customized_info = {"dynasor": [live.program.record()]}
+                live.reqs.pop(index, None)
+                set_record(req, live.program.record())
                 self._emit([req])
 
     def _end(self, req: Req) -> int:
@@ -227,46 +255,49 @@ class Controller:
             return len(req.output_ids)
         num_tokens = end_branch(self.scheduler, req)
         tag = tag_of(req)
-        if req.finished() and tag is not None and tag.is_internal:  # it left the queue: no step will show it
-            hide(req)
-            self.num_inside -= 1
+        if req.finished() and tag is not None:  # it left the queue: no step will show it
+            self._left(req, tag)
         return num_tokens
 
     def _answer(self, live: LiveProgram) -> None:
         """Answer the client once: the winning branch speaks in the held request's name."""
         parent, program = live.parent, live.program
-        assert parent is not None
-        if parent.rid not in self.held:
+        if parent is None or not self.holds(live):
             return
         self._end_rest(live)
-        record = program.record()  # before the program leaves the table: if this fails the client is still answered
-        del self.held[parent.rid]
         if program.reason is StopReason.FAILED or program.winner is None:
-            self.totals.num_aborted += 1
-            self.scheduler.send_abort_output(AbortReq(rid=parent.rid, finished_reason=live.failure), parent)
-            return
-        self.totals.add(record)
-        self._speak(parent, live.reqs[program.winner], record)
+            self._refuse(live, live.failure)
+        else:
+            record = program.record()
+            self._speak(parent, live.reqs[program.winner], record)
+            self.totals.add(record)
+        del self.held[parent.rid]  # last: until here a fault of ours would still leave the client an answer
         live.reqs.clear()
 
     def _speak(self, parent: Req, winner: Req, record: dict[str, Any]) -> None:
         # Its tokens, logprobs and finish reason are its own; only the address is the client's.
         winner.rid, winner.http_worker_ipc, winner.stream = parent.rid, parent.http_worker_ipc, parent.stream
         winner.finished_output = None
-        winner.customized_info = {"dynasor": [record]}
+        set_record(winner, record)
         self._emit([winner])
 
+    def _refuse(self, live: LiveProgram, why: dict[str, Any] | None) -> None:
+        assert live.parent is not None
+        self.totals.num_aborted += 1
+        self.scheduler.send_abort_output(AbortReq(rid=live.parent.rid, finished_reason=why), live.parent)
+
     def abort(self, abort: AbortReq) -> None:
-        """The client gave up (abort, time-out, disconnect): end its programs' branches and tell it so."""
+        """The client gave up (abort, disconnect): end its programs' branches and tell it so."""
         for rid, live in list(self.held.items()):
             if abort.abort_all or rid.startswith(abort.rid or ""):
-                del self.held[rid]
                 live.program.reason = StopReason.FAILED
-                self._end_rest(live)
+                try:
+                    self._end_rest(live)
+                except Exception as error:
+                    self._fall_back("abort", error)
+                self._refuse(live, abort.finished_reason)
+                del self.held[rid]
                 live.reqs.clear()
-                self.totals.num_aborted += 1
-                assert live.parent is not None
-                self.scheduler.send_abort_output(AbortReq(rid=rid, finished_reason=abort.finished_reason), live.parent)
 
     # Faults
 
@@ -279,18 +310,19 @@ class Controller:
 
     def _surrender(self, live: LiveProgram) -> None:
         """Our own code failed: answer with any branch that finished, or let the client's request run as stock would."""
-        if live.parent is None or self.held.pop(live.parent.rid, None) is None:
+        parent, program = live.parent, live.program
+        if parent is None or not self.holds(live):
             return
-        if live.program.reason is None:
-            live.program.reason = StopReason.FAILED
+        del self.held[parent.rid]
+        program.reason = program.reason or StopReason.FAILED
         for req in live.reqs.values():
             self._end(req)
-        done = [req for req in live.reqs.values() if req.finished() and req.finished_len]
+        done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
         if done:
-            self._speak(live.parent, done[0], {"program": live.program.id, "stop_reason": str(StopReason.FAILED)})
+            self._speak(parent, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})
         else:
             assert self.enqueue is not None
-            self.enqueue(live.parent, False)
+            self.enqueue(parent, False)
         live.reqs.clear()
 
     def _fall_back(self, where: str, error: Exception) -> None:

@@ -21,6 +21,7 @@ _UNSUPPORTED_INPUTS = (
     "input_embeds",
     "session_params",
     "positional_embed_overrides",
+    "lora_path",  # SGLang lets an adapter go with the answer, while siblings still end
 )
 
 
