@@ -19,6 +19,7 @@ from sglang_dynasor.answers import answer_key, extract_answer
 
 MAX_NEW_TOKENS = 200
 CONCURRENCY = 8  # questions under way at once
+TEMPERATURE = 1.7  # hot enough that the tiny reasoner is as often wrong as a language model on hard questions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ def progress(items: Iterable[Solved], total: int, name: str, columns: int) -> It
 def solve_stock(engine: Any, question: dict[str, Any], num_samples: int) -> Solved:
     """Uniform self-consistency as a client does it today: `n` samples, then a vote."""
     started = time.perf_counter()
-    outs = engine.generate(question["prompt"], {"temperature": 1.0, "max_new_tokens": MAX_NEW_TOKENS, "n": num_samples})
+    outs = engine.generate(
+        question["prompt"], {"temperature": TEMPERATURE, "max_new_tokens": MAX_NEW_TOKENS, "n": num_samples}
+    )
     answers = [extract_answer(out["text"], "hash") for out in outs]
     votes = Counter(answer_key(answer) for answer in answers if answer is not None)
     winner = votes.most_common(1)[0][0] if votes else None
@@ -97,7 +100,7 @@ def solve_program(engine: Any, question: dict[str, Any], cap: int, **field: Any)
     """The same as one request with one field."""
     started = time.perf_counter()
     params = {
-        "temperature": 1.0,
+        "temperature": TEMPERATURE,
         "max_new_tokens": MAX_NEW_TOKENS,
         "custom_params": {"dynasor": {"branches": cap, "answer": "hash", **field}},
     }

@@ -21,6 +21,7 @@ from train import judged_sample
 
 HERE = Path(__file__).parent
 NUM_QUESTIONS, NUM_SAMPLES = 300, 16
+TEMPERATURE = 1.7
 MARK = "<!-- measured -->"
 
 
@@ -62,10 +63,11 @@ def main() -> None:
     engine = sgl.Engine(model_path=str(HERE / "checkpoint"), dtype="float32", log_level="error")
     greedy = [o["text"] for o in engine.generate(prompts, {"temperature": 0, "max_new_tokens": 200})]
     flat: list[dict[str, Any]] = engine.generate(
-        [p for p in prompts for _ in range(NUM_SAMPLES)], {"temperature": 1.0, "max_new_tokens": 200}
+        [p for p in prompts for _ in range(NUM_SAMPLES)], {"temperature": TEMPERATURE, "max_new_tokens": 200}
     )
     samples = [flat[i : i + NUM_SAMPLES] for i in range(0, len(flat), NUM_SAMPLES)]
-    long_prompts = [prompt(q.text, think=True) for q in questions if q.num_steps <= 6]
+    cool = engine.generate(prompts, {"temperature": 1.0, "max_new_tokens": 200})
+    long_prompts = [prompt(q.text, think=True) for q in questions if q.num_steps <= 5]
     long_texts = [o["text"] for o in engine.generate(long_prompts, {"temperature": 1.0, "max_new_tokens": 800})]
     engine.shutdown()
 
@@ -99,13 +101,16 @@ def main() -> None:
     lengths = [o["meta_info"]["completion_tokens"] for o in flat]
     cuts = quantiles(lengths, n=20)
     firsts, finals = [], []
-    for text, question in zip(long_texts, [q for q in questions if q.num_steps <= 6], strict=True):
+    for text, question in zip(long_texts, [q for q in questions if q.num_steps <= 5], strict=True):
         drafts = [
             part.split("\n")[0].strip() for part in text.split("so ")[1:] if part.split("\n")[0].strip().isdigit()
         ]
         firsts.append(bool(drafts) and drafts[0] == str(question.answer))
         finals.append(number(text) == str(question.answer))
     rows += [
+        "",
+        f"At temperature 1.0 one sample is right in "
+        f"{100 * mean(number(o['text']) == str(q.answer) for o, q in zip(cool, questions, strict=True)):.1f} %.",
         "",
         f"All: greedy {100 * mean(totals['greedy']):.1f} %, one sample {100 * mean(totals['single']):.1f} %, "
         f"majority@16 {100 * mean(totals['majority']):.1f} %. "
@@ -114,7 +119,7 @@ def main() -> None:
         f"Judge (300 questions x 4 samples): AUC over all samples {auc(scores, labels):.3f}; best of 8 by judge "
         f"{100 * best:.1f} % against {100 * chance:.1f} % for a random one of the 8.",
         "",
-        f"Long mode (questions of up to 6 steps): the first draft is right in {100 * mean(firsts):.1f} %, the final answer "
+        f"Long mode (questions of up to 5 steps): the first draft is right in {100 * mean(firsts):.1f} %, the final answer "
         f"in {100 * mean(finals):.1f} %.",
     ]
     card = HERE / "README.md"

@@ -100,7 +100,12 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def sample(
-        self, prompts: list[list[int]], max_new_tokens: int, eos: int, generator: torch.Generator
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        eos: int,
+        generator: torch.Generator,
+        temperature: float = 1.0,
     ) -> list[list[int]]:
         """One sample at temperature 1 for each prompt, without the end token; prompts are padded on the left."""
         longest = max(map(len, prompts))
@@ -118,7 +123,9 @@ class Model(nn.Module):
             mask |= seen[None, None, :] == at[None, :, None]  # padding rows see themselves, so no row is empty
             hidden = self(ids, (at[None] - pad[:, None]).clamp(min=0), mask[:, None], caches)
             total += length
-            ids = torch.multinomial(self.logits(hidden[:, -1]).float().softmax(-1), 1, generator=generator)
+            ids = torch.multinomial(
+                (self.logits(hidden[:, -1]).float() / temperature).softmax(-1), 1, generator=generator
+            )
             alive &= ids[:, 0] != eos
             if not alive.any():
                 break
