@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from sglang_dynasor.allocation import votes_needed
 from sglang_dynasor.answers import answer_key, extract_answer
 from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.spec import ProgramSpec
@@ -65,10 +66,15 @@ class Program:
 
     @property
     def num_to_start(self) -> int:
-        """Branches that may be started now: up to the width, within the cap, none once decided or closed."""
+        """Branches that may be started now: within width and cap, no more than can decide, none once decided or closed."""
         if self.reason is not None or self.is_closed:
             return 0
-        return min(self.spec.width - self.num_in_flight, self.spec.branches - len(self.branches))
+        num_unused = self.spec.branches - len(self.branches)
+        num_free = min(self.spec.width - self.num_in_flight, num_unused)
+        if num_free <= 0:
+            return 0
+        needed = votes_needed(self.evidence, self.spec.stop, self.spec.width)
+        return max(0, min(needed - self.num_in_flight, num_unused))
 
     @property
     def num_abstentions(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,13 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-@pytest.fixture(scope="module")
-def start_engine() -> Iterator[Callable[..., Any]]:
-    """Start engines that live until the module's tests are done: `start_engine(scheduler="dynasor", ...)`."""
+@contextmanager
+def engines() -> Iterator[Callable[..., Any]]:
+    """Yield a function that starts engines, which live until the context ends."""
     import sglang as sgl
 
     real = mp.set_start_method
-    engines: list[Any] = []
+    started: list[Any] = []
 
     def start(**kwargs: Any) -> Any:
         # SGLang asks for "spawn", for CUDA's sake; children forked from here need no second import.
@@ -29,9 +30,25 @@ def start_engine() -> Iterator[Callable[..., Any]]:
             engine = sgl.Engine(**{**ENGINE_ARGS, **kwargs})
         finally:
             mp.set_start_method = real
-        engines.append(engine)
+        started.append(engine)
         return engine
 
-    yield start
-    for engine in engines:
-        engine.shutdown()
+    try:
+        yield start
+    finally:
+        for engine in started:
+            engine.shutdown()
+
+
+@pytest.fixture
+def start_engine() -> Iterator[Callable[..., Any]]:
+    """Start engines for one test: `start_engine(scheduler="dynasor", ...)`."""
+    with engines() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_shared_engine() -> Iterator[Callable[..., Any]]:
+    """Start engines for all tests of a module."""
+    with engines() as start:
+        yield start

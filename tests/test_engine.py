@@ -16,8 +16,8 @@ QUESTIONS = held_out(40)
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine: Any) -> Any:
-    return start_engine(scheduler="dynasor", dynasor_strict=True)
+def engine(start_shared_engine: Any) -> Any:
+    return start_shared_engine(scheduler="dynasor", dynasor_strict=True)
 
 
 def params(seed: int | None = None, **field: Any) -> dict[str, Any]:
@@ -145,15 +145,17 @@ def test_streaming_sends_the_answer_once(engine: Any) -> None:
 
 def test_branches_sent_by_the_client_end_together(engine: Any) -> None:
     """Explicit programs: every request has its own text; once decided the others end as a normal stop."""
-    question = QUESTIONS[0]
+    short, long = QUESTIONS[0], QUESTIONS[7]  # branches of the long one are still running when the short ones agree
     field = {"program": "mine", "branches": 16, "stop": "beta"}
-    outs = engine.generate([prompt(question.text)] * 16, [params(seed, **field) for seed in range(16)])
+    prompts = [prompt(short.text)] * 12 + [prompt(long.text)] * 4
+    outs = engine.generate(prompts, [params(seed, **field) for seed in range(16)])
     records = [out["meta_info"]["dynasor"] for out in outs]
     assert all(out["meta_info"]["finish_reason"]["type"] in ("stop", "length") for out in outs)
     last = max(records, key=lambda r: sum(v["votes"] for v in r["votes"]))
     assert last["stop_reason"] == "certain"
-    assert any(extract_answer(out["text"], "hash") is None for out in outs)
-    late = engine.generate(prompt(question.text), params(99, **field))
+    assert all(extract_answer(out["text"], "hash") is None for out in outs[12:])
+    assert all(out["meta_info"]["finish_reason"]["type"] == "stop" for out in outs[12:])
+    late = engine.generate(prompt(short.text), params(99, **field))
     assert late["text"] == ""
     assert late["meta_info"]["dynasor"]["answer"] == last["answer"]
 

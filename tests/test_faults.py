@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 from engines import status_of
+from fastapi import HTTPException
 from questions import held_out, prompt
 
 from sglang_dynasor import program
@@ -18,8 +19,12 @@ pytestmark = pytest.mark.engine
 QUESTIONS = held_out(24)
 
 
-def ask(engine: Any, questions: Any, **field: Any) -> list[dict[str, Any]]:
-    params = {"temperature": 1.7, "max_new_tokens": 120, "custom_params": {"dynasor": {"answer": "hash", **field}}}
+def ask(engine: Any, questions: Any, max_new_tokens: int = 120, **field: Any) -> list[dict[str, Any]]:
+    params = {
+        "temperature": 1.7,
+        "max_new_tokens": max_new_tokens,
+        "custom_params": {"dynasor": {"answer": "hash", **field}},
+    }
     return engine.generate([prompt(q.text) for q in questions], [params] * len(questions))
 
 
@@ -91,7 +96,7 @@ def test_a_full_queue_is_waited_for(start_engine: Any) -> None:
     assert record["num_branches"] == 16
     # More programs than the queue takes: those refused get SGLang's own answer, and nothing stays behind.
     params = {"temperature": 1.7, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
-    with pytest.raises(ValueError, match="queue is full"):
+    with pytest.raises(HTTPException, match="queue is full"):
         engine.generate([prompt(q.text) for q in QUESTIONS], [params] * len(QUESTIONS))
     for _ in range(100):
         status = status_of(engine)
@@ -105,7 +110,7 @@ def test_one_rid_used_again_is_another_program(start_engine: Any) -> None:
     """A client may send the same rid as soon as it has its answer, while old siblings still end."""
     engine = start_engine(scheduler="dynasor", dynasor_strict=True)
     params = {"temperature": 1.7, "max_new_tokens": 120, "custom_params": {"dynasor": {"answer": "hash", "width": 16}}}
-    for question in QUESTIONS[:8] * 3:
+    for question in QUESTIONS[:5] * 2:
         out = engine.generate(prompt(question.text), params, rid="again")
         assert out["meta_info"]["dynasor"]["program"] == "again"
 
@@ -116,7 +121,7 @@ def test_a_timeout_holds_for_the_program(start_engine: Any, monkeypatch: pytest.
     engine = start_engine(scheduler="dynasor")
     params = {"temperature": 1.7, "max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"width": 8}}}
     started = time.perf_counter()
-    with pytest.raises(ValueError, match="timeout"):
+    with pytest.raises(HTTPException, match="timeout"):
         engine.generate(prompt(QUESTIONS[0].text), params)
     assert time.perf_counter() - started < 5
     status = status_of(engine)
@@ -126,11 +131,11 @@ def test_a_timeout_holds_for_the_program(start_engine: Any, monkeypatch: pytest.
 def test_a_thousand_programs_leave_nothing(start_engine: Any) -> None:
     """Memory and the program table return to their start."""
     engine = start_engine(scheduler="dynasor", dynasor_strict=True)
-    ask(engine, QUESTIONS * 4, branches=4)  # caches fill, allocators settle
+    ask(engine, QUESTIONS * 4, 16, branches=4)  # caches fill, allocators settle
     process = max(psutil.Process().children(recursive=True), key=lambda p: p.memory_info().rss)
     before_bytes = process.memory_info().rss
     for _ in range(10):
-        ask(engine, (QUESTIONS * 5)[:100], branches=4)
+        ask(engine, (QUESTIONS * 5)[:100], 16, branches=4)
     status = status_of(engine)
     assert status["num_programs"] >= 1000
     assert status["num_held_programs"] == status["num_client_programs"] == status["num_branches_inside"] == 0
