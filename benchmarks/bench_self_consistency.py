@@ -22,9 +22,6 @@ from sglang_dynasor.demo import Client, Outcome, read_questions, run, show, solv
 REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
 PROGRAMS: dict[str, dict[str, Any]] = {
     "program": {},
-    "program, width = cap": {"width": 16},
-    "program, risk 0.05": {"stop": "predictive:0.05"},
-    "program, beta 0.95": {"stop": "beta"},
     "program, margin (lossless)": {"stop": "margin"},
 }
 
@@ -65,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-questions", type=int, default=320)
     parser.add_argument("--cap", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     facts = machine()
