@@ -112,6 +112,22 @@ def test_what_cannot_be_served_stops_the_start_with_one_line(
     assert "Traceback" not in done.stderr
 
 
+def test_launch_server_takes_the_flag_too() -> None:
+    """`python -m sglang.launch_server` reads the same options and refuses the same."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(CHECKPOINT), "--port", "1"),
+            *("--scheduler", "dynasor", "--dynasor-max-branches", "999"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "error: --dynasor-max-branches=999 is outside [1, 256]" in done.stderr
+
+
 def test_an_unknown_scheduler_is_refused() -> None:
     """argparse names what is allowed."""
     done = run_broken("", "--scheduler", "fancy")
