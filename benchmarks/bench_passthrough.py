@@ -23,7 +23,7 @@ from machine import machine
 from sglang_dynasor.demo import read_questions, show
 
 REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
-NUM_REQUESTS, NUM_TOKENS = 256, 96
+NUM_REQUESTS, NUM_TOKENS = 128, 96
 
 
 def serve(connection: Connection, is_stock: bool) -> None:
@@ -52,7 +52,7 @@ def serve(connection: Connection, is_stock: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     context = mp.get_context("spawn")
