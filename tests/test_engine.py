@@ -85,11 +85,11 @@ def test_siblings_share_the_prompt(engine: Any) -> None:
 
 
 def test_width_bounds_what_runs(engine: Any) -> None:
-    """Width 1 is one branch after the other: the fewest tokens; the cap is the same."""
-    narrow = solve(engine, QUESTIONS[:6], width=1)
-    wide = solve(engine, QUESTIONS[:6], width=16)
+    """Width 1 is one branch after the other: never more tokens; the cap is the same."""
+    narrow = solve(engine, QUESTIONS[:6], width=1, stop="margin")
+    wide = solve(engine, QUESTIONS[:6], width=16, stop="margin")
     spent = [sum(o["meta_info"]["dynasor"]["num_tokens"] for o in outs) for outs in (narrow, wide)]
-    assert spent[0] < spent[1]
+    assert spent[0] <= spent[1]
     assert all(o["meta_info"]["dynasor"]["width"] == 1 for o in narrow)
     # One at a time nothing is ever cut off: every branch counted has finished and voted.
     for out in narrow:

@@ -244,7 +244,8 @@ class Controller:
                 continue
             live.program.end(index, self._end(req))
             live.program.branches[index].num_cached_tokens = req.cached_tokens
-            if live.parent is None and req.finished():
+            tag = tag_of(req)
+            if live.parent is None and tag is not None and not tag.is_inside:  # it left the queue: no step will show it
                 live.reqs.pop(index, None)
                 set_record(req, live.program.record())
                 self._emit([req])
