@@ -12,7 +12,7 @@ from sglang_dynasor.stopping import StopRule, parse_stop
 
 ALGORITHMS = ("self_consistency",)
 DEFAULT_BRANCHES = 16
-DEFAULT_WIDTH = 8  # 0.71x the latency of all at once, at 62 % fewer tokens: docs/architecture.md, "Sliding width"
+DEFAULT_WIDTH = 8  # docs/architecture.md, "Sliding width"
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 FIELD_HELP = {

@@ -7,10 +7,13 @@ import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from engines import CHECKPOINT, ROOT
 
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.front import check_schedulers
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor_patches import install
 from sglang_dynasor_patches.records import PATCHES
@@ -68,6 +71,26 @@ def test_hooks_that_are_not_live_are_refused() -> None:
     assert done.returncode != 0
     assert PatchError.__name__ in done.stderr
     assert "Scheduler._add_request_to_queue: not live" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "infos", "is_refused"),
+    [
+        ("dynasor", [{"dynasor": "0.1.0"}], False),
+        ("dynasor", [{"status": "ready"}], True),
+        ("dynasor", [], True),
+        (None, [{"status": "ready"}], False),
+    ],
+)
+def test_the_handshake(scheduler: str | None, infos: list[dict[str, str]], is_refused: bool) -> None:
+    """A scheduler that came up without the hooks stops the start; a good one, or no flag, does not."""
+    args = SimpleNamespace(_dynasor=DynasorConfig(scheduler), dp_size=1)
+    result = (None, SimpleNamespace(scheduler_infos=infos))
+    if is_refused:
+        with pytest.raises(PatchError, match="without the hooks"):
+            check_schedulers(result, object, args)
+    else:
+        check_schedulers(result, object, args)
 
 
 # Run like `sglang`, but with something broken first.
