@@ -7,21 +7,30 @@ from dataclasses import replace
 from sglang_dynasor.stopping import Evidence, StopRule
 
 
-def votes_needed(evidence: Evidence, rule: StopRule, at_most: int) -> int:
+def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     """The fewest further votes, all for the leader, after which `rule` would stop the program.
 
-    More branches in flight than that would be spent before the rule could say so: when the first ones agree, the others
-    are nearly done. Fewer would wait in turn for a decision that none of them can bring.
+    More branches in flight than that are spent before the rule can say so: when the first ones agree, the others are
+    nearly done. Fewer would wait in turn for a decision that none of them can bring.
 
     Returns:
-        1 to `at_most`; `at_most` where even that many would not do, as with the rule `never`.
+        1 to `evidence.num_left`; 0 where even that many would not do, as with the rule `never`.
     """
     voted = [key for key in evidence.recent if key is not None]
     leader = max(voted, key=voted.count, default="?")
     counts, recent, num_left = list(evidence.counts) or [0], evidence.recent, evidence.num_left
-    for num_votes in range(1, at_most):
+    for num_votes in range(1, evidence.num_left + 1):
         counts[0] += 1
         recent, num_left = (*recent, leader), num_left - 1
-        if num_left < 0 or rule.stops(replace(evidence, counts=tuple(counts), recent=recent, num_left=num_left)):
+        if rule.stops(replace(evidence, counts=tuple(counts), recent=recent, num_left=num_left)):
             return num_votes
-    return at_most
+    return 0
+
+
+def fair_share(num_rows: int, num_programs: int) -> int:
+    """Rows of each program when all share the engine evenly, at least 1: the width that the load allows.
+
+    It falls as 1 / programs, so an idle engine runs a program wide (latency) and a loaded one narrow (compute), without
+    a threshold to oscillate around. It governs only how many branches start, never ends one.
+    """
+    return max(1, num_rows // max(1, num_programs))

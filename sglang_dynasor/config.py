@@ -18,6 +18,9 @@ class DynasorConfig:
 
     scheduler: str | None = None
     dynasor_max_branches: int = 64
+    dynasor_patience_tokens: int = -1
+    dynasor_width: int = 0
+    dynasor_tenant_weights: str = ""
     dynasor_strict: bool = False
 
     def __post_init__(self) -> None:
@@ -29,6 +32,39 @@ class DynasorConfig:
             raise ConfigError(
                 f"--dynasor-max-branches={self.dynasor_max_branches} is outside [1, 256]; choose a value inside"
             )
+        if self.dynasor_patience_tokens < -1:
+            raise ConfigError(
+                f"--dynasor-patience-tokens={self.dynasor_patience_tokens} is below -1; choose -1 (one KV pool), 0 (order "
+                "of arrival) or a number of tokens"
+            )
+        if not 0 <= self.dynasor_width <= 256:
+            raise ConfigError(
+                f"--dynasor-width={self.dynasor_width} is outside [0, 256]; choose 0 (the load decides) or more"
+            )
+        _ = self.tenant_weights
+
+    @property
+    def tenant_weights(self) -> dict[str, float]:
+        """Weight of each tenant named; the others have 1.
+
+        Raises:
+            ConfigError: not of the form NAME=WEIGHT,NAME=WEIGHT, or a weight that is not above 0.
+        """
+        weights: dict[str, float] = {}
+        for part in self.dynasor_tenant_weights.split(","):
+            if not part:
+                continue
+            name, _, text = part.partition("=")
+            try:
+                weights[name] = float(text)
+            except ValueError:
+                weights[name] = 0.0
+            if not name or not 0 < weights[name] < float("inf"):
+                raise ConfigError(
+                    f"--dynasor-tenant-weights={self.dynasor_tenant_weights!r}: {part!r} is no weight; write NAME=WEIGHT "
+                    "with a weight above 0, several joined by commas"
+                )
+        return weights
 
     @property
     def is_on(self) -> bool:
@@ -38,6 +74,10 @@ class DynasorConfig:
 HELP = {
     "scheduler": "'dynasor' makes reasoning programs first-class in the scheduler; without it SGLang is untouched.",
     "dynasor_max_branches": "Most branches one program may ask for (1 to 256).",
+    "dynasor_patience_tokens": "Tokens that later arrivals may get before a waiting program is head of the line "
+    "(-1: one KV pool; 0: order of arrival).",
+    "dynasor_width": "Branches in flight of every program (0: the load decides).",
+    "dynasor_tenant_weights": "Shares of tenants that differ from 1, as in 'gold=4,free=0.5'.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }
 

@@ -13,6 +13,7 @@ class Totals:
 
     num_programs: int = 0
     num_certain: int = 0  # ended early by their rule
+    num_expired: int = 0  # answered at their deadline
     num_aborted: int = 0
     num_branches: int = 0
     num_branches_saved: int = 0  # allowed by the caps, not used
@@ -23,6 +24,7 @@ class Totals:
         """Count a program that was answered."""
         self.num_programs += 1
         self.num_certain += record["stop_reason"] == "certain"
+        self.num_expired += record["stop_reason"] == "deadline"
         self.num_branches += record["num_branches"]
         self.num_branches_saved += record["cap"] - record["num_branches"]
         self.num_tokens += record["num_tokens"]

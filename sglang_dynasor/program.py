@@ -26,6 +26,7 @@ class BranchState(StrEnum):
 class StopReason(StrEnum):
     CERTAIN = "certain"  # the stopping rule fired
     CAP = "cap"  # every branch allowed has finished
+    DEADLINE = "deadline"  # its time is up: the best so far
     FAILED = "failed"  # no branch is left that could finish
 
 
@@ -56,6 +57,8 @@ class Program:
     num_in_flight: int = 0
     num_failed: int = 0
     is_closed: bool = False  # no branch is started any more: the engine gave one up
+    gang: int = 0  # branches admitted together at first
+    overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
     reason: StopReason | None = None
 
     def start_branch(self) -> int:
@@ -65,16 +68,28 @@ class Program:
         return len(self.branches) - 1
 
     @property
-    def num_to_start(self) -> int:
-        """Branches that may be started now: within width and cap, no more than can decide, none once decided or closed."""
+    def num_unused(self) -> int:
+        """Branches that may still be started; none once decided or closed."""
         if self.reason is not None or self.is_closed:
             return 0
-        num_unused = self.spec.branches - len(self.branches)
-        num_free = min(self.spec.width - self.num_in_flight, num_unused)
-        if num_free <= 0:
-            return 0
-        needed = votes_needed(self.evidence, self.spec.stop, self.spec.width)
-        return max(0, min(needed - self.num_in_flight, num_unused))
+        return self.spec.branches - len(self.branches)
+
+    @property
+    def votes_needed(self) -> int:
+        """The fewest votes that could decide; 0 if none short of the cap could (allocation.py)."""
+        return votes_needed(self.evidence, self.spec.stop)
+
+    def num_to_start(self, width: int, *, is_fixed: bool = False) -> tuple[int, int]:
+        """Branches to start now where `width` may be in flight, as (wanted, least).
+
+        Wanted is never fewer than could decide (unless the width is fixed by the operator), nor more than the cap leaves
+        or the client's own width allows. Least is what only makes sense together: where nothing is in flight, those
+        that could decide (all wanted, if none short of the cap could); else one.
+        """
+        needed = self.votes_needed
+        in_flight = min(width if is_fixed else max(width, needed), self.spec.width or self.spec.branches)
+        wanted = max(0, min(in_flight - self.num_in_flight, self.num_unused))
+        return wanted, min(wanted, 1 if self.num_in_flight else needed or wanted)
 
     @property
     def num_abstentions(self) -> int:
@@ -91,6 +106,11 @@ class Program:
         if self.is_closed:
             num_left = self.num_in_flight
         return Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
+
+    @property
+    def finished_tokens(self) -> list[int]:
+        """Lengths of the branches that came to their own end."""
+        return [branch.num_tokens for branch in self.branches if branch.state is BranchState.FINISHED]
 
     @property
     def winner(self) -> int | None:
@@ -171,9 +191,11 @@ class Program:
             "num_branches": len(self.branches),
             "cap": self.spec.branches,
             "width": self.spec.width,
+            "gang": self.gang,
             "num_tokens": sum(branch.num_tokens for branch in self.branches),
             "num_cached_tokens": sum(branch.num_cached_tokens for branch in self.branches),
             "branch_tokens": [branch.num_tokens for branch in self.branches],
+            "overtaken_tokens": self.overtaken_tokens,
             "stop_rule": self.spec.stop.text,
             "stop_reason": None if self.reason is None else str(self.reason),
         }

@@ -12,15 +12,17 @@ from sglang_dynasor.stopping import StopRule, parse_stop
 
 ALGORITHMS = ("self_consistency",)
 DEFAULT_BRANCHES = 16
-DEFAULT_WIDTH = 8  # docs/architecture.md, "Sliding width"
+MAX_DEADLINE_S = 86_400.0
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 FIELD_HELP = {
     "algorithm": ("self_consistency", "how branches become an answer: by majority vote"),
     "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use (default {DEFAULT_BRANCHES})"),
-    "width": ("1 to branches", f"branches in flight at once (default {DEFAULT_WIDTH}, or the cap if smaller)"),
+    "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
     "stop": ("NAME[:LEVEL], joined by and / or", "when to end early (default predictive:0.02)"),
     "answer": ("auto, hash, boxed, choice, number, last_line, regex:PATTERN", "where the answer stands in the text (default auto)"),
+    "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
+    "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
     "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
 
@@ -31,10 +33,12 @@ class ProgramSpec:
 
     algorithm: str
     branches: int
-    width: int
+    width: int | None  # None: the load decides
     stop: StopRule
     answer: str
-    program: str | None  # None: the server makes the branches; else the client sends them under this id
+    program: str | None = None  # None: the server makes the branches; else the client sends them under this id
+    deadline_s: float | None = None
+    tenant: str = ""
 
 
 def parse_field(field: Any, max_branches: int) -> ProgramSpec:
@@ -62,14 +66,38 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     if algorithm not in ALGORITHMS:
         raise FieldError(f"dynasor.algorithm={algorithm!r} is not known; use one of {', '.join(ALGORITHMS)}")
     branches = _whole(options, "branches", min(DEFAULT_BRANCHES, max_branches), max_branches, "--dynasor-max-branches")
-    width = _whole(options, "width", min(DEFAULT_WIDTH, branches), branches, "dynasor.branches")
+    width = _whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
     stop = parse_stop(_text(options, "stop", "predictive"))
-    program = _text(options, "program", "") if "program" in options else None
-    if program is not None and not _ID.fullmatch(program):
-        raise FieldError(f"dynasor.program={program!r} is not an id; use 1 to 128 of A-Z a-z 0-9 . _ : -")
-    return ProgramSpec(algorithm, branches, width, stop, answer, program)
+    program = _id(options, "program")
+    deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
+    if program is not None and deadline_s is not None:
+        raise FieldError(
+            f"dynasor.deadline_s={deadline_s:g} with dynasor.program={program!r}: branches that you send end when you "
+            "abort them; leave out one of the two"
+        )
+    return ProgramSpec(algorithm, branches, width, stop, answer, program, deadline_s, _id(options, "tenant") or "")
+
+
+def _id(options: dict[str, Any], key: str) -> str | None:
+    if key not in options:
+        return None
+    value = _text(options, key, "")
+    if not _ID.fullmatch(value):
+        raise FieldError(f"dynasor.{key}={value!r} is not an id; use 1 to 128 of A-Z a-z 0-9 . _ : -")
+    return value
+
+
+def _seconds(options: dict[str, Any], key: str) -> float:
+    value = options[key]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FieldError(
+            f"dynasor.{key}={value!r} is a {type(value).__name__}; send seconds, above 0 to {MAX_DEADLINE_S:g}"
+        )
+    if not 0 < value <= MAX_DEADLINE_S:
+        raise FieldError(f"dynasor.{key}={value!r} is outside (0, {MAX_DEADLINE_S:g}]; send seconds inside")
+    return float(value)
 
 
 def _text(options: dict[str, Any], key: str, default: str) -> str:

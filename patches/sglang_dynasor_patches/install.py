@@ -22,11 +22,16 @@ from sglang_dynasor_patches.records import PATCHES
 
 _ROLES: dict[str, tuple[Role, ...]] = {
     "run_detokenizer_process": (),
-    "run_data_parallel_controller_process": (),
+    "run_data_parallel_controller_process": ("router",),
     "run_scheduler_process": ("scheduler",),
     "run_scheduler_process_with_init_pipe": ("scheduler",),
 }
-_ALL_ROLES: tuple[Role, ...] = ("flag", "main", "scheduler")  # forked children inherit the main process's hooks
+_ALL_ROLES: tuple[Role, ...] = (
+    "flag",
+    "main",
+    "scheduler",
+    "router",
+)  # forked children inherit the main process's hooks
 
 _problems: list[str] = []
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Where a patch is needed. "flag": the process that reads the command line, whatever SGLang it meets.
-Role = Literal["flag", "main", "scheduler"]
+Role = Literal["flag", "main", "scheduler", "router"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _TOKENIZER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _ARGS = "sglang.srt.server_args.ServerArgs"
 _ENGINE = "sglang.srt.entrypoints.engine.Engine"
+_BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _FLAG = "sglang_dynasor.engine.flag"
 _HOOKS = "sglang_dynasor.engine.hooks"
 _FRONT = "sglang_dynasor.engine.front"
@@ -62,6 +63,48 @@ PATCHES: tuple[Patch, ...] = (
         f"{_SCHEDULER}._add_request_to_queue", "around", ("self", "req", "is_retracted"), f"{_HOOKS}.enqueue",
         "scheduler", "holds a program's own request and queues its branches instead",
         "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.get_new_batch_prefill", "around", ("self", "running_batch"), f"{_HOOKS}.next_prefill",
+        "scheduler", "starts the waiting programs that fit, before SGLang fills its prefill batch",
+        "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.init_schedule_policy", "after", ("self",), f"{_HOOKS}.schedule_policy", "scheduler",
+        "shows the controller to SGLang's policy, for the next hook",
+        "SGLang takes a scheduler class from a plugin",
+    ),
+    Patch(
+        "sglang.srt.managers.schedule_policy.SchedulePolicy.calc_priority", "around",
+        ("self", "waiting_queue", "running_batch", "processed_tokens"), f"{_HOOKS}.order_queue", "scheduler",
+        "keeps started branches in front, and siblings together that LPM would defer",
+        "SGLang takes a policy from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.get_prefill_adder_class", "after", ("self",), f"{_HOOKS}.prefill_adder", "scheduler",
+        "keeps plain requests off rows and tokens that are promised to a gang",
+        "never: this is SGLang's own extension point",
+    ),
+    Patch(
+        f"{_SCHEDULER}._poll_timeout_aborts", "after", ("self",), f"{_HOOKS}.timeouts", "scheduler",
+        "adds deadlines to what the first rank broadcasts: the one place that reads a clock",
+        "SGLang lets a plugin add to the broadcast",
+    ),
+    Patch(
+        f"{_BATCH}._get_decode_retraction_order", "around", ("reqs",), f"{_HOOKS}.retraction_order", "scheduler",
+        "retracts the youngest program first",
+        "SGLang takes a retraction policy from a plugin",
+    ),
+    Patch(
+        f"{_BATCH}.retract_decode", "around", ("self",), f"{_HOOKS}.retract", "scheduler",
+        "retracts a program whole",
+        "SGLang takes a retraction policy from a plugin",
+    ),
+    Patch(
+        "sglang.srt.managers.data_parallel_controller.DataParallelController.maybe_external_dp_rank_routing", "before",
+        ("self", "req"), "sglang_dynasor.engine.routing.route_program", "router",
+        "sends the branches of a client's program to one replica",
+        "SGLang's data-parallel controller routes by routing_key",
     ),
     Patch(
         f"{_SCHEDULER}.get_output_streamer_class", "after", ("self",), f"{_HOOKS}.output_streamer", "scheduler",

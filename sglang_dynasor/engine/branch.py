@@ -24,6 +24,7 @@ class BranchTag:
     index: int
     is_internal: bool  # the server made it, and nothing of it goes to a client by itself
     is_inside: bool = True  # SGLang holds it, or will presently
+    charged_tokens: int = 0  # service its program was charged for it so far
 
 
 class FINISH_ENDED(BaseFinishReason):
@@ -46,6 +47,21 @@ def branch_seed(seed: int | None, index: int) -> int:
 def tag_of(req: Req) -> BranchTag | None:
     """The branch that `req` is, or None for a plain request."""
     return getattr(req, "dynasor_branch", None)
+
+
+def is_internal(req: Req) -> bool:
+    """Whether the server made `req` as a branch; not so what clients send."""
+    tag = tag_of(req)
+    return tag is not None and tag.is_internal
+
+
+def arrival_of(req: Req) -> int:
+    """When a request that is no program came, as its line counts arrivals; 0: before any program that is there now."""
+    return getattr(req, "dynasor_arrival", 0)
+
+
+def set_arrival(req: Req, arrival: int) -> None:
+    req.dynasor_arrival = arrival  # type: ignore[attr-defined]
 
 
 def record_of(req: Req) -> dict[str, Any] | None:
@@ -104,6 +120,13 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
         req.grammar_key = parent.grammar_key
     set_tag(req, tag)
     return req
+
+
+def queue_time(scheduler: Any, req: Req) -> None:
+    """What SGLang does to a request besides appending it to the waiting_queue."""
+    scheduler._prefetch_kvcache(req)
+    req.time_stats.set_wait_queue_entry_time()
+    req.arrival_processed_tokens = scheduler.processed_tokens_counter
 
 
 def end_branch(scheduler: Any, req: Req) -> int:

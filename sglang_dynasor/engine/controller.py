@@ -1,52 +1,69 @@
 """Programs inside one scheduler process: intake, branches, answers.
 
 Every tensor-parallel rank runs this in lockstep on token ids, which are equal on all ranks, so every rank decides the
-same without a message. Nothing here reads a clock.
+same without a message. Only `due` reads a clock: on the first rank, whose word SGLang broadcasts. With SGLang's
+SGLANG_ENABLE_RANK_CONSENSUS_CHECKER=1 every decision is compared between ranks.
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from http import HTTPStatus
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.admission import Admission
 from sglang_dynasor.engine.branch import (
     FINISH_ENDED,
     BranchTag,
     end_branch,
     hide,
     make_branch,
+    queue_time,
     set_record,
     set_tag,
     tag_of,
 )
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
+from sglang_dynasor.order import Ticket
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
 
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
+DEADLINE_RID = "\0dynasor-deadline-"  # no client's rid begins so
 MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class LiveProgram:
     """A program and the Reqs it needs: those in flight, and one finished Req for each answer."""
 
     program: Program
     parent: Req | None  # the client's own request, held until the answer; None where clients send the branches
+    number: int = 0  # by arrival
     reqs: dict[int, Req] = field(default_factory=dict[int, Req])
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
-    is_advancing: bool = False
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
+    ticket: Ticket = field(init=False)  # its place in the line; programs whose branches clients send have none
+
+    def in_flight(self) -> Iterator[Req]:
+        """Its branches that have not left."""
+        branches = self.program.branches
+        return (req for index, req in self.reqs.items() if branches[index].state is BranchState.IN_FLIGHT)
 
 
 class Controller:
@@ -60,9 +77,17 @@ class Controller:
         self.sent: OrderedDict[str, LiveProgram] = OrderedDict()  # by program id, the longest unused first
         self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
         self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
+        self.num_programs = 0
         self.num_started = 0
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
+        self._undated: list[LiveProgram] = []  # with a deadline that the clock has not been read for
+        self._deadlines: list[tuple[float, int, LiveProgram]] = []  # on the first rank only
         self._logged: set[str] = set()
+
+    @cached_property
+    def admission(self) -> Admission:
+        """Made with the first request, when SGLang has sized its pools."""
+        return Admission(self.scheduler, self.config, self._start)
 
     def holds(self, live: LiveProgram) -> bool:
         """Whether the program still owes its client an answer. By identity: a client may send the same rid again."""
@@ -71,15 +96,19 @@ class Controller:
     @property
     def is_idle(self) -> bool:
         """Whether nothing of ours is in the engine: then nothing of ours runs in a step."""
-        return not self.num_inside
+        return not self.num_inside and not self.held
 
     def status(self) -> dict[str, Any]:
         """Counters and table sizes, for `/server_info` and tests."""
         return {
             **self.totals.as_dict(),
             "num_held_programs": len(self.held),
+            "num_waiting_programs": self.admission.order.num_waiting,
             "num_client_programs": len(self.sent),
             "num_branches_inside": self.num_inside,
+            "num_branches_queued": len(self.admission.front),
+            "num_branches_promised": sum(self.admission.promised.values()),
+            "max_overtaken_tokens": self.admission.max_overtaken_tokens,
         }
 
     # Intake
@@ -89,17 +118,26 @@ class Controller:
         self.enqueue = enqueue
         params = req.sampling_params.custom_params
         field = params.get("dynasor") if params else None
-        is_plain = field is None or is_retracted or tag_of(req) is not None
+        tag = tag_of(req)
+        if tag is not None and tag.is_internal:  # retracted: it comes back before new work
+            self.admission.put_in_front(req)
+            return
         # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
-        if is_plain or req.to_finish is not None or req.finished() or req.sampling_params.max_new_tokens == 0:
+        is_plain = field is None or is_retracted or tag is not None or req.to_finish is not None or req.finished()
+        if is_plain or req.sampling_params.max_new_tokens == 0:
+            if not is_retracted:
+                self.admission.note_arrival(req)
             enqueue(req, is_retracted)
             return
         try:
             spec = parse_field(field, self.config.dynasor_max_branches)
             if spec.program is not None:
                 self._join(req, spec.program, Program(spec.program, spec))
+            elif self._is_queue_full():
+                self._tell_full(req)
+                return
             else:
-                self.held[req.rid] = LiveProgram(Program(req.rid, spec), parent=req)
+                self._hold(req, Program(req.rid, spec))
         except Exception as error:
             self._fall_back("intake", error)
             enqueue(req, is_retracted)
@@ -111,7 +149,26 @@ class Controller:
         else:
             tag.live.reqs[tag.index] = req
             self.num_inside += 1
+            self.admission.note_arrival(req)
             enqueue(req, is_retracted)
+
+    def _hold(self, req: Req, program: Program) -> None:
+        self.num_programs += 1
+        live = LiveProgram(program, req, self.num_programs, is_prompt_cached=bool(self.scheduler.tree_cache.disable))
+        live.ticket = self.admission.arrive(live)
+        req.time_stats.set_wait_queue_entry_time()
+        self.held[req.rid] = live
+        if program.spec.deadline_s is not None:
+            self._undated.append(live)
+
+    def _is_queue_full(self) -> bool:
+        limit = self.scheduler.max_queued_requests
+        return limit is not None and len(self.scheduler.waiting_queue) + self.admission.order.num_waiting >= limit
+
+    def _tell_full(self, req: Req) -> None:
+        """As SGLang refuses a request beyond --max-queued-requests; waiting programs count as queued."""
+        reason = _refusal("The request queue is full.")
+        self.scheduler.send_abort_output(AbortReq(rid=req.rid, finished_reason=reason), req)
 
     def _join(self, req: Req, program_id: str, fresh: Program) -> None:
         live = self.sent.setdefault(program_id, LiveProgram(fresh, parent=None))
@@ -125,6 +182,7 @@ class Controller:
                 del self.sent[oldest]
 
     def _answer_at_once(self, req: Req, program: Program) -> None:
+        """Answer without a text."""
         req.finished_reason, req.finished_len = FINISH_ENDED(), 0
         set_record(req, program.record())
         self._emit([req])
@@ -132,26 +190,50 @@ class Controller:
     # Branches
 
     def _advance(self, live: LiveProgram) -> None:
-        """Start what the program wants started, or answer it. A loop, as a branch may fail while it is queued."""
-        program = live.program
+        """Let the program stand in line for what it wants started, or answer it."""
+        if live.program.reason is not None:
+            self._answer(live)
+            return
+        if live.is_prompt_cached:
+            self.admission.follow(live)
+        if live.program.num_unused and live not in self.admission.promised:
+            self.admission.wait(live)
+
+    def admit(self, running_batch: Any) -> None:
+        """Start what fits, before SGLang fills its next prefill batch."""
+        try:
+            self.admission.look(running_batch)
+        except Exception as error:
+            self._fall_back("admission", error)
+            # As stock would: everything waits in SGLang's queue, in order of arrival.
+            for live in list(self.held.values()):
+                if not any(live.in_flight()):
+                    self.admission.order.stop_waiting(live.ticket)
+                    self._start(live, live.program.num_unused)
+
+    def _start(self, live: LiveProgram, num_branches: int) -> None:
+        """Make and queue branches."""
+        self._guarded(live, lambda live: self._make(live, num_branches))
+
+    def _make(self, live: LiveProgram, num_branches: int) -> None:
+        # Each is charged to its tenant by what it is expected to take; that is settled when it ends.
         assert live.parent is not None
-        live.is_advancing = True
-        while program.num_to_start > 0 and (program.num_in_flight == 0 or (live.is_prompt_cached and self._has_room())):
-            tag = BranchTag(live, program.start_branch(), is_internal=True)
+        expected_tokens = int(self.admission.forecast.length_tokens(live.program))
+        for _ in range(num_branches):
+            tag = BranchTag(live, live.program.start_branch(), is_internal=True)
             self.num_started += 1
             # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
             req = make_branch(self.scheduler, live.parent, f"\0dynasor-{self.num_started}.", tag)
             live.reqs[tag.index] = req
             self.num_inside += 1
-            self.scheduler._add_request_to_queue(req)
-        live.is_advancing = False
-        if program.reason is not None:
-            self._answer(live)
+            self._charge(tag, expected_tokens)
+            queue_time(self.scheduler, req)
+            self.admission.put_in_front(req)
 
-    def _has_room(self) -> bool:
-        """Whether SGLang would queue one more; if not, the next branch that finishes asks again."""
-        limit = self.scheduler.max_queued_requests
-        return limit is None or len(self.scheduler.waiting_queue) < limit
+    def _charge(self, tag: BranchTag, tokens: int) -> None:
+        """Let the service charged for a branch be `tokens`."""
+        self.admission.order.charge(tag.live.ticket, tokens - tag.charged_tokens)
+        tag.charged_tokens = tokens
 
     def on_output(self, reqs: list[Req]) -> list[Req]:
         """Take the branches out of a step's requests; return those that go to clients now."""
@@ -161,12 +243,14 @@ class Controller:
             if tag is None or not tag.is_internal:
                 visible.append(req)
             if tag is None:
+                if req.finished_reason is not None and not req.finished_output:
+                    self.admission.note_finish(req)
                 continue
             if not req.finished():
                 if tag.is_internal and not tag.live.is_prompt_cached and len(req.output_ids):
                     tag.live.is_prompt_cached = True
                     if self.holds(tag.live):
-                        self._guarded(tag.live, self._advance)
+                        self._guarded(tag.live, self.admission.follow)
             elif not req.finished_output:  # with overlap a finished request comes by twice
                 self._left(req, tag)
                 self._guarded(tag.live, lambda live, req=req, tag=tag: self._settle(live, tag.index, req))
@@ -177,8 +261,11 @@ class Controller:
         if tag.is_inside:
             tag.is_inside = False
             self.num_inside -= 1
+            self.admission.note_change()
         if tag.is_internal:
             hide(req)
+            self.admission.front.pop(req, None)
+            self._charge(tag, len(req.output_ids))
 
     def _settle(self, live: LiveProgram, index: int, req: Req) -> None:
         """A branch has finished, by itself or by force."""
@@ -206,6 +293,8 @@ class Controller:
         ids = req.output_ids_through_stop
         try:
             text = self.scheduler.tokenizer.decode(list(ids[-TAIL_TOKENS:]), skip_special_tokens=True)
+            if not isinstance(req.finished_reason, FINISH_ENDED):
+                self.admission.forecast.branch_tokens.learn(len(ids))
             program.finish(index, text, len(ids))
         except Exception as error:
             if program.branches[index].state is BranchState.IN_FLIGHT:
@@ -232,15 +321,15 @@ class Controller:
     def _lose(self, live: LiveProgram, index: int, req: Req, abort: AbortReq) -> None:
         if live.program.branches[index].state is BranchState.IN_FLIGHT:
             self._fail(live, index, req, abort.finished_reason or {"type": "abort", "message": "Aborted"})
-            if self.holds(live) and not live.is_advancing:
+            if self.holds(live):
                 self._advance(live)
 
     # Ends
 
-    def _end_rest(self, live: LiveProgram) -> None:
-        """End every branch still in flight; those of clients that were queued are told now."""
+    def _end_rest(self, live: LiveProgram, spared: int | None = None) -> None:
+        """End every branch still in flight, but for one; those of clients that were queued are told now."""
         for index, req in list(live.reqs.items()):
-            if live.program.branches[index].state is not BranchState.IN_FLIGHT:
+            if live.program.branches[index].state is not BranchState.IN_FLIGHT or index == spared:
                 continue
             live.program.end(index, self._end(req))
             live.program.branches[index].num_cached_tokens = req.cached_tokens
@@ -265,14 +354,26 @@ class Controller:
         parent, program = live.parent, live.program
         if parent is None or not self.holds(live):
             return
+        assert_same("dynasor answers program %s: %s, branch %s", program.id, program.reason, program.winner)
         self._end_rest(live)
-        if program.reason is StopReason.FAILED or program.winner is None:
-            self._refuse(live, live.failure)
-        else:
+        if program.winner is not None:
             record = program.record()
             self._speak(parent, live.reqs[program.winner], record)
             self.totals.add(record)
-        del self.held[parent.rid]  # last: until here a fault of ours would still leave the client an answer
+            self.admission.forecast.learn(program)
+        elif program.reason is StopReason.DEADLINE:
+            self._answer_at_once(parent, program)
+            self.totals.add(program.record())
+        else:
+            self._refuse(live, live.failure)
+        self._drop(live)  # last: until here a fault of ours would still leave the client an answer
+
+    def _drop(self, live: LiveProgram) -> None:
+        """The program is over for its client."""
+        assert live.parent is not None
+        self.admission.leave(live)
+        if self.holds(live):
+            del self.held[live.parent.rid]
         live.reqs.clear()
 
     def _speak(self, parent: Req, winner: Req, record: dict[str, Any]) -> None:
@@ -289,6 +390,12 @@ class Controller:
 
     def abort(self, abort: AbortReq) -> None:
         """The client gave up (abort, disconnect): end its programs' branches and tell it so."""
+        if abort.rid and abort.rid.startswith(DEADLINE_RID):
+            number = int(abort.rid.removeprefix(DEADLINE_RID))
+            live = next((live for live in self.held.values() if live.number == number), None)
+            if live is not None:
+                self._guarded(live, self._expire)
+            return
         for rid, live in list(self.held.items()):
             if abort.abort_all or rid.startswith(abort.rid or ""):
                 live.program.reason = StopReason.FAILED
@@ -297,8 +404,57 @@ class Controller:
                 except Exception as error:
                     self._fall_back("abort", error)
                 self._refuse(live, abort.finished_reason)
-                del self.held[rid]
-                live.reqs.clear()
+                self._drop(live)
+
+    # Deadlines
+
+    def due(self) -> list[AbortReq]:
+        """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests.
+
+        A deadline travels as an abort of a rid that no request has: SGLang ignores it, `abort` does not.
+        """
+        now = time.monotonic()
+        for live in self._undated:
+            assert live.program.spec.deadline_s is not None
+            heapq.heappush(self._deadlines, (now + live.program.spec.deadline_s, live.number, live))
+        self._undated.clear()
+        reached: list[AbortReq] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            live = heapq.heappop(self._deadlines)[2]
+            if self.holds(live):
+                reached.append(AbortReq(rid=f"{DEADLINE_RID}{live.number}"))
+        if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
+            reached += self._waited_too_long(time.perf_counter() - limit_s)
+        return reached
+
+    def _waited_too_long(self, since: float) -> list[AbortReq]:
+        """As SGLang's own time-out, for programs that wait here instead of in its queue."""
+        reason = _refusal("Request waiting timeout reached.")
+        return [
+            AbortReq(rid=rid, finished_reason=reason)
+            for rid, live in self.held.items()
+            if live.parent is not None
+            and not live.ticket.is_started
+            and 0 < live.parent.time_stats.wait_queue_entry_time < since
+        ]
+
+    def _expire(self, live: LiveProgram) -> None:
+        """The deadline has come: the best answer so far, or else the longest text that is there."""
+        program = live.program
+        if program.reason is not None:
+            return
+        program.reason = StopReason.DEADLINE
+        self.admission.leave(live)
+        in_flight = {index: req for index, req in live.reqs.items() if not req.finished()}
+        if program.winner is not None or not in_flight:
+            self._answer(live)
+            return
+        index = max(in_flight, key=lambda index: (len(in_flight[index].output_ids), -index))
+        self._end_rest(live, spared=index)
+        self._end(in_flight[index])
+        if in_flight[index].finished():  # it was queued: no step will show it
+            self._finish(program, index, in_flight[index])
+            self._answer(live)
 
     # Faults
 
@@ -314,6 +470,7 @@ class Controller:
         parent, program = live.parent, live.program
         if parent is None or not self.holds(live):
             return
+        self.admission.leave(live)
         del self.held[parent.rid]
         program.reason = program.reason or StopReason.FAILED
         for req in live.reqs.values():
@@ -340,3 +497,7 @@ class Controller:
         if self.emit is None:
             raise ConfigError("dynasor: the output streamer is not ours; SGLang was started by another entry point")
         self.emit(reqs, any(req.return_logprob for req in reqs))
+
+
+def _refusal(message: str) -> dict[str, Any]:
+    return {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE.value, "message": message}

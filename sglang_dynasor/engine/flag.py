@@ -15,6 +15,10 @@ from sglang_dynasor.errors import ConfigError, DynasorError
 REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("speculative_algorithm", (None,), "a branch's tokens would be counted wrong"),
     ("pp_size", (1,), "pipeline ranks hold different batches"),
+    ("attn_dp_size", (None, 1), "the ranks of data-parallel attention hold different batches"),
+    ("enable_priority_scheduling", (False,), "its preemption takes gangs apart; use dynasor.tenant and its weight"),
+    ("enable_pdmux", (False,), "it fills prefill batches past the line of programs"),
+    ("enable_hisparse", (False,), "its rows are counted elsewhere"),
     ("disaggregation_mode", ("null",), "branches need the prompt's KV in one place"),
     ("tokenizer_worker_num", (1,), "SGLang loads no plugins in tokenizer workers"),
     ("dllm_algorithm", (None,), "diffusion models have no branches of tokens"),
@@ -39,7 +43,7 @@ def attach(server_args: ServerArgs, config: DynasorConfig) -> ServerArgs:
         return server_args
     from sglang_dynasor_patches.install import require_live
 
-    require_live(("flag", "main", "scheduler"))
+    require_live(("flag", "main", "scheduler", "router"))
     for name, fine, why in REFUSED:
         value = getattr(server_args, name, fine[0])
         if value not in fine:

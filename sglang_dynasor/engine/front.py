@@ -43,11 +43,6 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
         return
     spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
     if spec.program is not None:  # the client samples the branches itself
-        if tokenizer_manager.server_args.dp_size > 1:
-            raise FieldError(
-                f"dynasor.program={spec.program!r} with --dp-size {tokenizer_manager.server_args.dp_size}: branches sent one "
-                "by one would land on different replicas; leave dynasor.program out, so that the server makes them"
-            )
         return
     if (params.get("n") or 1) != 1:
         raise FieldError(

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 from sglang_dynasor import __version__
+from sglang_dynasor.engine.admission import adder_class
 from sglang_dynasor.engine.controller import Controller
 from sglang_dynasor.engine.flag import config_of
+from sglang_dynasor.engine.retraction import retract_whole, youngest_last
 from sglang_dynasor.engine.streamer import streamer_class
 
 
@@ -31,6 +33,48 @@ def enqueue(original: Callable[..., None], scheduler: Any, req: Any, is_retracte
         original(scheduler, req, is_retracted)
     else:
         controller.intake(partial(original, scheduler), req, is_retracted)
+
+
+def next_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    controller = controller_of(scheduler)
+    if controller is None or controller.is_idle:
+        return original(scheduler, running_batch)
+    controller.admit(running_batch)
+    plan = original(scheduler, running_batch)
+    controller.admission.note_admitted(plan.batch_to_run)
+    return plan
+
+
+def schedule_policy(result: None, scheduler: Any) -> None:
+    scheduler.policy._dynasor = controller_of(scheduler)
+
+
+def order_queue(original: Callable[..., None], policy: Any, waiting_queue: Any, *args: Any, **kwargs: Any) -> None:
+    controller = getattr(policy, "_dynasor", None)
+    if controller is None or controller.is_idle:
+        original(policy, waiting_queue, *args, **kwargs)
+    else:
+        controller.admission.sort(partial(original, policy), waiting_queue, *args, **kwargs)
+
+
+def prefill_adder(result: type, scheduler: Any) -> type | None:
+    controller = controller_of(scheduler)
+    if controller is None or controller.is_idle:
+        return None
+    return adder_class(result, controller.admission)
+
+
+def timeouts(result: list[Any], scheduler: Any) -> list[Any] | None:
+    controller = controller_of(scheduler)
+    return None if controller is None or controller.is_idle else result + controller.due()
+
+
+def retraction_order(original: Callable[..., list[int]], reqs: list[Any]) -> list[int]:
+    return youngest_last(original(reqs), reqs)
+
+
+def retract(original: Callable[..., Any], batch: Any) -> Any:
+    return retract_whole(batch, *original(batch))
 
 
 def output_streamer(result: type, scheduler: Any) -> type | None:

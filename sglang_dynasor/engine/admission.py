@@ -1,0 +1,318 @@
+"""Which waiting programs start in this step: SGLang's rows and KV tokens, shared out by the pure policy.
+
+Programs wait here, not in SGLang's waiting_queue: only branches that fit are put there, in front. What happens to a
+request without the field is SGLang's, except that it does not take room promised to a gang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
+from sglang.srt.mem_cache.common import match_kv_cache
+from sglang.srt.utils.rank_consensus_checker import assert_same
+
+from sglang_dynasor.allocation import fair_share
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.branch import arrival_of, is_internal, set_arrival, tag_of
+from sglang_dynasor.forecast import Forecast
+from sglang_dynasor.gang import Cost, Room, gang_size
+from sglang_dynasor.order import Order, Plain, Ticket
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+    from sglang_dynasor.engine.controller import LiveProgram
+
+LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
+
+
+class Admission:
+    """The line of one scheduler, and the room in its engine."""
+
+    def __init__(self, scheduler: Any, config: DynasorConfig, start: Callable[[LiveProgram, int], None]):
+        self.scheduler = scheduler
+        self.start = start  # makes and queues branches of a program
+        self.fixed_width = config.dynasor_width
+        pool_tokens = scheduler.max_total_num_tokens
+        patience = pool_tokens if config.dynasor_patience_tokens < 0 else config.dynasor_patience_tokens
+        self.order = Order(patience, config.tenant_weights)
+        self.forecast = Forecast()
+        self.engine = Room(scheduler.max_running_requests, pool_tokens)  # as if it were empty
+        self.front: dict[Req, None] = {}  # our branches in SGLang's waiting_queue: always its first
+        self.promised: dict[LiveProgram, int] = {}  # siblings that follow once their leader has cached the prompt
+        self.plain_allowed: int | None = None  # plain requests that may start; None: as many as fit
+        self.max_overtaken_tokens = 0
+        self._locked: tuple[LiveProgram, Any] | None = None  # whose prefix in the radix cache is held for it
+        self._is_stale = False
+        self._num_steps = 0
+
+    # The line
+
+    def arrive(self, live: LiveProgram) -> Ticket:
+        return self.order.arrive(live.program.spec.tenant, live)
+
+    def wait(self, live: LiveProgram) -> None:
+        """Let a program that wants branches stand in line, or move in it."""
+        progress = sum(len(req.output_ids) for req in live.in_flight())
+        self.order.wait(live.ticket, self.forecast.remaining_tokens(live.program, progress))
+        self._is_stale = True
+
+    def follow(self, live: LiveProgram) -> None:
+        """Start the siblings that were promised to follow their leader."""
+        num_branches = min(self.promised.pop(live, 0), live.program.num_unused)
+        if num_branches:
+            self.start(live, num_branches)
+
+    def leave(self, live: LiveProgram) -> None:
+        """The program is over."""
+        self.promised.pop(live, None)
+        self.order.end(live.ticket)
+        if self._locked is not None and self._locked[0] is live:
+            self._unlock()
+        self._is_stale = True
+
+    def note_arrival(self, req: Req) -> None:
+        """Remember when a request that is no program came, if programs are there to compare with."""
+        if self.order.num_alive:
+            set_arrival(req, self.order.line("").arrive())
+
+    def note_finish(self, req: Req) -> None:
+        """A request that is no program has finished: its rows are free, and it was served."""
+        self._is_stale = True
+        self.forecast.plain_tokens.learn(len(req.output_ids))
+        if arrival := arrival_of(req):
+            self.order.charge_arrival(self.order.line(""), arrival, len(req.output_ids))
+
+    def note_plain_admitted(self) -> None:
+        if self.plain_allowed is not None:
+            self.plain_allowed -= 1
+
+    def note_change(self) -> None:
+        """Something of ours has left the engine: look at the line in the next step."""
+        self._is_stale = True
+
+    # SGLang's queue
+
+    def put_in_front(self, req: Req) -> None:
+        """Queue a branch behind ours and before all others."""
+        self.scheduler.waiting_queue.insert(len(self.front), req)
+        self.front[req] = None
+
+    def sort(self, sort_plain: Callable[..., None], waiting_queue: list[Req], *args: Any, **kwargs: Any) -> None:
+        """Let SGLang's policy order its own requests; our branches stay in front in our order.
+
+        Its deferral of requests that share a prefix would take a gang apart.
+        """
+        num_ours = len(self.front)
+        if not num_ours:
+            sort_plain(waiting_queue, *args, **kwargs)
+            return
+        ours = waiting_queue[:num_ours]
+        del waiting_queue[:num_ours]
+        try:
+            sort_plain(waiting_queue, *args, **kwargs)
+        finally:
+            waiting_queue[:0] = ours
+
+    def note_admitted(self, batch: ScheduleBatch | None) -> None:
+        """SGLang has taken these into a prefill batch."""
+        if self.front and batch is not None:
+            for req in batch.reqs:
+                self.front.pop(req, None)
+
+    def plain_rows(self, running_batch: ScheduleBatch) -> int | None:
+        """Plain requests that this pass may admit; None: as many as SGLang finds room for."""
+        if not self.promised:
+            return self.plain_allowed
+        scheduler = self.scheduler
+        rows = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
+        rows = max(0, rows - len(self.front) - sum(self.promised.values()))
+        return rows if self.plain_allowed is None else min(rows, self.plain_allowed)
+
+    @property
+    def promised_tokens(self) -> int:
+        return sum(num * self._gang_cost(live).branch_tokens for live, num in self.promised.items())
+
+    # One look
+
+    def look(self, running_batch: ScheduleBatch) -> None:
+        """Start the waiting programs that fit, in order. Called once per step, before SGLang fills its prefill batch."""
+        if not self.order.num_waiting:
+            self.plain_allowed = None
+            return
+        self._num_steps += 1
+        is_empty = running_batch.is_empty() and not self.front and self.scheduler.chunked_req is None
+        if not (self._is_stale or is_empty or self._num_steps >= LOOK_EVERY):
+            return
+        self._is_stale, self._num_steps, self.plain_allowed = False, 0, None
+        room = self._room(running_batch)
+        if room.rows <= 0:
+            return
+        num_rows = room.rows + self._num_rows_ours(running_batch)
+        plain, has_plain_gone_first = self._plain(), False
+        for ticket in self.order.candidates(plain):
+            if ticket is None:
+                has_plain_gone_first, is_empty = True, False
+                self._set_aside_plain(room)
+            else:
+                live = ticket.owner
+                wanted, least = live.program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
+                cost = self._gang_cost(live)
+                num = gang_size(wanted, least, room, self.engine, cost)
+                if not num and is_empty:
+                    num = min(wanted, 1)  # nothing will leave: SGLang takes one request on an empty engine
+                if num:
+                    room.take(cost, num)
+                    self._admit(live, num)
+                    is_empty = False
+                elif not wanted:
+                    self.order.stop_waiting(ticket)
+                elif self.order.saves_room(ticket, plain):
+                    self.plain_allowed = self._num_plain_before(ticket, room.rows) if has_plain_gone_first else 0
+                    self._lock(live)
+                    break
+            if room.rows <= 0:
+                break
+
+    def _admit(self, live: LiveProgram, num: int) -> None:
+        program, ticket = live.program, live.ticket
+        assert live.parent is not None
+        assert_same("dynasor admits %d of program %s", num, program.id)
+        self.order.stop_waiting(ticket)
+        program.overtaken_tokens = self.order.overtaken_tokens(ticket)
+        self.max_overtaken_tokens = max(self.max_overtaken_tokens, program.overtaken_tokens)
+        if not ticket.is_started:
+            ticket.is_started, program.gang = True, num
+            self.order.charge(ticket, len(live.parent.origin_input_ids))
+        if live.is_prompt_cached:
+            self.start(live, num)
+        else:  # one computes the prompt, the others find it in the cache
+            if num > 1:
+                self.promised[live] = num - 1
+            self.start(live, 1)
+        if self._locked is not None and self._locked[0] is live:
+            self._unlock()
+
+    def _width(self, live: LiveProgram, num_rows: int) -> int:
+        """Branches that one program may have in flight under the present load."""
+        if self.fixed_width:
+            return self.fixed_width
+        num_fitting = int(self.engine.tokens / max(1.0, self.forecast.length_tokens(live.program)))
+        return fair_share(min(num_rows, num_fitting), self.order.num_alive)
+
+    def _room(self, running_batch: ScheduleBatch) -> Room:
+        """Rows and KV tokens promised to nobody, counted as SGLang's PrefillAdder counts them."""
+        scheduler = self.scheduler
+        rows = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
+        rows -= len(self.front) + sum(self.promised.values())
+        if rows <= 0:
+            return Room(0, 0)
+        ratio = scheduler.new_token_ratio_tracker.current
+        running = sum(
+            tokens_left(req) * (1.0 if req.sampling_params.ignore_eos else ratio) for req in running_batch.reqs
+        )
+        queued = sum(self._cost(req).tokens(1) for req in self.front)
+        if (chunked := scheduler.chunked_req) is not None:
+            queued += self._cost(chunked).tokens(1)
+        budget = scheduler.token_to_kv_pool_allocator.create_prefill_budget(scheduler.tree_cache)
+        return Room(rows, int(budget.remaining_total - running) - queued - self.promised_tokens)
+
+    def _num_rows_ours(self, running_batch: ScheduleBatch) -> int:
+        inside = sum(is_internal(req) for req in running_batch.reqs)
+        return inside + len(self.front) + sum(self.promised.values())
+
+    def _cost(self, req: Req) -> Cost:
+        """What SGLang will ask for to admit one request by itself."""
+        tag = tag_of(req)
+        is_cached = tag is not None and tag.live.is_prompt_cached and not req.output_ids
+        return branch_cost(req, self.scheduler.page_size, is_cached=is_cached)
+
+    def _gang_cost(self, live: LiveProgram) -> Cost:
+        """What more branches of a program take; its prompt is there while one is in flight."""
+        assert live.parent is not None
+        is_there = live.is_prompt_cached and live.program.num_in_flight > 0
+        return branch_cost(live.parent, self.scheduler.page_size, is_cached=is_there)
+
+    def _plain(self) -> Plain | None:
+        queue = self.scheduler.waiting_queue
+        if len(queue) == len(self.front):
+            return None
+        first = queue[len(self.front)]
+        expected = min(self.forecast.plain_tokens.value, first.sampling_params.max_new_tokens)
+        return Plain(self.order.line(""), arrival_of(first), expected)
+
+    def _set_aside_plain(self, room: Room) -> None:
+        for req in islice(self.scheduler.waiting_queue, len(self.front), len(self.front) + max(0, room.rows)):
+            room.take(self._cost(req), 1)
+
+    def _num_plain_before(self, ticket: Ticket, most: int) -> int:
+        """Plain requests at the head of SGLang's queue that came before `ticket`."""
+        num = 0
+        for req in islice(self.scheduler.waiting_queue, len(self.front), None):
+            if num == most or arrival_of(req) > ticket.arrival:
+                break
+            num += 1
+        return num
+
+    # The radix cache
+
+    def _lock(self, live: LiveProgram) -> None:
+        """Keep the prompt's KV for the program that room is saved for."""
+        if live.parent is None or not live.is_prompt_cached or (self._locked is not None and self._locked[0] is live):
+            return
+        self._unlock()
+        tree_cache = self.scheduler.tree_cache
+        if tree_cache.disable:
+            return
+        match_kv_cache(live.parent, tree_cache)
+        self._locked = (live, tree_cache.lock(live.parent.last_node))
+
+    def _unlock(self) -> None:
+        if self._locked is not None:
+            self.scheduler.tree_cache.unlock(self._locked[1])
+            self._locked = None
+
+
+def tokens_left(req: Req) -> int:
+    """Tokens that a request may still generate, clipped as SGLang clips its reservation."""
+    most = req.sampling_params.max_new_tokens
+    assert most is not None  # SGLang sets it when the request comes
+    return max(0, min(most - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
+
+
+def branch_cost(req: Req, page_size: int, *, is_cached: bool) -> Cost:
+    """Tokens of a request's prompt (with what it generated before a retraction), and of what it may still generate.
+
+    Two pages on top: SGLang reserves one, and a cached prompt is found up to a page's start.
+    """
+    num_tokens = 0 if is_cached else len(req.origin_input_ids) + len(req.output_ids)
+    return Cost(num_tokens, tokens_left(req) + 2 * page_size)
+
+
+@lru_cache(maxsize=1)
+def adder_class(base: type[PrefillAdder], admission: Admission) -> type[PrefillAdder]:
+    """A subclass of SGLang's PrefillAdder that leaves alone what is promised to gangs."""
+
+    class ProgramAdder(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_plain_left = admission.plain_rows(self.running_batch)
+            self.memory_budget.total_offset += admission.promised_tokens
+
+        def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+            if self.num_plain_left is None or is_internal(req):
+                return super().add_one_req(req, has_chunked_req, truncation_align_size)
+            if self.num_plain_left <= 0:
+                return AddReqResult.OTHER
+            num_before = len(self.can_run_list)
+            result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+            if len(self.can_run_list) > num_before:
+                self.num_plain_left -= 1
+                admission.note_plain_admitted()
+            return result
+
+    return ProgramAdder

@@ -1,0 +1,44 @@
+"""Which branches give their KV back when the pool runs out: the youngest program's, and all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+from sglang_dynasor.engine.branch import tag_of
+
+
+def youngest_last(order: list[int], reqs: list[Any]) -> list[int]:
+    """SGLang's order of keeping (it retracts from the end), with programs after plain requests, the youngest last."""
+
+    def age(index: int) -> int:
+        tag = tag_of(reqs[index])
+        return tag.live.number if tag is not None and tag.is_internal else 0
+
+    return sorted(order, key=age) if any(map(age, order)) else order
+
+
+def retract_whole(
+    batch: Any, retracted: list[Any], ratio: float, aborted: list[Any]
+) -> tuple[list[Any], float, list[Any]]:
+    """Retract the siblings of retracted branches too, unless nothing else would run.
+
+    A program without some of its branches holds memory and comes to no decision.
+    """
+    lives = {id(tag.live) for req in retracted if (tag := tag_of(req)) is not None and tag.is_internal}
+    if not lives:
+        return retracted, ratio, aborted
+    tags = [tag_of(req) for req in batch.reqs]
+    siblings = [i for i, tag in enumerate(tags) if tag is not None and tag.is_internal and id(tag.live) in lives]
+    if siblings and len(siblings) < len(batch.reqs):
+        kept = [i for i in range(len(batch.reqs)) if i not in set(siblings)]
+        for index in siblings:
+            req = batch.reqs[index]
+            if batch.release_req(index, len(kept)):
+                retracted.append(req)
+            else:
+                req.to_finish = FINISH_ABORT("Retracted under decode memory pressure without a KV backup. Retry later.")
+                aborted.append(req)
+        batch.filter_batch(keep_indices=kept)
+    return retracted, ratio, aborted

@@ -1,0 +1,76 @@
+"""How much a program still needs: what the order of programs is made from.
+
+Learned per server, from tokens and counts only, so that every rank forecasts the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_dynasor.certaindex import PRIOR
+from sglang_dynasor.program import Program
+from sglang_dynasor.stopping import Evidence
+
+MEMORY = 256  # observations after which a running mean forgets as fast as it learns
+PRIOR_BRANCHES = 2  # a program's own mean length is trusted like the server's after this many branches
+
+
+@dataclass(slots=True)
+class Mean:
+    """A running mean that starts from a guess and follows a changing load."""
+
+    value: float
+    num: int = 0
+
+    def learn(self, x: float) -> None:
+        self.num = min(self.num + 1, MEMORY)
+        self.value += (x - self.value) / self.num
+
+
+class Forecast:
+    """What this server has learned about branch lengths and about how much of their cap programs use."""
+
+    def __init__(self) -> None:
+        self.branch_tokens = Mean(256.0)
+        self.plain_tokens = Mean(256.0)
+        self.used_frac = Mean(0.5)
+
+    def learn(self, program: Program) -> None:
+        """Take in a program that was answered."""
+        self.used_frac.learn(len(program.branches) / program.spec.branches)
+
+    def branches(self, program: Program) -> float:
+        """Expected branches that still have to finish, those in flight included; at most what the cap leaves."""
+        evidence = program.evidence
+        needed = program.votes_needed
+        if not needed:  # nothing short of the cap decides
+            return evidence.num_left
+        if evidence.num_votes < 2:  # no vote to speak of: like the programs before it
+            expected = self.used_frac.value * program.spec.branches - len(evidence.recent)
+        else:
+            expected = needed / max(leader_drift(evidence), 1e-9)
+        return min(evidence.num_left, max(needed, expected))
+
+    def length_tokens(self, program: Program) -> float:
+        """Expected tokens of one of the program's branches: its own mean, shrunk to the server's."""
+        lengths = program.finished_tokens
+        return (sum(lengths) + PRIOR_BRANCHES * self.branch_tokens.value) / (len(lengths) + PRIOR_BRANCHES)
+
+    def remaining_tokens(self, program: Program, progress_tokens: int) -> float:
+        """Expected tokens until the program is decided, at least 0.
+
+        Args:
+            progress_tokens: what its branches in flight have generated so far.
+        """
+        return max(0.0, self.branches(program) * self.length_tokens(program) - progress_tokens)
+
+
+def leader_drift(evidence: Evidence) -> float:
+    """Expected change of the lead by one more branch, in (-1, 1): posterior share of the leader minus the runner-up's.
+
+    The lead is a random walk; by Wald's identity a further lead of v takes v / drift branches. The posterior is the
+    stopping rule's (certaindex.py): PRIOR on each answer seen, on one not seen, and on abstention.
+    """
+    first, second = (*evidence.counts, 0, 0)[:2]
+    total = evidence.num_votes + evidence.abstentions + PRIOR * (len(evidence.counts) + 2)
+    return (first - second) / total

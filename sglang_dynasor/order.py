@@ -1,0 +1,304 @@
+"""The line that waiting programs stand in: shortest remaining first, within a bound on being overtaken.
+
+Pure policy: it knows no engine. Bound and proof are in docs/waiting.md.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
+
+MOST_SKIPPED = 8  # programs tried in one look that do not fit: bounds the look, not the wait (docs/waiting.md)
+
+
+class Service:
+    """Tokens given to arrivals, by order of arrival: a Fenwick tree, O(log n) to charge and to ask.
+
+    Arrivals before the oldest still alive are forgotten when the tree fills up.
+    """
+
+    def __init__(self) -> None:
+        self.first = 0  # the arrival that index 0 stands for
+        self.given = [0] * 64
+        self.tree = [0] * 65
+        self.total = 0
+
+    def charge(self, arrival: int, tokens: int, oldest_alive: int) -> None:
+        """Add `tokens` (negative: a correction) to what `arrival` was given."""
+        index = arrival - self.first
+        if index < 0:  # older than anyone who could ask
+            return
+        if index >= len(self.given):
+            self._make_room(arrival, min(oldest_alive, arrival))
+            index = arrival - self.first
+        self.given[index] += tokens
+        self.total += tokens
+        self._add(index, tokens)
+
+    def after(self, arrival: int) -> int:
+        """Tokens given to arrivals later than `arrival`."""
+        index, before = min(arrival - self.first + 1, len(self.given)), 0
+        while index > 0:
+            before += self.tree[index]
+            index &= index - 1
+        return self.total - before
+
+    def _add(self, index: int, tokens: int) -> None:
+        index += 1
+        while index < len(self.tree):
+            self.tree[index] += tokens
+            index += index & -index
+
+    def _make_room(self, arrival: int, oldest: int) -> None:
+        kept = self.given[oldest - self.first :] if oldest > self.first else self.given
+        self.first = max(oldest, self.first)
+        size = 2 * max(64, len(kept), arrival - self.first + 1)
+        self.given = kept + [0] * (size - len(kept))
+        self.tree = [0] * (size + 1)
+        self.total = sum(kept)
+        for index, tokens in enumerate(kept):
+            if tokens:
+                self._add(index, tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One program's place."""
+
+    line: Line
+    arrival: int
+    owner: Any
+    remaining_tokens: float = 0.0
+    is_waiting: bool = False
+    is_started: bool = False  # it has run branches before
+    turn: int = 0  # of its newest entry in the heaps; older entries are void
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """One tenant's programs."""
+
+    tenant: str
+    weight: float
+    number: int  # by first arrival: breaks ties
+    service: Service = field(default_factory=Service)
+    alive: dict[int, Ticket] = field(default_factory=dict[int, Ticket])  # by arrival, in order
+    by_length: list[tuple[float, int, int, Ticket]] = field(default_factory=list[tuple[float, int, int, Ticket]])
+    by_age: list[tuple[int, int, Ticket]] = field(default_factory=list[tuple[int, int, Ticket]])
+    num_waiting: int = 0
+    num_arrivals: int = 0
+    counter: float = 0.0  # service received, by weight
+
+    def arrive(self) -> int:
+        self.num_arrivals += 1
+        return self.num_arrivals
+
+    def oldest(self) -> Ticket | None:
+        """The waiting program that came first."""
+        while self.by_age:
+            _, turn, ticket = self.by_age[0]
+            if ticket.is_waiting and ticket.turn == turn:
+                return ticket
+            heapq.heappop(self.by_age)
+        return None
+
+    def pop_shortest(self) -> Ticket | None:
+        """Take the shortest waiting program out of the heap; `push` puts it back."""
+        while self.by_length:
+            _, _, turn, ticket = heapq.heappop(self.by_length)
+            if ticket.is_waiting and ticket.turn == turn:
+                return ticket
+        return None
+
+    def push(self, ticket: Ticket) -> None:
+        heapq.heappush(self.by_length, (ticket.remaining_tokens, ticket.arrival, ticket.turn, ticket))
+
+
+class Plain(NamedTuple):
+    """Requests waiting that are no programs: SGLang orders them among themselves, here they are one party."""
+
+    line: Line
+    first_arrival: int  # of the one that SGLang would admit first
+    expected_tokens: float
+
+
+class Order:
+    """Every tenant's line. Tenants share service by weight; within a tenant the shortest remaining program goes first,
+    unless later arrivals of that tenant have got `patience_tokens` while the oldest waits: then the oldest does.
+
+    Source of the counters between tenants: VTC, https://arxiv.org/abs/2401.00588.
+    """
+
+    def __init__(self, patience_tokens: int, weights: Mapping[str, float] | None = None):
+        self.patience_tokens = patience_tokens
+        self.weights = dict(weights or {})
+        self.lines: dict[str, Line] = {}
+        self.by_counter: list[tuple[float, int, Line]] = []  # lines with waiting programs; stale entries are void
+        self.floor = 0.0  # the least-served tenant's counter when somebody was last chosen; never falls
+        self.num_waiting = 0
+        self.num_alive = 0
+        self._turns = count(1)
+        self._numbers = count()
+
+    def line(self, tenant: str) -> Line:
+        """The tenant's line. A tenant that was idle starts level with the least-served one: idling saves up nothing."""
+        line = self.lines.get(tenant)
+        if line is None:
+            self._forget_idle()
+            line = self.lines[tenant] = Line(tenant, self.weights.get(tenant, 1.0), next(self._numbers))
+        if not line.alive:
+            line.counter = max(line.counter, self.floor)
+        return line
+
+    def arrive(self, tenant: str, owner: Any) -> Ticket:
+        """A program has come. It does not wait yet."""
+        line = self.line(tenant)
+        ticket = Ticket(line, line.arrive(), owner)
+        line.alive[ticket.arrival] = ticket
+        self.num_alive += 1
+        return ticket
+
+    def wait(self, ticket: Ticket, remaining_tokens: float) -> None:
+        """Stand in line, or move to another place in it. O(log n)."""
+        line = ticket.line
+        if not ticket.is_waiting:
+            ticket.is_waiting = True
+            line.num_waiting += 1
+            self.num_waiting += 1
+            if line.num_waiting == 1:
+                self._push_line(line)
+        ticket.turn = next(self._turns)
+        ticket.remaining_tokens = remaining_tokens
+        line.push(ticket)
+        heapq.heappush(line.by_age, (ticket.arrival, ticket.turn, ticket))
+
+    def stop_waiting(self, ticket: Ticket) -> None:
+        """Leave the line: admitted, or no longer in need. No harm if it does not wait."""
+        if ticket.is_waiting:
+            ticket.is_waiting = False
+            ticket.line.num_waiting -= 1
+            self.num_waiting -= 1
+
+    def end(self, ticket: Ticket) -> None:
+        """The program is over. No harm if it was before."""
+        self.stop_waiting(ticket)
+        if ticket.line.alive.pop(ticket.arrival, None) is not None:
+            self.num_alive -= 1
+
+    def charge(self, ticket: Ticket, tokens: int) -> None:
+        """The program was given `tokens` of service (negative: a correction)."""
+        self.charge_arrival(ticket.line, ticket.arrival, tokens)
+
+    def charge_arrival(self, line: Line, arrival: int, tokens: int) -> None:
+        """As `charge`, for a request that is no program and has no ticket: `arrival` is what `line.arrive` gave."""
+        line.counter += tokens / line.weight
+        if line.alive:
+            line.service.charge(arrival, tokens, next(iter(line.alive)))
+        if line.num_waiting:
+            self._push_line(line)
+
+    def overtaken_tokens(self, ticket: Ticket) -> int:
+        """Service given to later arrivals of the same tenant so far."""
+        return ticket.line.service.after(ticket.arrival)
+
+    def is_overdue(self, ticket: Ticket) -> bool:
+        """Whether it was overtaken as far as patience goes: nobody of its tenant who came later may start before it."""
+        return self.overtaken_tokens(ticket) >= self.patience_tokens
+
+    def candidates(self, plain: Plain | None = None) -> Iterator[Ticket | None]:
+        """Waiting programs in the order in which they should be admitted.
+
+        The caller admits the one it got (`stop_waiting`) or leaves it; asking for the next means that others go ahead
+        of it, which the caller must not do where `saves_room` says so.
+
+        Args:
+            plain: if some wait: None is yielded, once, where they go first. That is before every program of their
+                tenant but those that came earlier and are overdue, and those started that need less than a plain one.
+        """
+        tried: list[Ticket] = []
+        popped: list[tuple[Ticket, int]] = []
+        passed: list[Line] = []  # nobody left to try
+        try:
+            while len(tried) < MOST_SKIPPED:
+                line = self._least_served()
+                if plain is not None and (line is None or _is_behind(plain.line, line)):
+                    line = plain.line
+                if line is None:
+                    return
+                self.floor = max(self.floor, line.counter)
+                ticket = line.oldest()
+                if ticket is None or ticket in tried or not self.is_overdue(ticket):
+                    ticket = line.pop_shortest()
+                    if ticket is not None:
+                        popped.append((ticket, ticket.turn))
+                if plain is not None and line is plain.line and not self._goes_before(plain, ticket):
+                    if popped and popped[-1][0] is ticket:
+                        line.push(popped.pop()[0])
+                    plain = None
+                    yield None
+                elif ticket is None:
+                    passed.append(line)
+                    heapq.heappop(self.by_counter)
+                elif ticket not in tried:
+                    tried.append(ticket)
+                    yield ticket
+                    if not ticket.is_waiting:
+                        tried.pop()
+        finally:
+            for ticket, turn in popped:
+                if ticket.is_waiting and ticket.turn == turn:
+                    ticket.line.push(ticket)
+            for line in passed:
+                self._push_line(line)
+
+    def saves_room(self, ticket: Ticket, plain: Plain | None = None) -> bool:
+        """Whether nobody else may be admitted before `ticket`, though it does not fit yet.
+
+        Args:
+            plain: as for `candidates`.
+        """
+        return self.is_overdue(ticket) or self._lag_tokens(ticket.line, plain) >= self.patience_tokens
+
+    def _goes_before(self, plain: Plain, ticket: Ticket | None) -> bool:
+        if ticket is None:
+            return False
+        if ticket.is_started and ticket.remaining_tokens < plain.expected_tokens:
+            return True
+        return ticket.arrival < plain.first_arrival and self.is_overdue(ticket)
+
+    def _least_served(self) -> Line | None:
+        while self.by_counter:
+            counter, _, line = self.by_counter[0]
+            if line.num_waiting and counter == line.counter:
+                return line
+            heapq.heappop(self.by_counter)
+        return None
+
+    def _lag_tokens(self, line: Line, plain: Plain | None) -> float:
+        """Service by which a tenant is behind the next one that waits, in its own tokens; 0 if it is behind nobody."""
+        others = [
+            other for _, _, other in heapq.nsmallest(3, self.by_counter) if other is not line and other.num_waiting
+        ]
+        if plain is not None and plain.line is not line:
+            others.append(plain.line)
+        behind = min((other.counter for other in others), default=line.counter) - line.counter
+        return max(0.0, behind * line.weight)
+
+    def _push_line(self, line: Line) -> None:
+        if len(self.by_counter) > 4 * len(self.lines) + 64:  # drop what is stale
+            self.by_counter = [(line.counter, line.number, line) for line in self.lines.values() if line.num_waiting]
+            heapq.heapify(self.by_counter)
+        heapq.heappush(self.by_counter, (line.counter, line.number, line))
+
+    def _forget_idle(self) -> None:
+        """Drop idle tenants that would start at the floor anyway, whenever their number has reached a power of two."""
+        if len(self.lines) < 64 or len(self.lines) & (len(self.lines) - 1):
+            return
+        self.lines = {name: line for name, line in self.lines.items() if line.alive or line.counter > self.floor}
+
+
+def _is_behind(line: Line, other: Line) -> bool:
+    return (line.counter, line.number) <= (other.counter, other.number)

@@ -1,0 +1,308 @@
+"""Order, gangs, deadlines and tenants in the real engine, seen through what its scheduler admits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import status_of
+from fastapi import HTTPException
+from questions import held_out, prompt
+from sglang.srt.managers import scheduler
+
+from sglang_dynasor.engine.admission import Admission
+from sglang_dynasor.engine.branch import tag_of
+
+pytestmark = pytest.mark.engine
+QUESTIONS = held_out(40)
+Batches = list[list[tuple[str, int]]]  # per prefill batch: (program's rid, branch), or (plain rid, -1)
+
+
+def params(max_new_tokens: int = 60, **field: Any) -> dict[str, Any]:
+    return {
+        "temperature": 1.7,
+        "max_new_tokens": max_new_tokens,
+        "custom_params": {"dynasor": {"answer": "hash", **field}},
+    }
+
+
+@pytest.fixture
+def admitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Batches]:
+    """What engines started after this admit, prefill batch by prefill batch."""
+    log = tmp_path / "admitted.jsonl"
+    log.touch()
+    note = Admission.note_admitted
+
+    def noting(self: Admission, batch: Any) -> None:
+        if batch is not None:
+            running = batch.decoding_reqs or []  # with mixed chunks they come along
+            tags = [(tag_of(req), req) for req in batch.reqs if req not in running]
+            rows = [(tag.live.program.id, tag.index) if tag else (req.rid, -1) for tag, req in tags]
+            with log.open("a") as out:
+                out.write(json.dumps(rows) + "\n")
+        note(self, batch)
+
+    monkeypatch.setattr(Admission, "note_admitted", noting)  # schedulers fork from here
+    return lambda: [[tuple(row) for row in json.loads(line)] for line in log.read_text().splitlines()]
+
+
+def first_seen(batches: Batches) -> list[str]:
+    """Programs and plain requests in the order in which they started."""
+    return list(dict.fromkeys(name for batch in batches for name, _ in batch))
+
+
+def run(engine: Any, requests: list[tuple[str, dict[str, Any]]], text: str | None = None) -> list[dict[str, Any]]:
+    """Send all at once, by rid; answers in the order of the requests, exceptions among them."""
+
+    async def send() -> list[Any]:
+        prompts = [prompt(q.text) for q in QUESTIONS]
+        calls = [
+            engine.async_generate(text or prompts[i % len(prompts)], sampling_params, rid=rid)
+            for i, (rid, sampling_params) in enumerate(requests)
+        ]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    return engine.loop.run_until_complete(send())
+
+
+def assert_nothing_left(engine: Any) -> None:
+    for _ in range(100):
+        status = status_of(engine)
+        left = [status[key] for key in status if key.startswith("num_") and key.split("_")[-1] in LEFT]
+        if not any(left):
+            break
+        time.sleep(0.05)
+    assert not any(left), status
+    assert status["num_policy_errors"] == 0
+    for _ in range(20):
+        if engine.flush_cache().success:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the cache cannot be flushed: something still runs")
+
+
+LEFT = ("inside", "queued", "promised")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"disable_overlap_schedule": True},
+        {"page_size": 16, "chunked_prefill_size": 64, "enable_mixed_chunk": True},
+        {"schedule_policy": "lpm"},
+    ],
+    ids=["overlap", "no overlap", "pages, chunks, mixed", "lpm"],
+)
+def test_a_gang_is_admitted_whole(start_engine: Any, admitted: Any, extra: dict[str, Any]) -> None:
+    """Six rows, gangs of four: one leader computes the prompt, its three siblings follow together; no half gangs."""
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=6, **extra
+    )  # fmt: skip
+    outs = run(engine, [(f"p{i}", params(branches=4, stop="never")) for i in range(6)])
+    assert all(out["meta_info"]["dynasor"]["gang"] == 4 for out in outs)
+    batches = admitted()
+    for i in range(6):
+        parts = [[branch for name, branch in batch if name == f"p{i}"] for batch in batches]
+        parts = [part for part in parts if part]
+        # A chunked prompt shows its leader once per chunk.
+        assert all(part == [0] for part in parts[:-1])
+        assert parts[-1] == [1, 2, 3]
+    # All or nothing: with six rows the next gang of four starts only when the one before has ended.
+    assert first_seen(batches) == [f"p{i}" for i in range(6)]
+    assert_nothing_left(engine)
+
+
+def test_siblings_cost_no_second_prompt(start_engine: Any) -> None:
+    """Also where the pool decides: the shared prompt is computed once, nothing is retracted."""
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_total_tokens=900, max_running_requests=32
+    )
+    outs = run(engine, [(f"p{i}", params(branches=4, stop="never")) for i in range(6)])
+    for out in outs:
+        record, prompt_tokens = out["meta_info"]["dynasor"], out["meta_info"]["prompt_tokens"]
+        assert record["num_cached_tokens"] >= 3 * (prompt_tokens - 1)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.parametrize(
+    ("extra", "most"),
+    [({"max_running_requests": 2}, 2), ({"max_total_tokens": 400, "max_running_requests": 32}, 3)],
+    ids=["rows", "tokens"],
+)
+def test_a_gang_that_can_never_fit_shrinks(start_engine: Any, extra: dict[str, Any], most: int) -> None:
+    """Sixteen at once are asked for on an engine that holds a few: the width shrinks, and the record says so."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=16, **extra)
+    outs = run(engine, [(f"p{i}", params(100, stop="margin")) for i in range(3)])
+    for out in outs:
+        record = out["meta_info"]["dynasor"]
+        assert 1 <= record["gang"] <= most
+        assert record["stop_reason"] in ("certain", "cap")
+    assert_nothing_left(engine)
+
+
+def test_wide_when_idle_narrow_when_loaded(start_engine: Any) -> None:
+    """Alone a program gets its whole cap at once; among sixty only as many branches as could decide."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True)
+    (alone,) = run(engine, [("alone", params())])
+    assert alone["meta_info"]["dynasor"]["gang"] == 16
+    crowd = run(engine, [(f"p{i}", params(stop="beta")) for i in range(60)])
+    gangs = Counter(out["meta_info"]["dynasor"]["gang"] for out in crowd)
+    assert gangs[4] >= 40, gangs
+    narrow = [out["meta_info"]["dynasor"] for out in run(engine, [("narrow", params(width=3))])]
+    assert narrow[0]["gang"] == 3
+
+
+def test_shortest_remaining_first_and_patience(start_engine: Any, admitted: Any) -> None:
+    """While a long program fills the engine, a short one that came last goes first; with no patience it does not."""
+    requests = [
+        ("filler", params(branches=4, stop="never")),
+        ("long", params(branches=64, stop="never", width=4)),
+        ("short", params(branches=4, stop="never")),
+    ]
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=4)
+    outs = run(engine, requests)
+    assert first_seen(admitted()) == ["filler", "short", "long"]
+    assert outs[1]["meta_info"]["dynasor"]["overtaken_tokens"] > 0
+    assert outs[0]["meta_info"]["dynasor"]["overtaken_tokens"] == 0
+    engine.shutdown()
+    num_before = len(admitted())
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=4, dynasor_patience_tokens=0
+    )
+    outs = run(engine, requests)
+    assert first_seen(admitted()[num_before:]) == ["filler", "long", "short"]
+    assert status_of(engine)["max_overtaken_tokens"] == 0
+
+
+def test_plain_requests_go_before_programs_that_came_with_them(start_engine: Any, admitted: Any) -> None:
+    """A plain request is the shortest of programs: it waits for rows, never for the line; its own order is SGLang's."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=4)
+    plain = {"temperature": 0, "max_new_tokens": 20}
+    requests = [("filler", params(branches=4, stop="never"))]
+    requests += [(f"p{i}", params(branches=4, stop="never")) for i in range(3)]
+    requests += [(f"plain{i}", plain) for i in range(6)]
+    run(engine, requests)
+    order = first_seen(admitted())
+    assert order == ["filler", *(f"plain{i}" for i in range(6)), "p0", "p1", "p2"]
+    assert_nothing_left(engine)
+
+
+def test_a_waiting_program_is_not_starved_by_plain_requests(start_engine: Any, admitted: Any) -> None:
+    """Once later plain requests got what patience allows, room is saved for the program, and it starts before them."""
+    plain = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
+    requests: list[tuple[str, dict[str, Any]]] = [("filler", params(branches=4, stop="never"))]
+    requests += [("program", params(branches=4, stop="never"))]
+    requests += [(f"plain{i}", plain) for i in range(40)]
+    options = {"scheduler": "dynasor", "dynasor_strict": True, "dynasor_width": 4, "max_running_requests": 4}
+    engine = start_engine(**options, dynasor_patience_tokens=300)
+    outs = run(engine, requests)
+    num_before = first_seen(admitted()).index("program") - 1
+    assert 10 <= num_before <= 10 + 2 * 4  # 300 tokens are ten requests; those under way then finish
+    assert 300 <= outs[1]["meta_info"]["dynasor"]["overtaken_tokens"] <= 300 + 4 * 30
+    engine.shutdown()
+    seen = len(admitted())
+    engine = start_engine(**options, dynasor_patience_tokens=10**9)  # without the bound all forty go first
+    run(engine, requests)
+    assert first_seen(admitted()[seen:]).index("program") == 41
+
+
+def test_tenants_share_by_weight(start_engine: Any, admitted: Any) -> None:
+    """Two tenants with work for the whole run: service follows the weights, whoever sent more."""
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=8,
+        dynasor_tenant_weights="gold=3",
+    )  # fmt: skip
+    text = prompt(QUESTIONS[0].text)
+    free = [(f"free{i}", params(40, branches=4, stop="never", tenant="free")) for i in range(60)]
+    gold = [(f"gold{i}", params(40, branches=4, stop="never", tenant="gold")) for i in range(30)]
+    run(engine, free + gold, text)
+    started = first_seen(admitted())[:32]
+    num_gold = sum(name.startswith("gold") for name in started)
+    assert 20 <= num_gold <= 27, started
+    assert_nothing_left(engine)
+
+
+def test_deadlines(start_engine: Any) -> None:
+    """At the deadline a program answers with its best so far, or the text there is, or none if it never started."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, max_running_requests=8)
+    endless = {**params(900, branches=8, stop="never", deadline_s=0.7), "ignore_eos": True}
+    started = time.perf_counter()
+    (out,) = run(engine, [("endless", endless)])
+    assert time.perf_counter() - started < 5
+    record = out["meta_info"]["dynasor"]
+    assert record["stop_reason"] == "deadline"
+    assert record["answer"] is None
+    assert record["certaindex"] == 0.0
+    assert out["text"]
+    assert out["meta_info"]["finish_reason"]["type"] == "stop"
+
+    blocker = {**params(900, branches=8, stop="never", deadline_s=2.0), "ignore_eos": True}
+    outs = run(engine, [("blocker", blocker), ("waiting", params(deadline_s=0.5))])
+    assert outs[1]["meta_info"]["dynasor"]["stop_reason"] == "deadline"
+    assert outs[1]["meta_info"]["dynasor"]["num_branches"] == 0
+    assert outs[1]["text"] == ""
+
+    voting = params(branches=64, stop="never", width=2, deadline_s=1.0)
+    (out,) = run(engine, [("voting", voting)])
+    record = out["meta_info"]["dynasor"]
+    assert record["stop_reason"] == "deadline"
+    assert 0 < sum(vote["votes"] for vote in record["votes"]) < 64
+    assert record["answer"] is not None
+    assert record["answer"] in out["text"]
+
+    (out,) = run(engine, [("in time", params(deadline_s=600))])
+    assert out["meta_info"]["dynasor"]["stop_reason"] in ("certain", "cap")
+    assert status_of(engine)["num_expired"] == 4
+    assert_nothing_left(engine)
+
+
+def test_a_waiting_time_out_holds_for_programs_in_line(start_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own waiting time-out: a program that has not started is refused, those that run are not."""
+    monkeypatch.setenv("SGLANG_REQ_WAITING_TIMEOUT", "0.4")
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, max_running_requests=4)
+    long = {**params(400, branches=4, stop="never"), "ignore_eos": True}
+    outs = run(engine, [("runs", long), ("waits", params())])
+    assert outs[0]["meta_info"]["dynasor"]["num_branches"] == 4
+    assert isinstance(outs[1], HTTPException)
+    assert "waiting timeout" in str(outs[1].detail)
+    assert_nothing_left(engine)
+
+
+def test_retraction_takes_the_youngest_program_whole(
+    start_engine: Any, admitted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's forced retraction: the victims are the youngest program, all of it, never the plain request; all end."""
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 12)
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4)
+    requests = [("plain", {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True})]
+    requests += [(f"p{i}", params(branches=4, stop="never")) for i in range(3)]
+    outs = run(engine, requests)
+    assert all(out["meta_info"]["dynasor"]["num_branches"] == 4 for out in outs[1:])
+    times = Counter(row for batch in admitted() for row in batch)
+    again = {row for row, num in times.items() if num > 1}
+    assert again, "nothing was retracted: the test does not test"
+    assert ("plain", -1) not in again
+    assert Counter(name for name, _ in again)["p2"] >= 3  # one may have finished before
+    assert_nothing_left(engine)
+
+
+def test_a_crash_in_admission_falls_back(start_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look at the line fails: programs are queued as stock requests would be, and all are answered."""
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(Admission, "look", broken)
+    engine = start_engine(scheduler="dynasor")
+    outs = run(engine, [(f"p{i}", params()) for i in range(12)])
+    assert all(out["meta_info"]["dynasor"]["stop_reason"] in ("certain", "cap") for out in outs)
+    assert status_of(engine)["num_policy_errors"] > 0
+    assert status_of(engine)["num_held_programs"] == status_of(engine)["num_branches_inside"] == 0
