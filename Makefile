@@ -1,5 +1,5 @@
 # Every command of the project. `make demo` and `make test` set up all they need.
-.PHONY: help install demo test lint bench reasoner card readme clean
+.PHONY: help install demo test lint bench soak reasoner card readme clean
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: on shared cores more of them decode many times slower.
@@ -12,6 +12,7 @@ help:
 	@echo "make test      all tests"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     the benchmarks behind the README's tables"
+	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
 	@echo "make card      measure the tiny reasoner and write its model card's table"
 	@echo "make readme    write the generated tables (results, patch ledger)"
@@ -36,6 +37,12 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/bench_self_consistency.py --csv benchmarks/results/self_consistency.csv
 	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
+	$(BIN)/python benchmarks/bench_online.py --csv benchmarks/results/online --plot docs/online.png
+	$(BIN)/python benchmarks/bench_starvation.py --csv benchmarks/results/starvation.csv
+	$(BIN)/python benchmarks/bench_policy_overhead.py --csv benchmarks/results/policy_overhead.csv
+
+soak: install
+	$(BIN)/python benchmarks/soak.py --csv benchmarks/results/soak.csv
 
 reasoner: install
 	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2

@@ -11,9 +11,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "make bench",
     "passthrough": "make bench",
+    "online": "make bench",
+    "starvation": "make bench",
+    "policy_overhead": "make bench",
+    "soak": "make soak",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
-CLOSING = ("questions", "repeats", "rounds", "orders", "model", "machine", "sglang", "torch", "commit")
+CLOSING = (
+    "questions",
+    "programs",
+    "hard programs",
+    "seconds",
+    "steps",
+    "SLO s",
+    "repeats",
+    "rounds",
+    "orders",
+    "model",
+    "machine",
+    "sglang",
+    "torch",
+    "commit",
+)
 
 
 def table(name: str) -> str:

@@ -82,38 +82,48 @@ def progress(items: Iterable[Solved], total: int, name: str, columns: int) -> It
     yield from tqdm(items, total=total, desc=f"{name:<22}", ncols=min(columns, 100), unit="question")
 
 
-def solve_stock(engine: Any, question: dict[str, Any], num_samples: int) -> Solved:
-    """Uniform self-consistency as a client does it today: `n` samples, then a vote."""
-    started = time.perf_counter()
-    outs = engine.generate(
-        question["prompt"], {"temperature": TEMPERATURE, "max_new_tokens": MAX_NEW_TOKENS, "n": num_samples}
-    )
-    answers = [extract_answer(out["text"], "hash") for out in outs]
-    votes = Counter(answer_key(answer) for answer in answers if answer is not None)
-    winner = votes.most_common(1)[0][0] if votes else None
-    num_tokens = sum(out["meta_info"]["completion_tokens"] for out in outs)
-    is_right = winner == str(question["answer"])
-    return Solved(winner, is_right, num_tokens, num_samples, time.perf_counter() - started, None)
+def stock_params(num_samples: int) -> dict[str, Any]:
+    """Uniform self-consistency as a client asks for it today: `n` samples."""
+    return {"temperature": TEMPERATURE, "max_new_tokens": MAX_NEW_TOKENS, "n": num_samples}
 
 
-def solve_program(engine: Any, question: dict[str, Any], cap: int, **field: Any) -> Solved:
+def program_params(cap: int, **field: Any) -> dict[str, Any]:
     """The same as one request with one field."""
-    started = time.perf_counter()
-    params = {
+    return {
         "temperature": TEMPERATURE,
         "max_new_tokens": MAX_NEW_TOKENS,
         "custom_params": {"dynasor": {"branches": cap, "answer": "hash", **field}},
     }
-    record = engine.generate(question["prompt"], params)["meta_info"]["dynasor"]
+
+
+def vote(question: dict[str, Any], outs: list[dict[str, Any]], latency_s: float) -> Solved:
+    """The majority of stock samples, counted by the client."""
+    answers = [extract_answer(out["text"], "hash") for out in outs]
+    votes = Counter(answer_key(answer) for answer in answers if answer is not None)
+    winner = votes.most_common(1)[0][0] if votes else None
+    num_tokens = sum(out["meta_info"]["completion_tokens"] for out in outs)
+    return Solved(winner, winner == str(question["answer"]), num_tokens, len(outs), latency_s, None)
+
+
+def read_record(question: dict[str, Any], record: dict[str, Any], latency_s: float) -> Solved:
+    """What a program's record says."""
     answer = None if record["answer"] is None else answer_key(record["answer"])
-    return Solved(
-        answer,
-        answer == str(question["answer"]),
-        record["num_tokens"],
-        record["num_branches"],
-        time.perf_counter() - started,
-        record["certaindex"],
-    )
+    is_right = answer == str(question["answer"])
+    return Solved(answer, is_right, record["num_tokens"], record["num_branches"], latency_s, record["certaindex"])
+
+
+def solve_stock(engine: Any, question: dict[str, Any], num_samples: int) -> Solved:
+    """One question by sampling and a vote."""
+    started = time.perf_counter()
+    outs = engine.generate(question["prompt"], stock_params(num_samples))
+    return vote(question, outs, time.perf_counter() - started)
+
+
+def solve_program(engine: Any, question: dict[str, Any], cap: int, **field: Any) -> Solved:
+    """One question as a program."""
+    started = time.perf_counter()
+    out = engine.generate(question["prompt"], program_params(cap, **field))
+    return read_record(question, out["meta_info"]["dynasor"], time.perf_counter() - started)
 
 
 class Client:

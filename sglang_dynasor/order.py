@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
+MOST_IDLE = 4096  # tenants remembered while they have nothing here
 MOST_SKIPPED = 8  # programs tried in one look that do not fit: bounds the look, not the wait (docs/waiting.md)
 
 
@@ -113,6 +114,18 @@ class Line:
                 return ticket
         return None
 
+    def stand(self, ticket: Ticket) -> None:
+        """Enter a waiting program in both heaps."""
+        if len(self.by_length) + len(self.by_age) > 8 * self.num_waiting + 128:  # drop what is void
+            self.by_length.clear()
+            self.by_age.clear()
+            waiting = [ticket for ticket in self.alive.values() if ticket.is_waiting]
+        else:
+            waiting = [ticket]
+        for ticket in waiting:
+            self.push(ticket)
+            heapq.heappush(self.by_age, (ticket.arrival, ticket.turn, ticket))
+
     def push(self, ticket: Ticket) -> None:
         heapq.heappush(self.by_length, (ticket.remaining_tokens, ticket.arrival, ticket.turn, ticket))
 
@@ -136,8 +149,9 @@ class Order:
         self.patience_tokens = patience_tokens
         self.weights = dict(weights or {})
         self.lines: dict[str, Line] = {}
-        self.by_counter: list[tuple[float, int, Line]] = []  # lines with waiting programs; stale entries are void
-        self.floor = 0.0  # the least-served tenant's counter when somebody was last chosen; never falls
+        self.least_served: list[tuple[float, int, Line]] = []  # heap of lines that wait; stale entries are void
+        self.most_served: list[tuple[float, int, Line]] = []  # the same by falling counter
+        self.floor = 0.0  # the least-served tenant's counter at the last look; never falls
         self.num_waiting = 0
         self.num_alive = 0
         self._turns = count(1)
@@ -172,8 +186,7 @@ class Order:
                 self._push_line(line)
         ticket.turn = next(self._turns)
         ticket.remaining_tokens = remaining_tokens
-        line.push(ticket)
-        heapq.heappush(line.by_age, (ticket.arrival, ticket.turn, ticket))
+        line.stand(ticket)
 
     def stop_waiting(self, ticket: Ticket) -> None:
         """Leave the line: admitted, or no longer in need. No harm if it does not wait."""
@@ -221,14 +234,13 @@ class Order:
         tried: list[Ticket] = []
         popped: list[tuple[Ticket, int]] = []
         passed: list[Line] = []  # nobody left to try
+        line = self._least_served(plain)
+        self.floor = max(self.floor, line.counter if line else 0.0)
         try:
             while len(tried) < MOST_SKIPPED:
-                line = self._least_served()
-                if plain is not None and (line is None or _is_behind(plain.line, line)):
-                    line = plain.line
+                line = self._least_served(plain)
                 if line is None:
                     return
-                self.floor = max(self.floor, line.counter)
                 ticket = line.oldest()
                 if ticket is None or ticket in tried or not self.is_overdue(ticket):
                     ticket = line.pop_shortest()
@@ -241,7 +253,7 @@ class Order:
                     yield None
                 elif ticket is None:
                     passed.append(line)
-                    heapq.heappop(self.by_counter)
+                    heapq.heappop(self.least_served)
                 elif ticket not in tried:
                     tried.append(ticket)
                     yield ticket
@@ -269,35 +281,49 @@ class Order:
             return True
         return ticket.arrival < plain.first_arrival and self.is_overdue(ticket)
 
-    def _least_served(self) -> Line | None:
-        while self.by_counter:
-            counter, _, line = self.by_counter[0]
-            if line.num_waiting and counter == line.counter:
-                return line
-            heapq.heappop(self.by_counter)
-        return None
+    def _least_served(self, plain: Plain | None) -> Line | None:
+        line = _first_valid(self.least_served, 1)
+        if plain is not None and (line is None or _is_behind(plain.line, line)):
+            return plain.line
+        return line
 
     def _lag_tokens(self, line: Line, plain: Plain | None) -> float:
-        """Service by which a tenant is behind the next one that waits, in its own tokens; 0 if it is behind nobody."""
-        others = [
-            other for _, _, other in heapq.nsmallest(3, self.by_counter) if other is not line and other.num_waiting
-        ]
-        if plain is not None and plain.line is not line:
-            others.append(plain.line)
-        behind = min((other.counter for other in others), default=line.counter) - line.counter
-        return max(0.0, behind * line.weight)
+        """Service by which a tenant is behind the most-served one that waits, in its own tokens."""
+        most = _first_valid(self.most_served, -1)
+        counters = [other.counter for other in (most, plain and plain.line) if other is not None]
+        return (max(counters, default=line.counter) - line.counter) * line.weight
 
     def _push_line(self, line: Line) -> None:
-        if len(self.by_counter) > 4 * len(self.lines) + 64:  # drop what is stale
-            self.by_counter = [(line.counter, line.number, line) for line in self.lines.values() if line.num_waiting]
-            heapq.heapify(self.by_counter)
-        heapq.heappush(self.by_counter, (line.counter, line.number, line))
+        if len(self.least_served) + len(self.most_served) > 8 * len(self.lines) + 128:  # drop what is stale
+            waiting = [line for line in self.lines.values() if line.num_waiting]
+            self.least_served = [(line.counter, line.number, line) for line in waiting]
+            self.most_served = [(-line.counter, line.number, line) for line in waiting]
+            heapq.heapify(self.least_served)
+            heapq.heapify(self.most_served)
+        heapq.heappush(self.least_served, (line.counter, line.number, line))
+        heapq.heappush(self.most_served, (-line.counter, line.number, line))
 
     def _forget_idle(self) -> None:
-        """Drop idle tenants that would start at the floor anyway, whenever their number has reached a power of two."""
-        if len(self.lines) < 64 or len(self.lines) & (len(self.lines) - 1):
-            return
-        self.lines = {name: line for name, line in self.lines.items() if line.alive or line.counter > self.floor}
+        """Drop idle tenants, whenever the number of tenants reaches a power of two.
+
+        Up to MOST_IDLE only those that would start at the floor anyway. Never the nameless one: its plain requests hold
+        numbers that its line has given out.
+        """
+        num = len(self.lines)
+        if num >= 64 and not num & (num - 1):
+            floor = self.floor if num < MOST_IDLE else float("inf")
+            self.lines = {
+                name: line for name, line in self.lines.items() if not name or line.alive or line.counter > floor
+            }
+
+
+def _first_valid(heap: list[tuple[float, int, Line]], sign: int) -> Line | None:
+    while heap:
+        counter, _, line = heap[0]
+        if line.num_waiting and counter == sign * line.counter:
+            return line
+        heapq.heappop(heap)
+    return None
 
 
 def _is_behind(line: Line, other: Line) -> bool:

@@ -1,43 +1,21 @@
-"""The real engine for tests: SGLang on the tiny reasoner, started by fork after one import (3 s instead of 30)."""
+"""The real engine for tests: SGLang on the tiny reasoner."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 from engines import ENGINE_ARGS
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from forked import forked_engine
 
 
 @contextmanager
 def engines() -> Iterator[Callable[..., Any]]:
     """Yield a function that starts engines, which live until the context ends."""
-    import sglang as sgl
-
-    real = mp.set_start_method
-    started: list[Any] = []
-
-    def start(**kwargs: Any) -> Any:
-        # SGLang asks for "spawn", for CUDA's sake; children forked from here need no second import.
-        mp.set_start_method = lambda method, force=False: real("fork", force=True)
-        try:
-            engine = sgl.Engine(**{**ENGINE_ARGS, **kwargs})
-        finally:
-            mp.set_start_method = real
-        started.append(engine)
-        return engine
-
-    try:
-        yield start
-    finally:
-        for engine in started:
-            engine.shutdown()
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(forked_engine(**{**ENGINE_ARGS, **options}))
 
 
 @pytest.fixture

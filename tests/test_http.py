@@ -3,80 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from engines import CHECKPOINT, ROOT
+from engines import ROOT
 from questions import held_out, prompt
+from server import Server
 
 pytestmark = pytest.mark.engine
 README = (ROOT / "README.md").read_text()
 QUESTION = held_out(12)[10]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """`sglang serve` in a process of its own; everything it prints goes to `log`."""
-
-    def __init__(self, log: Path, *args: str):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.log = log
-        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(CHECKPOINT)]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), *args],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self, timeout_s: float = 300) -> None:
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}:\n{self.log.read_text()[-2000:]}")
-            try:
-                if httpx.get(f"{self.url}/health_generate", timeout=10).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.5)
-        raise TimeoutError(self.log.read_text()[-2000:])
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(30)
-
-    def status(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/dynasor/status", timeout=30).json()[0]
-
-    def generate(self, **field: Any) -> httpx.Response:
-        body = {
-            "text": prompt(QUESTION.text),
-            "sampling_params": {"max_new_tokens": 200, "custom_params": {"dynasor": {"answer": "hash", **field}}},
-        }
-        return httpx.post(f"{self.url}/generate", json=body, timeout=120)
+def generate(server: Server, **field: Any) -> httpx.Response:
+    body = {
+        "text": prompt(QUESTION.text),
+        "sampling_params": {"max_new_tokens": 200, "custom_params": {"dynasor": {"answer": "hash", **field}}},
+    }
+    return httpx.post(f"{server.url}/generate", json=body, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +103,7 @@ def test_chat_returns_the_record_on_request(server: Server) -> None:
 def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: str) -> None:
     """The error names the field and what is allowed, and nothing is enqueued."""
     before = server.status()
-    response = server.generate(**field)
+    response = generate(server, **field)
     assert response.status_code == 400
     assert message in response.text
     assert server.status() == before
@@ -199,7 +149,7 @@ def test_a_disconnect_frees_every_branch(server: Server) -> None:
     after = wait_until_idle(server)
     assert after["num_aborted"] == before["num_aborted"] + 1
     assert after["num_programs"] == before["num_programs"]
-    assert server.generate().status_code == 200
+    assert generate(server).status_code == 200
 
 
 def test_an_abort_answers_the_client_and_frees_every_branch(server: Server) -> None:

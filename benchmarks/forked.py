@@ -1,0 +1,34 @@
+"""An engine whose processes are forked from this one: up in 3 s instead of 30, with whatever was wrapped here before."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
+
+
+@contextmanager
+def forked_engine(**options: Any) -> Iterator[Any]:
+    """Yield `sgl.Engine(**options)` on the tiny reasoner."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import sglang as sgl
+
+    real = mp.set_start_method
+    # SGLang asks for "spawn", for CUDA's sake; children forked from here need no second import.
+    mp.set_start_method = lambda method, force=False: real("fork", force=True)
+    try:
+        engine = sgl.Engine(
+            **{"model_path": str(REASONER / "checkpoint"), "dtype": "float32", "log_level": "error", **options}
+        )
+    finally:
+        mp.set_start_method = real
+    try:
+        yield engine
+    finally:
+        engine.shutdown()

@@ -1,0 +1,133 @@
+"""Two ranks on this machine: tensor parallelism in lockstep, data parallelism with programs whole."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from engines import status_of
+from questions import held_out, prompt
+
+pytestmark = pytest.mark.engine
+QUESTIONS = held_out(60)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")  # SGLang wants to know which cores are whose
+
+
+def params(max_new_tokens: int = 60, **field: Any) -> dict[str, Any]:
+    return {
+        "temperature": 1.7,
+        "max_new_tokens": max_new_tokens,
+        "custom_params": {"dynasor": {"answer": "hash", **field}},
+    }
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_tensor_parallel_ranks_decide_alike(
+    start_engine: Any, two_ranks: None, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    """Two hundred programs with early stops, aborts, deadlines and time-outs. SGLang's own checker digests every
+    decision (admissions, answers, its allocations) and kills the server if the ranks differ."""
+    monkeypatch.setenv("SGLANG_ENABLE_RANK_CONSENSUS_CHECKER", "1")
+    monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "8")
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, tp_size=2, max_running_requests=24, max_total_tokens=6000,
+        disable_overlap_schedule=not overlap,
+    )  # fmt: skip
+    num_programs = 200 if overlap else 40
+    draw = random.Random(1)
+
+    async def one(i: int) -> Any:
+        await asyncio.sleep(draw.random() * num_programs / 12)
+        field: dict[str, Any] = {"tenant": f"t{i % 3}"}
+        text = prompt(QUESTIONS[i % len(QUESTIONS)].text)
+        sampling_params = params(**field)
+        if i % 10 == 3:
+            sampling_params = {**params(900, deadline_s=0.3, **field), "ignore_eos": True}
+        elif i % 50 == 7:  # the engine's own time-out ends it
+            sampling_params = {**params(900, branches=2, **field), "ignore_eos": True}
+        elif i % 10 == 5:
+            sampling_params = {**params(900, branches=4, **field), "ignore_eos": True}
+            asyncio.get_running_loop().call_later(0.2 + draw.random(), engine.tokenizer_manager.abort_request, f"r{i}.")
+        elif i % 10 == 8:
+            sampling_params = {"temperature": 0, "max_new_tokens": 40}
+        return await engine.async_generate(text, sampling_params, rid=f"r{i}.")
+
+    async def everyone() -> list[Any]:
+        return await asyncio.gather(*(one(i) for i in range(num_programs)), return_exceptions=True)
+
+    outs = engine.loop.run_until_complete(everyone())
+    answered = [out for out in outs if isinstance(out, dict) and "dynasor" in out["meta_info"]]
+    reasons = [out["meta_info"]["dynasor"]["stop_reason"] for out in answered]
+    assert reasons.count("certain") >= num_programs // 4
+    assert reasons.count("deadline") >= num_programs // 20
+    assert len(answered) < 0.9 * num_programs  # plain ones, aborts, time-outs
+    status = status_of(engine)
+    assert status["num_held_programs"] == status["num_branches_inside"] == 0
+    assert status["num_policy_errors"] == 0
+    assert status["num_aborted"] >= 1
+    # Both ranks are alive and agree after all this.
+    assert engine.generate(prompt(QUESTIONS[0].text), params())["meta_info"]["dynasor"]["answer"]
+
+
+DIFFERING = """
+import torch.distributed as dist
+from conftest import engines
+from questions import held_out, prompt
+from sglang_dynasor.engine import admission
+
+real = admission.assert_same
+
+def differing(message, *args):
+    if message.startswith("dynasor admits") and dist.get_rank() == 1:
+        args = (args[0] + 1, *args[1:])
+    real(message, *args)
+
+admission.assert_same = differing
+with engines() as start:
+    engine = start(scheduler="dynasor", tp_size=2, max_total_tokens=6000)
+    field = {"temperature": 1.7, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
+    for question in held_out(40):
+        engine.generate(prompt(question.text), field)
+    print("nobody noticed")
+"""
+
+
+def test_the_checker_sees_a_rank_that_decides_differently(two_ranks: None) -> None:
+    """The test above can fail: a rank that counts otherwise is found out, and SGLang ends the server."""
+    environment = {**os.environ, "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", DIFFERING], env=environment, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode != 0
+    assert "nobody noticed" not in done.stdout
+    assert "dynasor admits" in done.stdout + done.stderr
+
+
+def test_data_parallel_keeps_programs_whole(start_engine: Any, two_ranks: None) -> None:
+    """Two replicas: the branches of a program are on one, also where the client sends them; both replicas work."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, dp_size=2, max_total_tokens=6000)
+    prompts = [prompt(q.text) for q in QUESTIONS[:16]]
+    outs = engine.generate(prompts, [params(branches=8)] * 16)
+    assert all(out["meta_info"]["dynasor"]["num_branches"] <= 8 for out in outs)
+    sent = [(f"mine-{i % 8}", prompts[i % 8]) for i in range(32)]
+    fields = [params(program=name, branches=4, stop="never") for name, _ in sent]
+    outs = engine.generate([text for _, text in sent], fields)
+    last: dict[str, int] = {}
+    for out in outs:
+        record = out["meta_info"]["dynasor"]
+        num_done = sum(vote["votes"] for vote in record["votes"]) + record["num_abstentions"]
+        last[record["program"]] = max(last.get(record["program"], 0), num_done)
+    assert last == {f"mine-{i}": 4 for i in range(8)}  # each program saw all four of its branches
+    states = [state["dynasor"] for state in engine.get_server_info()["internal_states"]]
+    assert len(states) == 2
+    assert all(state["num_programs"] > 0 and state["num_client_programs"] > 0 for state in states)
+    assert all(state["num_branches_inside"] == 0 for state in states)
