@@ -72,12 +72,14 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     stop = parse_stop(_text(options, "stop", "predictive"))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
-    if program is not None and deadline_s is not None:
+    tenant = _id(options, "tenant")
+    if program is not None and (deadline_s is not None or tenant is not None):
+        key = "deadline_s" if deadline_s is not None else "tenant"
         raise FieldError(
-            f"dynasor.deadline_s={deadline_s:g} with dynasor.program={program!r}: branches that you send end when you "
-            "abort them; leave out one of the two"
+            f"dynasor.{key}={options[key]!r} with dynasor.program={program!r}: branches that you send are queued like any other "
+            "request; leave out one of the two"
         )
-    return ProgramSpec(algorithm, branches, width, stop, answer, program, deadline_s, _id(options, "tenant") or "")
+    return ProgramSpec(algorithm, branches, width, stop, answer, program, deadline_s, tenant or "")
 
 
 def _id(options: dict[str, Any], key: str) -> str | None:

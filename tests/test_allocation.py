@@ -1,4 +1,4 @@
-"""How many branches are started."""
+"""How many branches are worth starting: by the vote, and by the load."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.allocation import votes_needed
+from sglang_dynasor.allocation import fair_share, votes_needed
 from sglang_dynasor.program import BranchState, Program
 from sglang_dynasor.spec import parse_field
-from sglang_dynasor.stopping import Evidence, parse_stop
+from sglang_dynasor.stopping import RULES, Evidence, parse_stop
 
 
-def needed(rule: str, counts: tuple[int, ...], num_left: int, at_most: int = 16, recent: str = "") -> int:
+def needed(rule: str, counts: tuple[int, ...], num_left: int, recent: str = "") -> int:
     keys = recent or "".join(letter * votes for letter, votes in zip("abcdef", counts, strict=False))
-    return votes_needed(Evidence(counts, 0, num_left, tuple(keys)), parse_stop(rule), at_most)
+    return votes_needed(Evidence(counts, 0, num_left, tuple(keys)), parse_stop(rule))
 
 
 @pytest.mark.parametrize(
@@ -26,13 +26,32 @@ def needed(rule: str, counts: tuple[int, ...], num_left: int, at_most: int = 16,
         ("beta", (1, 1), 14, 5),
         ("window:5", (), 16, 5),
         ("margin", (), 16, 9),
-        ("never", (), 16, 16),
         ("entropy", (), 16, 5),
         ("predictive:0", (), 16, 9),  # no risk at all is the lossless rule
+        ("window:5 and margin", (), 16, 10),  # the next full window after the ninth
+        ("window:5 or margin", (), 16, 5),
     ],
 )
 def test_fewest_votes_that_could_decide(rule: str, counts: tuple[int, ...], num_left: int, expected: int) -> None:
     """By each rule's own arithmetic."""
+    assert needed(rule, counts, num_left) == expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "counts", "num_left", "expected"),
+    [
+        ("never", (), 16, 0),
+        ("never", (15,), 1, 0),
+        ("reward", (3,), 5, 0),  # a vote brings no reward
+        ("beta", (), 4, 4),  # the last one decides
+        ("beta", (), 3, 0),  # 3-0 is the cap and not certain
+        ("beta", (2, 2), 3, 0),
+        ("window:5", (), 4, 0),
+        ("predictive", (), 0, 0),  # nothing left
+    ],
+)
+def test_nothing_short_of_the_cap_decides(rule: str, counts: tuple[int, ...], num_left: int, expected: int) -> None:
+    """0 where not even all that are left could, and the nearest case where they could."""
     assert needed(rule, counts, num_left) == expected
 
 
@@ -41,21 +60,31 @@ def test_disagreement_asks_for_more() -> None:
     assert needed("predictive", (3,), 13) < needed("predictive", (2, 1), 13) <= needed("predictive", (1, 1, 1), 13)
 
 
-def test_the_width_bounds_it() -> None:
-    """Never more than asked for."""
-    assert needed("margin", (), 16, at_most=4) == 4
-    assert needed("beta", (3,), 13, at_most=1) == 1
+@given(st.lists(st.integers(1, 6), max_size=4), st.integers(0, 12), st.sampled_from(sorted(RULES)))
+def test_it_is_the_fewest(counts: list[int], num_left: int, rule: str) -> None:
+    """So many votes for the leader let the rule stop, one fewer does not; 0 if none up to the cap does."""
+    votes = tuple(sorted(counts, reverse=True))
+    keys = "".join(letter * num for letter, num in zip("abcd", votes, strict=False))
+    num = needed(rule, votes, num_left, keys)
+    assert 0 <= num <= num_left
+
+    def would_stop(more: int) -> bool:
+        then = ((votes[0] if votes else 0) + more, *votes[1:])
+        return parse_stop(rule).stops(Evidence(then, 0, num_left - more, tuple(keys + "a" * more)))
+
+    assert [more for more in range(1, num_left + 1) if would_stop(more)][:1] == ([num] if num else [])
 
 
 @given(
     st.lists(st.sampled_from("abc"), max_size=15),
     st.sampled_from(["predictive", "beta", "window", "margin", "entropy", "never"]),
+    st.lists(st.integers(1, 20), min_size=1, max_size=15),
 )
-def test_it_never_stalls_and_never_starts_too_many(answers: list[str], rule: str) -> None:
-    """An undecided program with nothing in flight always starts something; never beyond width or cap."""
+def test_it_never_stalls_and_never_starts_too_many(answers: list[str], rule: str, widths: list[int]) -> None:
+    """Under any load an undecided program with nothing in flight starts something; never beyond its width or cap."""
     program = Program("p", parse_field({"branches": 16, "width": 8, "stop": rule, "answer": "last_line"}, 64))
-    for answer in answers:
-        while program.num_to_start:
+    for turn, answer in enumerate(answers):
+        for _ in range(program.num_to_start(widths[turn % len(widths)])[0]):
             program.start_branch()
         if program.reason is not None:
             break
@@ -63,3 +92,20 @@ def test_it_never_stalls_and_never_starts_too_many(answers: list[str], rule: str
         assert len(program.branches) <= 16
         index = next(i for i, b in enumerate(program.branches) if b.state is BranchState.IN_FLIGHT)
         program.finish(index, answer, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_programs", "expected"),
+    [(64, 0, 64), (64, 1, 64), (64, 2, 32), (64, 3, 21), (64, 64, 1), (64, 65, 1), (64, 10_000, 1), (0, 5, 1)],
+)
+def test_the_load_shares_the_rows(num_rows: int, num_programs: int, expected: int) -> None:
+    """Wide when idle, narrow when loaded, at least one."""
+    assert fair_share(num_rows, num_programs) == expected
+
+
+@given(st.integers(0, 4096), st.integers(1, 5000))
+def test_the_share_falls_without_cliffs(num_rows: int, num_programs: int) -> None:
+    """One more program never widens the others, and takes from each only its part of the share."""
+    share, next_share = fair_share(num_rows, num_programs), fair_share(num_rows, num_programs + 1)
+    assert 0 <= share - next_share <= share / (num_programs + 1) + 1
+    assert share * num_programs <= max(num_rows, num_programs)

@@ -18,8 +18,9 @@ def program(**field: object) -> Program:
     return Program("p", parse_field({"answer": "hash", **field}, 64))
 
 
-def start_all(p: Program) -> list[int]:
-    return [p.start_branch() for _ in range(p.num_to_start)]
+def start_all(p: Program, width: int = 64) -> list[int]:
+    """Start what the program wants where the load allows `width`."""
+    return [p.start_branch() for _ in range(p.num_to_start(width)[0])]
 
 
 def start(p: Program, num_branches: int) -> None:
@@ -32,7 +33,7 @@ def test_width_and_cap_bound_what_starts() -> None:
     """Never more than the width in flight, never more than the cap in all."""
     p = program(branches=5, width=3, stop="never")
     assert start_all(p) == [0, 1, 2]
-    assert p.num_to_start == 0
+    assert p.num_to_start(64) == (0, 0)
     p.finish(1, "#### 1", 10)
     assert start_all(p) == [3]
     p.finish(0, "#### 1", 10)
@@ -54,9 +55,78 @@ def test_a_certain_program_stops_and_an_uncertain_one_does_not() -> None:
         for index, answer in enumerate(answers):
             p.finish(index, f"#### {answer}", 1)
     assert sure.reason is StopReason.CERTAIN
-    assert sure.num_to_start == 0
+    assert sure.num_to_start(64) == (0, 0)
+    assert sure.num_unused == 0
     assert unsure.reason is None
-    assert unsure.num_to_start > 0
+    assert unsure.num_unused == 10
+    assert unsure.num_to_start(64) == (10, unsure.votes_needed)
+
+
+@pytest.mark.parametrize(
+    ("field", "load", "expected"),
+    [
+        ({"stop": "beta"}, 1, (4, 4)),  # 4-0 decides: under any load four together
+        ({"stop": "beta"}, 6, (6, 4)),  # more if the load allows
+        ({"stop": "beta"}, 64, (16, 4)),  # the cap
+        ({"stop": "beta", "width": 3}, 64, (3, 3)),  # the client's own width bounds both
+        ({"stop": "beta", "width": 5}, 1, (4, 4)),
+        ({"stop": "never"}, 1, (1, 1)),
+        ({"stop": "never"}, 7, (7, 7)),  # no number decides: all that the load allows
+        ({"stop": "margin", "branches": 2}, 1, (2, 2)),
+        ({"stop": "beta", "branches": 2}, 1, (1, 1)),  # the cap comes before the rule
+        ({"stop": "beta", "branches": 2}, 64, (2, 2)),
+    ],
+)
+def test_what_starts_where_nothing_is_in_flight(field: dict[str, object], load: int, expected: tuple[int, int]) -> None:
+    """Wanted by load, cap and client; at least what could decide together."""
+    assert program(**field).num_to_start(load) == expected
+
+
+def test_what_starts_where_some_are_in_flight() -> None:
+    """Up to the width, and any number of them makes sense."""
+    p = program(stop="beta")
+    start(p, 2)
+    assert p.num_to_start(1) == (2, 1)
+    assert p.num_to_start(6) == (4, 1)
+    start(p, 4)
+    assert p.num_to_start(6) == (0, 0)
+    assert p.num_to_start(5) == (0, 0)  # a smaller load share ends nothing
+    p.finish(0, "#### 1", 1)
+    assert p.num_to_start(6) == (1, 1)
+    start(p, 10)
+    assert p.num_to_start(64) == (0, 0)  # none unused
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1, (1, 1)), (3, (3, 3)), (4, (4, 4)), (9, (9, 4)), (99, (16, 4))])
+def test_a_fixed_width_is_kept(width: int, expected: tuple[int, int]) -> None:
+    """The operator's width may be fewer than could decide; it is never exceeded, the cap neither."""
+    assert program(stop="beta").num_to_start(width, is_fixed=True) == expected
+    assert program(stop="beta", width=2).num_to_start(width, is_fixed=True) == (min(width, 2),) * 2
+
+
+def test_a_decided_program_starts_nothing() -> None:
+    """Whatever decided it."""
+    p = program(stop="beta")
+    start_all(p, 1)
+    p.reason = StopReason.DEADLINE
+    assert p.num_unused == 0
+    assert p.num_to_start(64) == (0, 0)
+
+
+def test_a_deadline_leaves_the_vote_as_it_is() -> None:
+    """Branches that finish after it do not vote, and the record says why it stopped."""
+    p = program(stop="never", width=3)
+    start_all(p)
+    p.finish(0, "#### 1", 1)
+    p.reason = StopReason.DEADLINE
+    p.finish(1, "#### 2", 1)
+    p.end(2, 1)
+    record = p.record()
+    assert (record["answer"], record["stop_reason"], record["votes"]) == (
+        "1",
+        "deadline",
+        [{"answer": "1", "votes": 1}],
+    )
 
 
 def test_abstentions_cost_tokens_and_do_not_vote() -> None:
@@ -101,7 +171,8 @@ def test_a_failure_closes_the_program() -> None:
     p = program(branches=8, width=3, stop="never")
     start_all(p)
     p.fail(0, 0, closes=True)
-    assert p.num_to_start == 0
+    assert p.num_to_start(64) == (0, 0)
+    assert p.num_unused == 0
     p.finish(1, "#### 1", 1)
     assert p.reason is None
     p.finish(2, "#### 1", 1)
@@ -154,13 +225,17 @@ def test_a_branch_leaves_once() -> None:
     st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none", "FAIL"]), min_size=1, max_size=40),
     st.integers(1, 16),
     st.integers(1, 16),
+    st.integers(1, 16),
 )
-def test_every_program_ends(outcomes: list[str], cap: int, width: int) -> None:
+def test_every_program_ends(outcomes: list[str], cap: int, width: int, load: int) -> None:
     """Whatever the branches say, a program ends within its cap, and its record is JSON whose numbers agree."""
     p = program(branches=cap, width=min(cap, width))
     turn = 0
     while p.reason is None:
-        start_all(p)
+        wanted, least = p.num_to_start(load)
+        assert 0 <= least <= wanted <= p.num_unused
+        assert bool(wanted) == bool(least)
+        start_all(p, load)
         index = next(i for i, b in enumerate(p.branches) if b.state is BranchState.IN_FLIGHT)
         outcome = outcomes[turn % len(outcomes)]
         turn += 1
@@ -190,6 +265,18 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int) -> None:
         ({"stop": "certain"}, "not a rule"),
         ({"answer": "boxd"}, "not an extractor"),
         ({"program": "a b"}, "dynasor.program='a b' is not an id"),
+        ({"program": ""}, "dynasor.program='' is not an id"),
+        ({"tenant": ""}, "dynasor.tenant='' is not an id; use 1 to 128"),
+        ({"tenant": "a,b"}, "dynasor.tenant='a,b' is not an id"),
+        ({"tenant": "a" * 129}, "is not an id"),
+        ({"tenant": 7}, "dynasor.tenant=7 is a int; send a string"),
+        ({"deadline_s": 0}, r"dynasor.deadline_s=0 is outside \(0, 86400\]"),
+        ({"deadline_s": -1.5}, r"dynasor.deadline_s=-1.5 is outside"),
+        ({"deadline_s": 86401}, r"dynasor.deadline_s=86401 is outside"),
+        ({"deadline_s": float("nan")}, r"dynasor.deadline_s=nan is outside"),
+        ({"deadline_s": "5"}, "dynasor.deadline_s='5' is a str; send seconds"),
+        ({"deadline_s": True}, "dynasor.deadline_s=True is a bool"),
+        ({"deadline_s": 5, "program": "p"}, "dynasor.deadline_s=5 with dynasor.program='p'"),
         (["self_consistency"], "is a list"),
         (None, "is a NoneType"),
         ("beam", "dynasor.algorithm='beam'"),
@@ -204,10 +291,19 @@ def test_a_wrong_field_is_refused_by_name(field: object, message: str) -> None:
 def test_defaults_fit_any_limit() -> None:
     """The smallest useful field works, also where the operator allows little."""
     spec = parse_field("self_consistency", 64)
-    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, 8, "predictive", "auto")
+    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, None, "predictive", "auto")
+    assert (spec.program, spec.deadline_s, spec.tenant) == (None, None, "")
     assert parse_field({}, 3).branches == 3
-    assert parse_field({}, 3).width == 3
-    assert set(FIELD_HELP) == {"algorithm", "branches", "width", "stop", "answer", "program"}
+    assert parse_field({"width": 2}, 3).width == 2
+    assert set(FIELD_HELP) == set("algorithm branches width stop answer deadline_s tenant program".split())
+
+
+def test_deadline_and_tenant_are_taken() -> None:
+    """The widest values allowed; a tenant may send branches of its own."""
+    spec = parse_field({"deadline_s": 86400, "tenant": "A.b_c:d-9"}, 64)
+    assert (spec.deadline_s, spec.tenant) == (86400.0, "A.b_c:d-9")
+    assert parse_field({"deadline_s": 0.001}, 64).deadline_s == 0.001
+    assert parse_field({"tenant": "t", "program": "p"}, 64).tenant == "t"
 
 
 def test_the_record_book_forgets_the_oldest() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import islice
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
@@ -42,9 +43,10 @@ class Admission:
         self.order = Order(patience, config.tenant_weights)
         self.forecast = Forecast()
         self.engine = Room(scheduler.max_running_requests, pool_tokens)  # as if it were empty
+        self.cheap_rows = self.engine.rows  # that a step carries nearly for free (pace.py): the first rank tells
         self.front: dict[Req, None] = {}  # our branches in SGLang's waiting_queue: always its first
         self.promised: dict[LiveProgram, int] = {}  # siblings that follow once their leader has cached the prompt
-        self.plain_allowed: int | None = None  # plain requests that may start; None: as many as fit
+        self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
         self.max_overtaken_tokens = 0
         self._locked: tuple[LiveProgram, Any] | None = None  # whose prefix in the radix cache is held for it
         self._is_stale = False
@@ -85,11 +87,8 @@ class Admission:
         self._is_stale = True
         self.forecast.plain_tokens.learn(len(req.output_ids))
         if arrival := arrival_of(req):
-            self.order.charge_arrival(self.order.line(""), arrival, len(req.output_ids))
-
-    def note_plain_admitted(self) -> None:
-        if self.plain_allowed is not None:
-            self.plain_allowed -= 1
+            num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+            self.order.charge_arrival(self.order.line(""), arrival, num_tokens)
 
     def note_change(self) -> None:
         """Something of ours has left the engine: look at the line in the next step."""
@@ -126,12 +125,19 @@ class Admission:
 
     def plain_rows(self, running_batch: ScheduleBatch) -> int | None:
         """Plain requests that this pass may admit; None: as many as SGLang finds room for."""
+        if not self.is_plain_due:
+            return 0
         if not self.promised:
-            return self.plain_allowed
+            return None
         scheduler = self.scheduler
         rows = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
-        rows = max(0, rows - len(self.front) - sum(self.promised.values()))
-        return rows if self.plain_allowed is None else min(rows, self.plain_allowed)
+        return max(0, rows - len(self.front) - sum(self.promised.values()))
+
+    def latest_plain(self) -> float:
+        """The arrival up to which plain requests may start: that of the program they would overtake beyond patience."""
+        order = self.order
+        oldest = order.line("").oldest() if order.num_waiting else None
+        return oldest.arrival if oldest is not None and order.is_overdue(oldest) else inf
 
     @property
     def promised_tokens(self) -> int:
@@ -142,21 +148,22 @@ class Admission:
     def look(self, running_batch: ScheduleBatch) -> None:
         """Start the waiting programs that fit, in order. Called once per step, before SGLang fills its prefill batch."""
         if not self.order.num_waiting:
-            self.plain_allowed = None
+            self.is_plain_due = True
             return
         self._num_steps += 1
         is_empty = running_batch.is_empty() and not self.front and self.scheduler.chunked_req is None
         if not (self._is_stale or is_empty or self._num_steps >= LOOK_EVERY):
             return
-        self._is_stale, self._num_steps, self.plain_allowed = False, 0, None
+        self._is_stale, self._num_steps = False, 0
         room = self._room(running_batch)
         if room.rows <= 0:
             return
         num_rows = room.rows + self._num_rows_ours(running_batch)
-        plain, has_plain_gone_first = self._plain(), False
+        plain = self._plain()
+        self.is_plain_due = plain is None
         for ticket in self.order.candidates(plain):
             if ticket is None:
-                has_plain_gone_first, is_empty = True, False
+                self.is_plain_due, is_empty = True, False
                 self._set_aside_plain(room)
             else:
                 live = ticket.owner
@@ -172,7 +179,7 @@ class Admission:
                 elif not wanted:
                     self.order.stop_waiting(ticket)
                 elif self.order.saves_room(ticket, plain):
-                    self.plain_allowed = self._num_plain_before(ticket, room.rows) if has_plain_gone_first else 0
+                    self.is_plain_due &= plain is not None
                     self._lock(live)
                     break
             if room.rows <= 0:
@@ -202,7 +209,7 @@ class Admission:
         if self.fixed_width:
             return self.fixed_width
         num_fitting = int(self.engine.tokens / max(1.0, self.forecast.length_tokens(live.program)))
-        return fair_share(min(num_rows, num_fitting), self.order.num_alive)
+        return fair_share(min(num_rows, num_fitting, self.cheap_rows), self.order.num_alive)
 
     def _room(self, running_batch: ScheduleBatch) -> Room:
         """Rows and KV tokens promised to nobody, counted as SGLang's PrefillAdder counts them."""
@@ -249,15 +256,6 @@ class Admission:
         for req in islice(self.scheduler.waiting_queue, len(self.front), len(self.front) + max(0, room.rows)):
             room.take(self._cost(req), 1)
 
-    def _num_plain_before(self, ticket: Ticket, most: int) -> int:
-        """Plain requests at the head of SGLang's queue that came before `ticket`."""
-        num = 0
-        for req in islice(self.scheduler.waiting_queue, len(self.front), None):
-            if num == most or arrival_of(req) > ticket.arrival:
-                break
-            num += 1
-        return num
-
     # The radix cache
 
     def _lock(self, live: LiveProgram) -> None:
@@ -301,18 +299,18 @@ def adder_class(base: type[PrefillAdder], admission: Admission) -> type[PrefillA
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.num_plain_left = admission.plain_rows(self.running_batch)
+            self.latest_plain = admission.latest_plain()
             self.memory_budget.total_offset += admission.promised_tokens
 
         def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
-            if self.num_plain_left is None or is_internal(req):
+            if is_internal(req):
                 return super().add_one_req(req, has_chunked_req, truncation_align_size)
-            if self.num_plain_left <= 0:
+            if self.num_plain_left == 0 or arrival_of(req) > self.latest_plain:
                 return AddReqResult.OTHER
             num_before = len(self.can_run_list)
             result = super().add_one_req(req, has_chunked_req, truncation_align_size)
-            if len(self.can_run_list) > num_before:
-                self.num_plain_left -= 1
-                admission.note_plain_admitted()
+            if self.num_plain_left is not None:
+                self.num_plain_left -= len(self.can_run_list) - num_before
             return result
 
     return ProgramAdder

@@ -38,13 +38,17 @@ from sglang_dynasor.engine.branch import (
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
 from sglang_dynasor.order import Ticket
+from sglang_dynasor.pace import Pace
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
 
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
-DEADLINE_RID = "\0dynasor-deadline-"  # no client's rid begins so
+# What the first rank tells the others, as an abort of a rid that no request has: SGLang ignores it, `abort` does not.
+DEADLINE_RID = "\0dynasor-deadline-"
+CHEAP_ROWS_RID = "\0dynasor-cheap-rows-"
+CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
 
 
@@ -82,6 +86,8 @@ class Controller:
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
         self._undated: list[LiveProgram] = []  # with a deadline that the clock has not been read for
         self._deadlines: list[tuple[float, int, LiveProgram]] = []  # on the first rank only
+        self._pace = Pace()
+        self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
         self._logged: set[str] = set()
 
     @cached_property
@@ -108,6 +114,7 @@ class Controller:
             "num_branches_inside": self.num_inside,
             "num_branches_queued": len(self.admission.front),
             "num_branches_promised": sum(self.admission.promised.values()),
+            "cheap_rows": self.admission.cheap_rows,
             "max_overtaken_tokens": self.admission.max_overtaken_tokens,
         }
 
@@ -242,9 +249,9 @@ class Controller:
             tag = tag_of(req)
             if tag is None or not tag.is_internal:
                 visible.append(req)
+            if (tag is None or not tag.is_internal) and req.finished_reason is not None and not req.finished_output:
+                self.admission.note_finish(req)
             if tag is None:
-                if req.finished_reason is not None and not req.finished_output:
-                    self.admission.note_finish(req)
                 continue
             if not req.finished():
                 if tag.is_internal and not tag.live.is_prompt_cached and len(req.output_ids):
@@ -390,6 +397,9 @@ class Controller:
 
     def abort(self, abort: AbortReq) -> None:
         """The client gave up (abort, disconnect): end its programs' branches and tell it so."""
+        if abort.rid and abort.rid.startswith(CHEAP_ROWS_RID):
+            self.admission.cheap_rows = int(abort.rid.removeprefix(CHEAP_ROWS_RID))
+            return
         if abort.rid and abort.rid.startswith(DEADLINE_RID):
             number = int(abort.rid.removeprefix(DEADLINE_RID))
             live = next((live for live in self.held.values() if live.number == number), None)
@@ -406,13 +416,10 @@ class Controller:
                 self._refuse(live, abort.finished_reason)
                 self._drop(live)
 
-    # Deadlines
+    # Time
 
     def due(self) -> list[AbortReq]:
-        """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests.
-
-        A deadline travels as an abort of a rid that no request has: SGLang ignores it, `abort` does not.
-        """
+        """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests."""
         now = time.monotonic()
         for live in self._undated:
             assert live.program.spec.deadline_s is not None
@@ -425,7 +432,22 @@ class Controller:
                 reached.append(AbortReq(rid=f"{DEADLINE_RID}{live.number}"))
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
             reached += self._waited_too_long(time.perf_counter() - limit_s)
-        return reached
+        return reached + self._keep_pace(now)
+
+    def _keep_pace(self, now: float) -> list[AbortReq]:
+        """Time the step that has just been run, and tell how many rows are cheap when that has changed."""
+        scheduler, (last_step, last_time) = self.scheduler, self._last_step
+        self._last_step = scheduler.forward_ct, now
+        batch = scheduler.last_batch
+        if batch is None or not batch.forward_mode.is_decode() or scheduler.forward_ct != last_step + 1:
+            return []
+        self._pace.see(len(batch.reqs), now - last_time)
+        if self._pace.num_steps % 64:
+            return []
+        rows, told = self._pace.knee(self.admission.engine.rows), self.admission.cheap_rows
+        if rows is None or abs(rows - told) <= CHANGE_TOLD * told:
+            return []
+        return [AbortReq(rid=f"{CHEAP_ROWS_RID}{rows}")]
 
     def _waited_too_long(self, since: float) -> list[AbortReq]:
         """As SGLang's own time-out, for programs that wait here instead of in its queue."""

@@ -1,0 +1,49 @@
+"""How many rows a decode step carries nearly for free on this machine: learned from the steps themselves.
+
+A step takes a fixed time (weights read, kernels launched) plus some for each row. Below the knee, where the rows cost as
+much as the rest, more branches of one program make it faster at little cost to others; beyond it they mostly make
+everybody slower. A GPU's knee is at hundreds of rows, a CPU's at a few dozen.
+
+It reads times, so one rank alone measures, and tells the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORGET_FRAC = 0.005  # of the past, per step
+FEWEST_STEPS = 100
+FEWEST_VARIANCE = 4.0  # of the rows: steps that are all alike tell nothing
+OUTLIER = 4.0  # times the usual step: something else happened
+
+
+@dataclass(slots=True)
+class Pace:
+    """A line fitted to step times: least squares that forget."""
+
+    num_steps: int = 0
+    rows: float = 0.0
+    step_s: float = 0.0
+    variance: float = 0.0
+    covariance: float = 0.0
+
+    def see(self, rows: int, step_s: float) -> None:
+        """Take in one decode step."""
+        if self.num_steps >= FEWEST_STEPS and step_s > OUTLIER * self.step_s:
+            return
+        self.num_steps += 1
+        share = max(FORGET_FRAC, 1.0 / self.num_steps)
+        row_error, time_error = rows - self.rows, step_s - self.step_s
+        self.rows += share * row_error
+        self.step_s += share * time_error
+        self.variance += share * (row_error * (rows - self.rows) - self.variance)
+        self.covariance += share * (row_error * (step_s - self.step_s) - self.covariance)
+
+    def knee(self, most: int) -> int | None:
+        """Rows that together take as long as the rest of a step, 1 to `most`; None: not enough seen to say."""
+        if self.num_steps < FEWEST_STEPS or self.variance < FEWEST_VARIANCE:
+            return None
+        row_s = self.covariance / self.variance
+        if row_s <= 0:
+            return most
+        return max(1, min(most, round(self.step_s / row_s - self.rows)))

@@ -1,0 +1,154 @@
+"""Expected remaining tokens: exact numbers, and what must hold for any votes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_dynasor.certaindex import PRIOR
+from sglang_dynasor.forecast import MEMORY, Forecast, Mean, leader_drift
+from sglang_dynasor.program import BranchState, Program, StopReason
+from sglang_dynasor.spec import parse_field
+from sglang_dynasor.stopping import Evidence
+
+ANSWERS = st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none"]), max_size=16)
+
+
+def program(answers: list[str] | str = "", num_tokens: int = 100, **field: object) -> Program:
+    """A program of sixteen whose branches finished with these answers, each after so many tokens."""
+    p = Program("p", parse_field({"branches": 16, "stop": "beta", "answer": "hash", **field}, 64))
+    for answer in answers:
+        if p.reason is None:
+            p.finish(p.start_branch(), answer if len(answer) > 1 else f"#### {answer}", num_tokens)
+    return p
+
+
+def forecast(branch_tokens: float = 200.0, used_frac: float = 0.5) -> Forecast:
+    made = Forecast()
+    made.branch_tokens.value, made.used_frac.value = branch_tokens, used_frac
+    return made
+
+
+@pytest.mark.parametrize(
+    ("counts", "abstentions", "drift"),
+    [
+        ((), 0, 0.0),
+        ((3,), 0, 3 / (3 + 3 * PRIOR)),
+        ((3, 1), 0, 2 / (4 + 4 * PRIOR)),
+        ((3, 3), 0, 0.0),
+        ((3, 1), 4, 2 / (8 + 4 * PRIOR)),
+        ((3, 1, 1), 0, 2 / (5 + 5 * PRIOR)),
+    ],
+)
+def test_drift_is_the_posterior_lead(counts: tuple[int, ...], abstentions: int, drift: float) -> None:
+    """Share of the leader minus share of the next; a tie does not drift, abstentions slow it."""
+    assert leader_drift(Evidence(counts, abstentions, 5)) == pytest.approx(drift)
+
+
+@given(st.lists(st.integers(1, 30), max_size=6), st.integers(0, 30))
+def test_drift_is_a_share(counts: list[int], abstentions: int) -> None:
+    """In [0, 1)."""
+    assert 0 <= leader_drift(Evidence(tuple(sorted(counts, reverse=True)), abstentions, 5)) < 1
+
+
+@given(st.integers(0, 20), st.integers(1, 20))
+def test_drift_grows_with_the_lead(second: int, lead: int) -> None:
+    """One more vote for the leader, more drift."""
+    assert leader_drift(Evidence((second + lead + 1, second), 0, 5)) > leader_drift(
+        Evidence((second + lead, second), 0, 5)
+    )
+
+
+def test_wald() -> None:
+    """3-1 needs 6-1: three votes at a drift of 2/6 are nine branches."""
+    p = program("1121")
+    assert p.votes_needed == 3
+    assert forecast().branches(p) == pytest.approx(9.0)
+
+
+def test_agreement_is_expected_to_end_soon_and_a_tie_is_not() -> None:
+    """What shortest-first is made from."""
+    learned = forecast()
+    agreeing, split, tied = program("111"), program("1112"), program("1122")
+    assert learned.branches(agreeing) < learned.branches(split) < learned.branches(tied) == 12
+
+
+def test_a_fresh_program_is_like_those_before_it() -> None:
+    """The server's share of the cap, less what finished; at least what could decide."""
+    assert forecast(used_frac=0.5).branches(program()) == 8
+    assert forecast(used_frac=0.5).branches(program("1")) == 7
+    assert forecast(used_frac=0.5).branches(program(["none"] * 3)) == 5
+    assert forecast(used_frac=0.1).branches(program()) == 4
+    assert forecast(used_frac=1.0).branches(program()) == 16
+
+
+def test_without_a_rule_the_whole_cap_is_left() -> None:
+    """Nothing short of the cap decides, so nothing less is expected, whatever others used."""
+    assert forecast(used_frac=0.1).branches(program(stop="never")) == 16
+    assert forecast(used_frac=0.1).branches(program("111", stop="never")) == 13
+
+
+def test_a_branch_is_as_long_as_the_program_s_own_shrunk_to_the_server_s() -> None:
+    """Two branches' worth of prior: no finished branch gives the server's mean, many the program's own."""
+    learned = forecast(branch_tokens=200)
+    assert learned.length_tokens(program()) == 200
+    assert learned.length_tokens(program("12", num_tokens=100)) == 150
+    assert learned.length_tokens(program("1232123", num_tokens=100)) == pytest.approx(1100 / 9)
+
+
+def test_ended_branches_say_nothing_about_length() -> None:
+    """They were cut off."""
+    p = program("12", num_tokens=100)
+    p.end(p.start_branch(), 1)
+    assert forecast(branch_tokens=200).length_tokens(p) == 150
+
+
+def test_progress_is_subtracted() -> None:
+    """Down to nothing, not below."""
+    learned, p = forecast(branch_tokens=200), program()
+    assert learned.remaining_tokens(p, 0) == 1600
+    assert learned.remaining_tokens(p, 600) == 1000
+    assert learned.remaining_tokens(p, 5000) == 0
+
+
+@given(ANSWERS, st.sampled_from(["predictive", "beta", "window", "margin", "never"]), st.floats(0, 1))
+def test_it_expects_no_more_than_the_cap_leaves(answers: list[str], rule: str, used_frac: float) -> None:
+    """Nor fewer than could decide; and the same again from the same votes."""
+    p, again = program(answers, stop=rule), program(answers, stop=rule)
+    num = forecast(used_frac=used_frac).branches(p)
+    assert 0 <= num <= p.evidence.num_left
+    if p.reason is None:
+        assert num >= p.votes_needed
+        assert num >= min(1, p.evidence.num_left)
+    assert forecast(used_frac=used_frac).remaining_tokens(again, 7) == forecast(used_frac=used_frac).remaining_tokens(
+        p, 7
+    )
+
+
+def test_a_mean_starts_from_its_guess_and_follows() -> None:
+    """The first observation replaces the guess; later a changed load is followed within its memory."""
+    mean = Mean(256.0)
+    mean.learn(100)
+    assert mean.value == 100
+    mean.learn(200)
+    assert mean.value == 150
+    for _ in range(10_000):
+        mean.learn(50)
+    assert mean.value == pytest.approx(50)
+    for _ in range(MEMORY):
+        mean.learn(1000)
+    assert 500 < mean.value < 1000
+
+
+def test_it_learns_how_much_of_the_cap_programs_use() -> None:
+    """From programs that were answered: branches started, also those that were ended."""
+    learned = Forecast()
+    p = program("11")
+    p.end(p.start_branch(), 3)
+    p.end(p.start_branch(), 3)
+    p.reason = StopReason.CERTAIN
+    assert [branch.state for branch in p.branches[2:]] == [BranchState.ENDED] * 2
+    learned.learn(p)
+    assert learned.used_frac.value == 0.25
+    assert learned.branches(program()) == 4
