@@ -2,7 +2,7 @@
 
     python benchmarks/bench_online.py --csv benchmarks/results/online --plot benchmarks/results/online.png
 
-Each way is an engine of its own, one alive at a time. In a repeat every way gets the same questions (1 to 5 steps, mixed)
+Each way is an engine of its own, one alive at a time. In a repeat every way gets the same questions (1 to 3 steps, mixed)
 at the same times; the latency of a program counts from the time it was due to its answer, which stock clients vote for
 themselves. First, idle: one program at a time. The SLO is twice stock fcfs's p90 then. Rates rise until a way's p90 is far
 above it. `--csv PREFIX` writes PREFIX.csv (one row per way and process) and PREFIX_points.csv (one per rate, too).
@@ -30,8 +30,8 @@ from sglang_dynasor.demo import Solved, program_params, read_questions, read_rec
 
 CAP = 16
 # The reasoner's long mode: like a reasoning model's, the lengths of one question's branches differ (coefficient of
-# variation 0.33, longest / mean 1.6), which those of its direct mode do not. It was trained on up to five steps.
-TEMPERATURE, MAX_STEPS, THINK = 1.3, 5, "<think>"
+# variation 0.33, longest / mean 1.6), which those of its direct mode do not. Up to three steps keep a run short.
+TEMPERATURE, MAX_STEPS, THINK = 1.3, 3, "<think>"
 ENGINE: dict[str, Any] = {"max_running_requests": 64, "max_total_tokens": 131_072}
 UNBOUNDED_TOKENS = 10**12  # no program is ever overtaken by this much: pure shortest-first
 ROUGH_PER_S = 2.2, 4.5  # programs per second of stock and of ours on two cores: for the estimate of the time only
@@ -338,14 +338,12 @@ def plot(bench: Bench, ways: list[Way], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(f'"{way.name}"' for way in WAYS)
-    parser.add_argument(
-        "--rates", type=float, nargs="+", default=[1.5, 2.2, 3.3, 5, 7.5, 11], help="programs per second"
-    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.4, 2, 2.8, 4, 5.6], help="programs per second")
     parser.add_argument("--idle-rate", type=float, default=0, help="0: one program at a time")
-    parser.add_argument("--num-programs", type=int, default=60, help="of a stream, at least; a third of them for idle")
-    parser.add_argument("--seconds", type=float, default=12, help="a stream is at least this long")
+    parser.add_argument("--num-programs", type=int, default=30, help="of a stream, at least; a third of them for idle")
+    parser.add_argument("--seconds", type=float, default=8, help="a stream is at least this long")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--drop-at", type=float, default=4, help="SLOs of p90 beyond which higher rates are skipped")
+    parser.add_argument("--drop-at", type=float, default=1.5, help="SLOs of p90 beyond which higher rates are skipped")
     parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], metavar="WAY", help=f"some of {names}")
     parser.add_argument("--processes", nargs="+", choices=["poisson", "bursty"], default=["poisson", "bursty"])
     parser.add_argument("--traces", type=Path, default=Path(__file__).parents[2] / "shared" / "traces")

@@ -27,10 +27,11 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     return 0
 
 
-def fair_share(num_rows: int, num_programs: int) -> int:
-    """Rows of each program when all share the engine evenly, at least 1: the width that the load allows.
+def fair_share(num_rows: int, expected: int, all_expected: int) -> int:
+    """Rows of a program when live programs share them by the branches each still expects to need, at least 1.
 
-    It falls as 1 / programs, so an idle engine runs a program wide (latency) and a loaded one narrow (compute), without
-    a threshold to oscillate around. It governs only how many branches start, never ends one.
+    This is the width that the load allows: an idle engine runs a program wide (latency), a loaded one narrow (compute),
+    and among programs the uncertain get more. It is proportional, so there is no threshold to oscillate around, and it
+    governs only how many branches start, never ends one.
     """
-    return max(1, num_rows // max(1, num_programs))
+    return max(1, num_rows * expected // max(1, expected, all_expected))

@@ -47,6 +47,7 @@ class Admission:
         self.front: dict[Req, None] = {}  # our branches in SGLang's waiting_queue: always its first
         self.promised: dict[LiveProgram, int] = {}  # siblings that follow once their leader has cached the prompt
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
+        self.num_expected = 0  # branches, of all live programs
         self.max_overtaken_tokens = 0
         self._locked: tuple[LiveProgram, Any] | None = None  # whose prefix in the radix cache is held for it
         self._is_stale = False
@@ -59,6 +60,7 @@ class Admission:
 
     def wait(self, live: LiveProgram) -> None:
         """Let a program that wants branches stand in line, or move in it."""
+        self._expect(live, round(self.forecast.branches(live.program)))
         progress = sum(len(req.output_ids) for req in live.in_flight())
         self.order.wait(live.ticket, self.forecast.remaining_tokens(live.program, progress))
         self._is_stale = True
@@ -72,6 +74,7 @@ class Admission:
     def leave(self, live: LiveProgram) -> None:
         """The program is over."""
         self.promised.pop(live, None)
+        self._expect(live, 0)
         self.order.end(live.ticket)
         if self._locked is not None and self._locked[0] is live:
             self._unlock()
@@ -143,6 +146,10 @@ class Admission:
     def promised_tokens(self) -> int:
         return sum(num * self._gang_cost(live).branch_tokens for live, num in self.promised.items())
 
+    def _expect(self, live: LiveProgram, num_branches: int) -> None:
+        self.num_expected += num_branches - live.num_expected
+        live.num_expected = num_branches
+
     # One look
 
     def look(self, running_batch: ScheduleBatch) -> None:
@@ -209,7 +216,7 @@ class Admission:
         if self.fixed_width:
             return self.fixed_width
         num_fitting = int(self.engine.tokens / max(1.0, self.forecast.length_tokens(live.program)))
-        return fair_share(min(num_rows, num_fitting, self.cheap_rows), self.order.num_alive)
+        return fair_share(min(num_rows, num_fitting, self.cheap_rows), live.num_expected, self.num_expected)
 
     def _room(self, running_batch: ScheduleBatch) -> Room:
         """Rows and KV tokens promised to nobody, counted as SGLang's PrefillAdder counts them."""

@@ -61,6 +61,7 @@ class LiveProgram:
     number: int = 0  # by arrival
     reqs: dict[int, Req] = field(default_factory=dict[int, Req])
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
+    num_expected: int = 0  # branches it is expected to need still (forecast.py)
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
     ticket: Ticket = field(init=False)  # its place in the line; programs whose branches clients send have none
 
