@@ -30,8 +30,9 @@ from sglang_dynasor.demo import Solved, program_params, read_questions, read_rec
 
 CAP = 16
 # The reasoner's long mode: like a reasoning model's, the lengths of one question's branches differ (coefficient of
-# variation 0.33, longest / mean 1.6), which those of its direct mode do not. Up to three steps keep a run short.
-TEMPERATURE, MAX_STEPS, THINK = 1.3, 3, "<think>"
+# variation 0.33, longest / mean 1.6), which those of its direct mode do not. Few steps and tokens keep a run short.
+MAX_STEPS, THINK = 3, "<think>"
+SAMPLING = {"temperature": 1.3, "max_new_tokens": 96}
 ENGINE: dict[str, Any] = {"max_running_requests": 64, "max_total_tokens": 131_072}
 UNBOUNDED_TOKENS = 10**12  # no program is ever overtaken by this much: pure shortest-first
 ROUGH_PER_S = 2.2, 4.5  # programs per second of stock and of ours on two cores: for the estimate of the time only
@@ -76,13 +77,13 @@ WAYS = (
 async def solve(engine: Any, way: Way, question: dict[str, Any], due: float, cap: int = CAP, **extra: Any) -> Solved:
     """One program, from when it was due to its answer; `extra` keys join the field of a program."""
     if way.program is not None:
-        params = program_params(cap, **{**way.program, **extra}) | {"temperature": TEMPERATURE}
+        params = program_params(cap, **{**way.program, **extra}) | SAMPLING
         out = await engine.async_generate(question["prompt"], params)
         return read_record(question, out["meta_info"]["dynasor"], time.perf_counter() - due)
     if way.options["schedule_policy"] == "routing-key":
         outs = await sample_by_key(engine, question["prompt"], cap)
     else:
-        outs = await engine.async_generate(question["prompt"], stock_params(cap) | {"temperature": TEMPERATURE})
+        outs = await engine.async_generate(question["prompt"], stock_params(cap) | SAMPLING)
     return vote(question, outs, time.perf_counter() - due)
 
 
@@ -96,9 +97,7 @@ async def sample_by_key(engine: Any, prompt: str, num_samples: int) -> list[dict
     key = f"{random.getrandbits(64):x}"
 
     async def one(**params: Any) -> dict[str, Any]:
-        request = GenerateReqInput(
-            text=prompt, sampling_params=stock_params(1) | {"temperature": TEMPERATURE} | params, routing_key=key
-        )
+        request = GenerateReqInput(text=prompt, sampling_params=stock_params(1) | SAMPLING | params, routing_key=key)
         return await anext(engine.tokenizer_manager.generate_request(request, None))
 
     await one(max_new_tokens=0)
@@ -338,9 +337,9 @@ def plot(bench: Bench, ways: list[Way], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(f'"{way.name}"' for way in WAYS)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.4, 2, 2.8, 4, 5.6], help="programs per second")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.2, 1.7, 2.4, 3.4, 4.8], help="programs per second")
     parser.add_argument("--idle-rate", type=float, default=0, help="0: one program at a time")
-    parser.add_argument("--num-programs", type=int, default=30, help="of a stream, at least; a third of them for idle")
+    parser.add_argument("--num-programs", type=int, default=24, help="of a stream, at least; a third of them for idle")
     parser.add_argument("--seconds", type=float, default=8, help="a stream is at least this long")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--drop-at", type=float, default=1.5, help="SLOs of p90 beyond which higher rates are skipped")

@@ -95,17 +95,27 @@ def test_it_never_stalls_and_never_starts_too_many(answers: list[str], rule: str
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_programs", "expected"),
-    [(64, 0, 64), (64, 1, 64), (64, 2, 32), (64, 3, 21), (64, 64, 1), (64, 65, 1), (64, 10_000, 1), (0, 5, 1)],
+    ("num_rows", "expected", "all_expected", "share"),
+    [
+        (64, 8, 8, 64),  # alone
+        (64, 8, 16, 32),  # two alike
+        (64, 12, 16, 48),  # the uncertain one of two gets more
+        (64, 4, 16, 16),
+        (64, 8, 8 * 64, 1),
+        (64, 8, 10_000, 1),  # never below one
+        (0, 5, 5, 1),
+        (64, 0, 0, 1),
+    ],
 )
-def test_the_load_shares_the_rows(num_rows: int, num_programs: int, expected: int) -> None:
-    """Wide when idle, narrow when loaded, at least one."""
-    assert fair_share(num_rows, num_programs) == expected
+def test_the_load_shares_the_rows(num_rows: int, expected: int, all_expected: int, share: int) -> None:
+    """Wide when idle, narrow when loaded, more to the uncertain, at least one."""
+    assert fair_share(num_rows, expected, all_expected) == share
 
 
-@given(st.integers(0, 4096), st.integers(1, 5000))
-def test_the_share_falls_without_cliffs(num_rows: int, num_programs: int) -> None:
+@given(st.integers(0, 4096), st.integers(0, 256), st.integers(0, 50_000), st.integers(0, 256))
+def test_the_share_falls_without_cliffs(num_rows: int, expected: int, others: int, newcomer: int) -> None:
     """One more program never widens the others, and takes from each only its part of the share."""
-    share, next_share = fair_share(num_rows, num_programs), fair_share(num_rows, num_programs + 1)
-    assert 0 <= share - next_share <= share / (num_programs + 1) + 1
-    assert share * num_programs <= max(num_rows, num_programs)
+    share = fair_share(num_rows, expected, expected + others)
+    next_share = fair_share(num_rows, expected, expected + others + newcomer)
+    assert 0 <= share - next_share <= share * newcomer / max(1, expected + others + newcomer) + 1
+    assert share <= max(1, num_rows)
