@@ -36,7 +36,7 @@ MEMORY_CHECKS = {
     "SGLANG_ENABLE_TREE_CACHE_SANITY_CHECK": "1",
 }
 SERVER = ("--scheduler", "dynasor", "--dynasor-strict", "--dtype", "float32", "--log-level", "error",
-          "--max-running-requests", "64", "--max-total-tokens", "32768")  # fmt: skip
+          "--max-running-requests", "64", "--max-total-tokens", "32768", "--dynasor-patience-tokens", "8000")  # fmt: skip
 OVERLOAD = 2
 MAX_OUTSTANDING = 300
 NUM_WARM_OUTSTANDING = 16  # of the closed loop that measures what the server sustains

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 FORGET_FRAC = 0.005  # of the past, per step
 FEWEST_STEPS = 100
 FEWEST_VARIANCE = 4.0  # of the rows: steps that are all alike tell nothing
-OUTLIER = 4.0  # times the usual step: something else happened
+OUTLIER = 20.0  # times the usual step: something else happened
 
 
 @dataclass(slots=True)

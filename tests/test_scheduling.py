@@ -263,6 +263,39 @@ def test_deadlines(start_engine: Any) -> None:
     assert_nothing_left(engine)
 
 
+def test_a_deadline_is_told_until_it_is_heard(start_engine: Any) -> None:
+    """SGLang polls only now and then and drops what was told in between: the deadline holds all the same."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, scheduler_recv_interval=7)
+    endless = {**params(900, branches=4, stop="never", deadline_s=0.5), "ignore_eos": True}
+    started = time.perf_counter()
+    outs = run(engine, [(f"endless{i}", endless) for i in range(5)])
+    assert time.perf_counter() - started < 6
+    assert all(out["meta_info"]["dynasor"]["stop_reason"] == "deadline" for out in outs)
+    assert_nothing_left(engine)
+
+
+def test_a_client_cannot_speak_as_the_first_rank(start_engine: Any) -> None:
+    """Rids like the server's own are refused, with and without the field; nothing is disturbed."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True)
+    for rid in ("\0", "\0dynasor-cheap-rows-x", "\0dynasor-deadline-1"):
+        outs = run(engine, [(rid, params()), (rid + "2", {"temperature": 0, "max_new_tokens": 8})])
+        assert all(isinstance(out, ValueError) and "NUL" in str(out) for out in outs), outs
+    (out,) = run(engine, [("fine", params())])
+    assert out["meta_info"]["dynasor"]["answer"]
+    assert_nothing_left(engine)
+
+
+def test_without_a_radix_cache(start_engine: Any) -> None:
+    """Siblings cannot share the prompt's KV: they start together, each with its own, and are counted so."""
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, disable_radix_cache=True, max_total_tokens=2000, dynasor_width=4
+    )
+    outs = run(engine, [(f"p{i}", params(60, branches=4, stop="never")) for i in range(8)])
+    assert all(out["meta_info"]["dynasor"]["gang"] == 4 for out in outs)
+    assert all(out["meta_info"]["dynasor"]["num_cached_tokens"] == 0 for out in outs)
+    assert_nothing_left(engine)
+
+
 def test_a_waiting_time_out_holds_for_programs_in_line(start_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's own waiting time-out: a program that has not started is refused, those that run are not."""
     monkeypatch.setenv("SGLANG_REQ_WAITING_TIMEOUT", "0.4")

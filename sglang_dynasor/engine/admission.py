@@ -13,7 +13,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
-from sglang.srt.mem_cache.common import match_kv_cache
+from sglang.srt.mem_cache.common import touch_waiting_prefix
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_dynasor.allocation import fair_share
@@ -49,7 +49,6 @@ class Admission:
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
         self.num_expected = 0  # branches, of all live programs
         self.max_overtaken_tokens = 0
-        self._locked: tuple[LiveProgram, Any] | None = None  # whose prefix in the radix cache is held for it
         self._is_stale = False
         self._num_steps = 0
 
@@ -76,8 +75,6 @@ class Admission:
         self.promised.pop(live, None)
         self._expect(live, 0)
         self.order.end(live.ticket)
-        if self._locked is not None and self._locked[0] is live:
-            self._unlock()
         self._is_stale = True
 
     def note_arrival(self, req: Req) -> None:
@@ -119,6 +116,11 @@ class Admission:
             sort_plain(waiting_queue, *args, **kwargs)
         finally:
             waiting_queue[:0] = ours
+
+    def open_batch(self, running_batch: ScheduleBatch) -> None:
+        """Let SGLang read its queue: that the batch was full spoke of others, for ours room is kept."""
+        if self.front:
+            running_batch.batch_is_full = False
 
     def note_admitted(self, batch: ScheduleBatch | None) -> None:
         """SGLang has taken these into a prefill batch."""
@@ -187,7 +189,8 @@ class Admission:
                     self.order.stop_waiting(ticket)
                 elif self.order.saves_room(ticket, plain):
                     self.is_plain_due &= plain is not None
-                    self._lock(live)
+                    # Its prompt is used next: the radix cache evicts others first.
+                    touch_waiting_prefix(live.parent, self.scheduler.tree_cache)
                     break
             if room.rows <= 0:
                 break
@@ -208,8 +211,6 @@ class Admission:
             if num > 1:
                 self.promised[live] = num - 1
             self.start(live, 1)
-        if self._locked is not None and self._locked[0] is live:
-            self._unlock()
 
     def _width(self, live: LiveProgram, num_rows: int) -> int:
         """Branches that one program may have in flight under the present load."""
@@ -242,14 +243,20 @@ class Admission:
     def _cost(self, req: Req) -> Cost:
         """What SGLang will ask for to admit one request by itself."""
         tag = tag_of(req)
-        is_cached = tag is not None and tag.live.is_prompt_cached and not req.output_ids
+        is_cached = tag is not None and tag.live.is_prompt_cached and not req.output_ids and self._shares_prompts
         return branch_cost(req, self.scheduler.page_size, is_cached=is_cached)
 
     def _gang_cost(self, live: LiveProgram) -> Cost:
         """What more branches of a program take; its prompt is there while one is in flight."""
         assert live.parent is not None
+        if not self._shares_prompts:
+            return Cost(0, self._cost(live.parent).tokens(1))
         is_there = live.is_prompt_cached and live.program.num_in_flight > 0
         return branch_cost(live.parent, self.scheduler.page_size, is_cached=is_there)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return not self.scheduler.tree_cache.disable
 
     def _plain(self) -> Plain | None:
         queue = self.scheduler.waiting_queue
@@ -262,24 +269,6 @@ class Admission:
     def _set_aside_plain(self, room: Room) -> None:
         for req in islice(self.scheduler.waiting_queue, len(self.front), len(self.front) + max(0, room.rows)):
             room.take(self._cost(req), 1)
-
-    # The radix cache
-
-    def _lock(self, live: LiveProgram) -> None:
-        """Keep the prompt's KV for the program that room is saved for."""
-        if live.parent is None or not live.is_prompt_cached or (self._locked is not None and self._locked[0] is live):
-            return
-        self._unlock()
-        tree_cache = self.scheduler.tree_cache
-        if tree_cache.disable:
-            return
-        match_kv_cache(live.parent, tree_cache)
-        self._locked = (live, tree_cache.lock(live.parent.last_node))
-
-    def _unlock(self) -> None:
-        if self._locked is not None:
-            self.scheduler.tree_cache.unlock(self._locked[1])
-            self._locked = None
 
 
 def tokens_left(req: Req) -> int:

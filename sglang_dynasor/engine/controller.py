@@ -20,6 +20,7 @@ from typing import Any
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_dynasor.config import DynasorConfig
@@ -46,8 +47,10 @@ logger = logging.getLogger(__name__)
 
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
 # What the first rank tells the others, as an abort of a rid that no request has: SGLang ignores it, `abort` does not.
-DEADLINE_RID = "\0dynasor-deadline-"
-CHEAP_ROWS_RID = "\0dynasor-cheap-rows-"
+# The front process refuses clients' rids that begin so (front.py).
+RESERVED_RID = "\0dynasor-"
+DEADLINE_RID = f"{RESERVED_RID}deadline-"
+CHEAP_ROWS_RID = f"{RESERVED_RID}cheap-rows-"
 CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
 
@@ -85,8 +88,9 @@ class Controller:
         self.num_programs = 0
         self.num_started = 0
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
-        self._undated: list[LiveProgram] = []  # with a deadline that the clock has not been read for
-        self._deadlines: list[tuple[float, int, LiveProgram]] = []  # on the first rank only
+        self.dated: dict[int, LiveProgram] = {}  # held programs with a deadline, by number
+        self._undated: list[int] = []  # those that the clock has not been read for; on the first rank only
+        self._deadlines: list[tuple[float, int]] = []  # when, number; on the first rank only
         self._pace = Pace()
         self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
         self._logged: set[str] = set()
@@ -95,6 +99,12 @@ class Controller:
     def admission(self) -> Admission:
         """Made with the first request, when SGLang has sized its pools."""
         return Admission(self.scheduler, self.config, self._start)
+
+    @cached_property
+    def _is_first_rank(self) -> bool:
+        """Whether SGLang lets this rank read the clock (`_poll_timeout_aborts`)."""
+        parallel = get_parallel()
+        return parallel.pp_rank == parallel.attn_tp_rank == parallel.attn_cp_rank == 0
 
     def holds(self, live: LiveProgram) -> bool:
         """Whether the program still owes its client an answer. By identity: a client may send the same rid again."""
@@ -128,6 +138,7 @@ class Controller:
         field = params.get("dynasor") if params else None
         tag = tag_of(req)
         if tag is not None and tag.is_internal:  # retracted: it comes back before new work
+            queue_time(self.scheduler, req)
             self.admission.put_in_front(req)
             return
         # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
@@ -161,13 +172,19 @@ class Controller:
             enqueue(req, is_retracted)
 
     def _hold(self, req: Req, program: Program) -> None:
+        if (old := self.held.get(req.rid)) is not None:  # a client that lost patience and sends the same again
+            old.program.reason = StopReason.FAILED
+            self._end_rest(old)
+            self._drop(old)
         self.num_programs += 1
         live = LiveProgram(program, req, self.num_programs, is_prompt_cached=bool(self.scheduler.tree_cache.disable))
         live.ticket = self.admission.arrive(live)
         req.time_stats.set_wait_queue_entry_time()
         self.held[req.rid] = live
         if program.spec.deadline_s is not None:
-            self._undated.append(live)
+            self.dated[live.number] = live
+            if self._is_first_rank:
+                self._undated.append(live.number)
 
     def _is_queue_full(self) -> bool:
         limit = self.scheduler.max_queued_requests
@@ -213,6 +230,7 @@ class Controller:
             self.admission.look(running_batch)
         except Exception as error:
             self._fall_back("admission", error)
+            self.admission.is_plain_due = True
             # As stock would: everything waits in SGLang's queue, in order of arrival.
             for live in list(self.held.values()):
                 if not any(live.in_flight()):
@@ -226,12 +244,13 @@ class Controller:
     def _make(self, live: LiveProgram, num_branches: int) -> None:
         # Each is charged to its tenant by what it is expected to take; that is settled when it ends.
         assert live.parent is not None
+        assert_same("dynasor starts %d of program %s", num_branches, live.program.id)
         expected_tokens = int(self.admission.forecast.length_tokens(live.program))
         for _ in range(num_branches):
             tag = BranchTag(live, live.program.start_branch(), is_internal=True)
             self.num_started += 1
             # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
-            req = make_branch(self.scheduler, live.parent, f"\0dynasor-{self.num_started}.", tag)
+            req = make_branch(self.scheduler, live.parent, f"{RESERVED_RID}{self.num_started}.", tag)
             live.reqs[tag.index] = req
             self.num_inside += 1
             self._charge(tag, expected_tokens)
@@ -351,6 +370,7 @@ class Controller:
         """End one branch; return the tokens it will have cost."""
         if req.finished():
             return len(req.output_ids)
+        assert_same("dynasor ends %s at %d tokens", req.rid, len(req.output_ids))
         num_tokens = end_branch(self.scheduler, req)
         tag = tag_of(req)
         if req.finished() and tag is not None:  # it left the queue: no step will show it
@@ -380,6 +400,7 @@ class Controller:
         """The program is over for its client."""
         assert live.parent is not None
         self.admission.leave(live)
+        self.dated.pop(live.number, None)
         if self.holds(live):
             del self.held[live.parent.rid]
         live.reqs.clear()
@@ -398,14 +419,8 @@ class Controller:
 
     def abort(self, abort: AbortReq) -> None:
         """The client gave up (abort, disconnect): end its programs' branches and tell it so."""
-        if abort.rid and abort.rid.startswith(CHEAP_ROWS_RID):
-            self.admission.cheap_rows = int(abort.rid.removeprefix(CHEAP_ROWS_RID))
-            return
-        if abort.rid and abort.rid.startswith(DEADLINE_RID):
-            number = int(abort.rid.removeprefix(DEADLINE_RID))
-            live = next((live for live in self.held.values() if live.number == number), None)
-            if live is not None:
-                self._guarded(live, self._expire)
+        if abort.rid and abort.rid.startswith(RESERVED_RID):
+            self._hear(abort.rid)
             return
         for rid, live in list(self.held.items()):
             if abort.abort_all or rid.startswith(abort.rid or ""):
@@ -419,18 +434,30 @@ class Controller:
 
     # Time
 
+    def _hear(self, rid: str) -> None:
+        """Act on what the first rank tells."""
+        assert_same("dynasor hears %s", rid)
+        if rid.startswith(CHEAP_ROWS_RID):
+            self.admission.cheap_rows = int(rid.removeprefix(CHEAP_ROWS_RID))
+        elif (live := self.dated.get(int(rid.removeprefix(DEADLINE_RID)))) is not None:
+            self._guarded(live, self._expire)
+
     def due(self) -> list[AbortReq]:
         """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests."""
         now = time.monotonic()
-        for live in self._undated:
-            assert live.program.spec.deadline_s is not None
-            heapq.heappush(self._deadlines, (now + live.program.spec.deadline_s, live.number, live))
+        for number in self._undated:
+            if (live := self.dated.get(number)) is not None and (seconds := live.program.spec.deadline_s) is not None:
+                heapq.heappush(self._deadlines, (now + seconds, number))
         self._undated.clear()
         reached: list[AbortReq] = []
+        again: list[tuple[float, int]] = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            live = heapq.heappop(self._deadlines)[2]
-            if self.holds(live):
-                reached.append(AbortReq(rid=f"{DEADLINE_RID}{live.number}"))
+            entry = heapq.heappop(self._deadlines)
+            if entry[1] in self.dated:  # told again until it has been heard: SGLang may drop what a poll returns
+                again.append(entry)
+                reached.append(AbortReq(rid=f"{DEADLINE_RID}{entry[1]}"))
+        for entry in again:
+            heapq.heappush(self._deadlines, entry)
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
             reached += self._waited_too_long(time.perf_counter() - limit_s)
         return reached + self._keep_pace(now)
@@ -494,6 +521,7 @@ class Controller:
         if parent is None or not self.holds(live):
             return
         self.admission.leave(live)
+        self.dated.pop(live.number, None)
         del self.held[parent.rid]
         program.reason = program.reason or StopReason.FAILED
         for req in live.reqs.values():

@@ -34,6 +34,9 @@ def records_of(tokenizer_manager: Any) -> RecordBook:
 
 def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int]) -> None:
     """Refuse a wrong `dynasor` field (FieldError, a ValueError: HTTP 400) before anything is queued."""
+    rid: Any = getattr(obj, "rid", None)
+    if isinstance(rid, str) and rid.startswith("\0") and config_of(tokenizer_manager.server_args).is_on:
+        raise FieldError(f"rid={rid!r} begins with a NUL, as the server's own do; send another, or none")
     params: Any = getattr(obj, "sampling_params", None)
     custom: Any = params.get("custom_params") if isinstance(params, dict) else None
     if not isinstance(custom, dict) or "dynasor" not in custom:

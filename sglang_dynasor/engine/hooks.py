@@ -40,6 +40,7 @@ def next_prefill(original: Callable[..., Any], scheduler: Any, running_batch: An
     if controller is None or controller.is_idle:
         return original(scheduler, running_batch)
     controller.admit(running_batch)
+    controller.admission.open_batch(running_batch)
     plan = original(scheduler, running_batch)
     controller.admission.note_admitted(plan.batch_to_run)
     return plan

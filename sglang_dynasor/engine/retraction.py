@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_dynasor.engine.branch import tag_of
 
@@ -29,6 +30,7 @@ def retract_whole(
     lives = {id(tag.live) for req in retracted if (tag := tag_of(req)) is not None and tag.is_internal}
     if not lives:
         return retracted, ratio, aborted
+    assert_same("dynasor retracts the siblings of %s", [req.rid for req in retracted])
     tags = [tag_of(req) for req in batch.reqs]
     siblings = [i for i, tag in enumerate(tags) if tag is not None and tag.is_internal and id(tag.live) in lives]
     if siblings and len(siblings) < len(batch.reqs):

@@ -1,0 +1,60 @@
+"""Which replica a client's branches go to, and which branches are retracted first: our own choices, on stand-ins."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dynasor.engine.branch import BranchTag, set_tag
+from sglang_dynasor.engine.retraction import youngest_last
+from sglang_dynasor.engine.routing import route_program
+
+
+def routed(field: Any, ranks: list[int], routed_dp_rank: int | None = None) -> int | None:
+    params = SimpleNamespace(custom_params=field)
+    req = SimpleNamespace(sampling_params=params, routed_dp_rank=routed_dp_rank)
+    route_program(SimpleNamespace(_active_workers=ranks), req)
+    return req.routed_dp_rank
+
+
+def test_a_program_goes_to_one_replica() -> None:
+    """By its id alone, in whatever order the workers are listed; many programs use them all."""
+    names = [f"program-{i}" for i in range(200)]
+    ranks = [routed({"dynasor": {"program": name}}, [0, 1, 2]) for name in names]
+    assert ranks == [routed({"dynasor": {"program": name}}, [2, 0, 1]) for name in names]
+    assert all(40 <= ranks.count(rank) <= 95 for rank in (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "field", [None, {}, {"dynasor": "self_consistency"}, {"dynasor": {"program": 5}}, {"other": 1}]
+)
+def test_other_requests_go_where_sglang_sends_them(field: Any) -> None:
+    """No program id, no choice of ours."""
+    assert routed(field, [0, 1]) is None
+
+
+def test_a_choice_of_the_client_stands() -> None:
+    """A replica asked for explicitly is kept."""
+    assert routed({"dynasor": {"program": "p"}}, [0, 1], routed_dp_rank=1) == 1
+
+
+def branch(number: int | None, *, is_internal: bool = True) -> Any:
+    req: Any = SimpleNamespace()
+    if number is not None:
+        live: Any = SimpleNamespace(number=number)
+        set_tag(req, BranchTag(live, 0, is_internal=is_internal))
+    return req
+
+
+def test_the_youngest_program_is_retracted_first() -> None:
+    """SGLang pops from the end: plain requests and what clients sent are kept longest, then programs by age."""
+    reqs = [branch(2), branch(None), branch(1), branch(2), branch(9, is_internal=False), branch(1)]
+    assert youngest_last([5, 4, 3, 2, 1, 0], reqs) == [4, 1, 5, 2, 3, 0]
+
+
+def test_without_programs_the_order_is_sglang_s() -> None:
+    """The very list."""
+    order = [2, 0, 1]
+    assert youngest_last(order, [branch(None), branch(None), branch(3, is_internal=False)]) is order
