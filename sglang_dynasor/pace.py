@@ -1,8 +1,8 @@
-"""How many rows a decode step carries nearly for free on this machine: learned from the steps themselves.
+"""How many rows a decode step carries cheaply on this machine: learned from the steps themselves.
 
-A step takes a fixed time (weights read, kernels launched) plus some for each row. Below the knee, where the rows cost as
-much as the rest, more branches of one program make it faster at little cost to others; beyond it they mostly make
-everybody slower. A GPU's knee is at hundreds of rows, a CPU's at a few dozen.
+A step takes a fixed time (weights read, kernels launched) plus some for each row, so throughput rises with the rows towards
+a peak that it never reaches. Until three quarters of it more branches of one program make it faster at little cost to
+others; beyond they mostly make everybody slower. On a GPU that is at many hundreds of rows, on a CPU at a few dozen.
 
 It reads times, so one rank alone measures, and tells the others.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+PEAK_FRAC = 0.75
 FORGET_FRAC = 0.005  # of the past, per step
 FEWEST_STEPS = 100
 FEWEST_VARIANCE = 4.0  # of the rows: steps that are all alike tell nothing
@@ -39,11 +40,12 @@ class Pace:
         self.variance += share * (row_error * (rows - self.rows) - self.variance)
         self.covariance += share * (row_error * (step_s - self.step_s) - self.covariance)
 
-    def knee(self, most: int) -> int | None:
-        """Rows that together take as long as the rest of a step, 1 to `most`; None: not enough seen to say."""
+    def cheap_rows(self, most: int) -> int | None:
+        """Rows with which a step reaches PEAK_FRAC of the peak throughput, 1 to `most`; None: not enough seen to say."""
         if self.num_steps < FEWEST_STEPS or self.variance < FEWEST_VARIANCE:
             return None
         row_s = self.covariance / self.variance
         if row_s <= 0:
             return most
-        return max(1, min(most, round(self.step_s / row_s - self.rows)))
+        fixed_s = self.step_s - row_s * self.rows
+        return max(1, min(most, round(fixed_s / row_s * PEAK_FRAC / (1 - PEAK_FRAC))))

@@ -472,7 +472,7 @@ class Controller:
         self._pace.see(len(batch.reqs), now - last_time)
         if self._pace.num_steps % 64:
             return []
-        rows, told = self._pace.knee(self.admission.engine.rows), self.admission.cheap_rows
+        rows, told = self._pace.cheap_rows(self.admission.engine.rows), self.admission.cheap_rows
         if rows is None or abs(rows - told) <= CHANGE_TOLD * told:
             return []
         return [AbortReq(rid=f"{CHEAP_ROWS_RID}{rows}")]
