@@ -46,11 +46,13 @@ from sglang_dynasor.spec import parse_field
 logger = logging.getLogger(__name__)
 
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
+BRANCH_RID = (
+    "\0dynasor-"  # followed by a number and a dot; the front process refuses clients' rids with a NUL (front.py)
+)
 # What the first rank tells the others, as an abort of a rid that no request has: SGLang ignores it, `abort` does not.
-# The front process refuses clients' rids that begin so (front.py).
-RESERVED_RID = "\0dynasor-"
-DEADLINE_RID = f"{RESERVED_RID}deadline-"
-CHEAP_ROWS_RID = f"{RESERVED_RID}cheap-rows-"
+TOLD_RID = "\0dynasor-told-"
+DEADLINE_RID = f"{TOLD_RID}deadline-"
+CHEAP_ROWS_RID = f"{TOLD_RID}cheap-rows-"
 CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
 
@@ -250,7 +252,7 @@ class Controller:
             tag = BranchTag(live, live.program.start_branch(), is_internal=True)
             self.num_started += 1
             # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
-            req = make_branch(self.scheduler, live.parent, f"{RESERVED_RID}{self.num_started}.", tag)
+            req = make_branch(self.scheduler, live.parent, f"{BRANCH_RID}{self.num_started}.", tag)
             live.reqs[tag.index] = req
             self.num_inside += 1
             self._charge(tag, expected_tokens)
@@ -419,7 +421,7 @@ class Controller:
 
     def abort(self, abort: AbortReq) -> None:
         """The client gave up (abort, disconnect): end its programs' branches and tell it so."""
-        if abort.rid and abort.rid.startswith(RESERVED_RID):
+        if abort.rid and abort.rid.startswith(TOLD_RID):
             self._hear(abort.rid)
             return
         for rid, live in list(self.held.items()):
