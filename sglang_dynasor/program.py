@@ -108,18 +108,24 @@ class Program:
         return Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
 
     @property
+    def _ranking(self) -> list[list[int]]:
+        """Branches by answer, the leading answer first."""
+        return sorted(self.votes.values(), key=lambda who: (-len(who), min(who)))
+
+    @property
     def finished_tokens(self) -> list[int]:
         """Lengths of the branches that came to their own end."""
         return [branch.num_tokens for branch in self.branches if branch.state is BranchState.FINISHED]
 
     @property
     def winner(self) -> int | None:
-        """The first finished branch that gave the leading answer (of tied answers, the one first given).
+        """The earliest branch that gave the leading answer; of tied answers, that of the earliest branch.
 
-        Where nobody voted, the first that finished; None where none did.
+        Not the first to finish, which would depend on the load. Where nobody voted, the earliest finished branch; None
+        where none finished.
         """
         if self.votes:
-            return max(self.votes.values(), key=len)[0]
+            return min(self._ranking[0])
         finished = (i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED)
         return next(finished, None)
 
@@ -181,10 +187,7 @@ class Program:
             "certaindex": round(1.0 - risk, 6),
             "risk": round(risk, 6),
             "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
-            "votes": [
-                {"answer": self.branches[who[0]].answer, "votes": len(who)}
-                for who in sorted(self.votes.values(), key=len, reverse=True)
-            ],
+            "votes": [{"answer": self.branches[min(who)].answer, "votes": len(who)} for who in self._ranking],
             "num_abstentions": evidence.abstentions,
             "num_failed": self.num_failed,
             "branch": winner,

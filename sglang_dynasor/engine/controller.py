@@ -307,7 +307,7 @@ class Controller:
                 self._fail(live, index, req, req.finished_reason.to_json())
             else:
                 self._finish(program, index, req)
-        may_speak = program.winner == index or any(who[0] == index for who in program.votes.values())
+        may_speak = program.winner == index or any(min(who) == index for who in program.votes.values())
         if live.parent is None or not may_speak:
             live.reqs.pop(index, None)
         if live.parent is None:
