@@ -38,7 +38,6 @@ bench: install
 	$(BIN)/python benchmarks/bench_self_consistency.py --csv benchmarks/results/self_consistency.csv
 	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
 	$(BIN)/python benchmarks/bench_online.py --processes poisson --csv benchmarks/results/online --plot docs/online.png
-	$(BIN)/python benchmarks/bench_online.py --processes bursty --csv benchmarks/results/online_bursty
 	$(BIN)/python benchmarks/bench_starvation.py --csv benchmarks/results/starvation.csv
 	$(BIN)/python benchmarks/bench_policy_overhead.py --csv benchmarks/results/policy_overhead.csv
 

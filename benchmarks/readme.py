@@ -12,7 +12,6 @@ COMMANDS = {
     "self_consistency": "make bench",
     "passthrough": "make bench",
     "online": "make bench",
-    "online_bursty": "make bench",
     "starvation": "make bench",
     "policy_overhead": "make bench",
     "soak": "make soak",
