@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from bench_online import CAP, ENGINE, WAYS, Way, draw, solve
+from bench_online import ENGINE, WAYS, Way, draw, solve
 from forked import REASONER, forked_engine
 from machine import machine
 from open_loop import in_turn, play, poisson
@@ -24,7 +24,7 @@ from rows import percentile, spread, write_rows
 from sglang_dynasor.demo import Solved, program_params, read_questions, show
 
 POOL_TOKENS = 24_576  # holds 64 rows of a prompt and 200 tokens with room to spare
-HARD_CAP = 2 * CAP
+CAP, HARD_CAP = 16, 32
 OVERLOAD = 2
 
 
@@ -57,7 +57,7 @@ def sustained(engine: Any, way: Way, questions: list[dict[str, Any]]) -> float:
     """Programs per second with always enough of them waiting."""
 
     async def send(index: int, due: float) -> Solved:
-        return await solve(engine, way, questions[index], due)
+        return await solve(engine, way, questions[index], due, CAP)
 
     started = time.perf_counter()
     engine.loop.run_until_complete(in_turn(len(questions), CAP, send))
