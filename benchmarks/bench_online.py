@@ -338,7 +338,9 @@ def plot(bench: Bench, ways: list[Way], picture: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(f'"{way.name}"' for way in WAYS)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.3, 0.5, 0.9, 1.3, 1.8, 2.5], help="programs per second")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[0.3, 0.5, 0.9, 1.3, 1.8, 2.5], help="programs per second"
+    )
     parser.add_argument("--idle-rate", type=float, default=0, help="0: one program at a time")
     parser.add_argument("--num-programs", type=int, default=24, help="of a stream, at least; a third of them for idle")
     parser.add_argument("--seconds", type=float, default=8, help="a stream is at least this long")
