@@ -25,11 +25,11 @@ def free_port() -> int:
 class Server:
     """`sglang serve` in a process of its own; everything it prints goes to `log`."""
 
-    def __init__(self, log: Path, *args: str, environment: dict[str, str] | None = None):
+    def __init__(self, log: Path, *args: str, environment: dict[str, str] | None = None, checkpoint: Path = CHECKPOINT):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(CHECKPOINT)]
+        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(checkpoint)]
         with log.open("w") as out:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), *args],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from sglang_dynasor.stopping import Evidence, StopRule
 
 
+@lru_cache(maxsize=4096)  # asked several times of the same votes: by order, width and gang
 def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     """The fewest further votes, all for the leader, after which `rule` would stop the program.
 
@@ -19,10 +21,23 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     voted = [key for key in evidence.recent if key is not None]
     leader = max(voted, key=voted.count, default="?")
     counts, recent, num_left = list(evidence.counts) or [0], evidence.recent, evidence.num_left
+    weights = list(evidence.weights)
+    mean_weight = sum(weights) / max(1, evidence.num_votes)
     for num_votes in range(1, evidence.num_left + 1):
         counts[0] += 1
+        if weights:
+            weights[0] += mean_weight
         recent, num_left = (*recent, leader), num_left - 1
-        if rule.stops(replace(evidence, counts=tuple(counts), recent=recent, num_left=num_left)):
+        agreed = replace(
+            evidence,
+            counts=tuple(counts),
+            weights=tuple(weights),
+            is_contested=False,
+            mixture=evidence.mixture.agreed(num_votes),
+            recent=recent,
+            num_left=num_left,
+        )
+        if rule.stops(agreed):
             return num_votes
     return 0
 

@@ -89,6 +89,9 @@ EXTRACTORS: dict[str, Callable[[str], str | None]] = {
 }
 
 
+_MARKS = {"hash": ("####",), "boxed": ("\\boxed{",), "auto": ("####", "\\boxed{")}
+
+
 @lru_cache(maxsize=256)
 def _compile(pattern: str) -> Any:
     options = re2.Options()
@@ -115,6 +118,11 @@ def check_extractor(extractor: str) -> None:
         _compile(pattern)
     except re2.error as error:
         raise FieldError(f"dynasor.answer={extractor!r} is no RE2 pattern: {error}; correct it") from None
+
+
+def answer_marks(extractor: str) -> tuple[str, ...]:
+    """What stands right before an answer that `extractor` finds; empty where nothing tells that an answer begins."""
+    return _MARKS.get(extractor, ())
 
 
 def extract_answer(text: str, extractor: str) -> str | None:

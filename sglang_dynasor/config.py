@@ -21,6 +21,8 @@ class DynasorConfig:
     dynasor_patience_tokens: int = -1
     dynasor_width: int = 0
     dynasor_tenant_weights: str = ""
+    dynasor_reward_url: str = ""
+    dynasor_reward_timeout_s: float = 10.0
     dynasor_strict: bool = False
 
     def __post_init__(self) -> None:
@@ -40,6 +42,15 @@ class DynasorConfig:
         if not 0 <= self.dynasor_width <= 256:
             raise ConfigError(
                 f"--dynasor-width={self.dynasor_width} is outside [0, 256]; choose 0 (the load decides) or more"
+            )
+        if self.dynasor_reward_url and not self.dynasor_reward_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--dynasor-reward-url={self.dynasor_reward_url!r} is no address; write http://HOST:PORT of a server started "
+                "with a reward model"
+            )
+        if not 0 < self.dynasor_reward_timeout_s <= 600:
+            raise ConfigError(
+                f"--dynasor-reward-timeout-s={self.dynasor_reward_timeout_s} is outside (0, 600]; choose seconds inside"
             )
         _ = self.tenant_weights
 
@@ -78,6 +89,8 @@ HELP = {
     "(-1: one KV pool; 0: order of arrival).",
     "dynasor_width": "Branches in flight of every program (0: the load decides).",
     "dynasor_tenant_weights": "Shares of tenants that differ from 1, as in 'gold=4,free=0.5'.",
+    "dynasor_reward_url": "Server of a reward model (SGLang with a classification or reward head) for judge={model: true}.",
+    "dynasor_reward_timeout_s": "Seconds after which a branch goes on without the reward model's word.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }
 

@@ -5,13 +5,15 @@ Pure policy: it knows no engine. The engine (and a simulator) tells it what happ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from sglang_dynasor.allocation import votes_needed
 from sglang_dynasor.answers import answer_key, extract_answer
 from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.confidence import Confidence, warmup_branches, weak_level
+from sglang_dynasor.mixture import Distribution, mix
 from sglang_dynasor.spec import ProgramSpec
 from sglang_dynasor.stopping import Evidence
 
@@ -20,6 +22,7 @@ class BranchState(StrEnum):
     IN_FLIGHT = "in_flight"
     FINISHED = "finished"  # it came to its own end and voted or abstained
     ENDED = "ended"  # the program no longer needed it
+    WEAK = "weak"  # ended for its low confidence: it abstains
     FAILED = "failed"  # the engine gave it up: timeout, full queue, abort
 
 
@@ -37,6 +40,8 @@ class Branch:
     num_cached_tokens: int = 0  # of its prompt, found in the radix cache
     answer: str | None = None  # as written
     key: str | None = None  # as counted
+    reward: float | None = None  # in [0, 1], of its judge
+    confidence: Confidence | None = None  # of its tokens, where somebody asked
 
 
 @dataclass(slots=True)
@@ -54,8 +59,11 @@ class Program:
         default_factory=dict[str, list[int]]
     )  # key -> indices of its branches, in order
     recent: list[str | None] = field(default_factory=list[str | None])
+    answering: dict[int, Distribution] = field(default_factory=dict[int, Distribution])  # by branch: see mixture.py
+    warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     num_in_flight: int = 0
     num_failed: int = 0
+    num_judge_tokens: int = 0  # that its judges computed
     is_closed: bool = False  # no branch is started any more: the engine gave one up
     gang: int = 0  # branches admitted together at first
     overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
@@ -63,7 +71,8 @@ class Program:
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
-        self.branches.append(Branch())
+        confidence = Confidence(self.spec.group_tokens) if self.spec.needs_statistics else None
+        self.branches.append(Branch(confidence=confidence))
         self.num_in_flight += 1
         return len(self.branches) - 1
 
@@ -105,12 +114,37 @@ class Program:
         num_left = self.spec.branches - self.num_failed - len(self.recent)
         if self.is_closed:
             num_left = self.num_in_flight
-        return Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
+        evidence = Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
+        if not (self.spec.needs_statistics or self.spec.judge):
+            return evidence
+        weights = tuple(self._weight(who) for who in self._ranking)
+        return replace(
+            evidence,
+            rewards=tuple(branch.reward for branch in self.branches if branch.reward is not None),
+            weights=weights,
+            is_contested=bool(weights) and len(self._ranking[0]) < self.counts[0],
+            mixture=mix(list(self.answering.values())),
+        )
+
+    def _weight(self, who: list[int]) -> float:
+        """What the votes of these branches weigh together. A branch that nobody rewarded weighs nothing by reward."""
+        if self.spec.vote == "confidence":
+            return sum(branch.confidence.lowest for i in who if (branch := self.branches[i]).confidence)
+        if self.spec.vote == "reward":
+            return sum(self.branches[i].reward or 0.0 for i in who)
+        return float(len(who))
 
     @property
     def _ranking(self) -> list[list[int]]:
-        """Branches by answer, the leading answer first."""
-        return sorted(self.votes.values(), key=lambda who: (-len(who), min(who)))
+        """Branches by answer, the leading answer first; equal weights by number, then by the earliest branch."""
+        return sorted(self.votes.values(), key=lambda who: (-self._weight(who), -len(who), min(who)))
+
+    @property
+    def weak_level(self) -> float | None:
+        """The confidence below which a running branch is weak (confidence.py); None until enough have finished."""
+        if len(self.warmup) < warmup_branches(self.spec.branches):
+            return None
+        return weak_level(self.warmup, self.spec.weak_frac)
 
     @property
     def finished_tokens(self) -> list[int]:
@@ -129,14 +163,17 @@ class Program:
         finished = (i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED)
         return next(finished, None)
 
-    def finish(self, index: int, text: str, num_tokens: int) -> None:
+    def finish(self, index: int, text: str, num_tokens: int, reward: float | None = None) -> None:
         """Branch `index` came to its own end with this text. A branch that ends after the decision does not vote.
 
         Whatever is raised in reading the text or by the rule, the branch has been counted: unread, it abstained.
         """
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
+        branch.reward = reward
         if self.reason is not None:
             return
+        if branch.confidence is not None and len(self.warmup) < warmup_branches(self.spec.branches):
+            self.warmup.append(branch.confidence.lowest)
         try:
             branch.answer = extract_answer(text, self.spec.answer)
             branch.key = None if branch.answer is None else answer_key(branch.answer)
@@ -145,8 +182,21 @@ class Program:
                 self.votes.setdefault(branch.key, []).append(index)
             self.recent.append(branch.key)
             self._stop_if_used_up()
-        if self.spec.stop.stops(self.evidence):
-            self.reason = StopReason.CERTAIN
+        self._stop_if_certain()
+
+    def see_answer(self, index: int, distribution: Distribution) -> None:
+        """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
+        self.answering[index] = distribution
+        if self.reason is None:
+            self._stop_if_certain()
+
+    def weaken(self, index: int, num_tokens: int) -> None:
+        """Branch `index` was ended for its low confidence: it abstains, and its place in the cap is used."""
+        self._leave(index, BranchState.WEAK, num_tokens)
+        self.answering.pop(index, None)
+        if self.reason is None:
+            self.recent.append(None)
+            self._stop_if_used_up()
 
     def end(self, index: int, num_tokens: int) -> None:
         """Branch `index` was ended because the program no longer needs it."""
@@ -170,6 +220,10 @@ class Program:
         branch.state, branch.num_tokens = state, num_tokens
         self.num_in_flight -= 1
         return branch
+
+    def _stop_if_certain(self) -> None:
+        if self.spec.stop.stops(self.evidence):
+            self.reason = StopReason.CERTAIN
 
     def _stop_if_used_up(self) -> None:
         if self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches):
@@ -201,4 +255,25 @@ class Program:
             "overtaken_tokens": self.overtaken_tokens,
             "stop_rule": self.spec.stop.text,
             "stop_reason": None if self.reason is None else str(self.reason),
+            **self._statistics(evidence),
         }
+
+    def _statistics(self, evidence: Evidence) -> dict[str, Any]:
+        """Keys that a record has where the client asked for a judge or for statistics."""
+        more: dict[str, Any] = {}
+        if self.spec.vote != "majority":
+            more["vote"] = self.spec.vote
+            more["leader_share"] = round(evidence.leader_share, 6)
+        if self.spec.judge is not None:
+            more["num_judge_tokens"] = self.num_judge_tokens
+            more["rewards"] = [_rounded(branch.reward) for branch in self.branches]
+        if self.spec.needs_statistics:
+            more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in self.branches]
+            more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in self.branches)
+            more["answer_entropy"] = round(evidence.mixture.mean_entropy, 6)
+            more["disagreement"] = round(evidence.mixture.disagreement, 6)
+        return more
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -6,13 +6,16 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sglang_dynasor.answers import check_extractor
+from sglang_dynasor.answers import answer_marks, check_extractor
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.stopping import StopRule, parse_stop
 
 ALGORITHMS = ("self_consistency",)
 DEFAULT_BRANCHES = 16
 MAX_DEADLINE_S = 86_400.0
+VOTES = ("majority", "confidence", "reward")
+DEFAULT_GROUP_TOKENS = 128
+MOST_GROUP_TOKENS = 8192
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 FIELD_HELP = {
@@ -23,8 +26,27 @@ FIELD_HELP = {
     "answer": ("auto, hash, boxed, choice, number, last_line, regex:PATTERN", "where the answer stands in the text (default auto)"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
+    "vote": ("majority, confidence, reward", "what a branch's vote weighs (default majority; confidence with stop=confidence)"),
+    "judge": ("{suffix, good, bad} or {model: true, suffix}", "who gives each finished branch a reward in [0, 1] (default nobody)"),
+    "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
+    "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
+    "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
     "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSpec:
+    """Who rewards a finished branch.
+
+    Without `is_external` the model itself: what follows prompt, branch and `suffix` is read as one token, `good` or `bad`,
+    and the reward is p(good) / (p(good) + p(bad)). Else the operator's reward model, which is sent the same text.
+    """
+
+    suffix: str
+    good: str = ""
+    bad: str = ""
+    is_external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +61,16 @@ class ProgramSpec:
     program: str | None = None  # None: the server makes the branches; else the client sends them under this id
     deadline_s: float | None = None
     tenant: str = ""
+    vote: str = "majority"
+    judge: JudgeSpec | None = None
+    group_tokens: int = DEFAULT_GROUP_TOKENS
+    weak_frac: float = 0.0
+    statistics: bool = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether somebody reads the logits of its branches."""
+        return self.statistics or self.vote == "confidence" or self.weak_frac > 0 or self.stop.needs_statistics
 
 
 def parse_field(field: Any, max_branches: int) -> ProgramSpec:
@@ -79,7 +111,43 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
             f"dynasor.{key}={options[key]!r} with dynasor.program={program!r}: branches that you send are queued like any other "
             "request; leave out one of the two"
         )
-    return ProgramSpec(algorithm, branches, width, stop, answer, program, deadline_s, tenant or "")
+    judge = _judge(options["judge"]) if "judge" in options else None
+    vote = _text(options, "vote", "confidence" if stop.uses("confidence") else "majority")
+    if vote not in VOTES:
+        raise FieldError(f"dynasor.vote={vote!r} is not known; use one of {', '.join(VOTES)}")
+    if judge is None and (vote == "reward" or stop.uses("reward")):
+        key = "vote" if vote == "reward" else "stop"
+        raise FieldError(f"dynasor.{key}={options[key]!r} without dynasor.judge: nobody gives rewards; send a judge")
+    if judge is not None and program is not None:
+        raise FieldError(
+            f"dynasor.judge with dynasor.program={program!r}: branches that you send are judged by you; leave out one of the two"
+        )
+    if stop.uses("mixture") and not answer_marks(answer):
+        raise FieldError(
+            f"dynasor.stop={stop.text!r} with dynasor.answer={answer!r}: nothing marks where such an answer begins; "
+            "use answer hash, boxed or auto, or another rule"
+        )
+    group_tokens = _whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
+    return ProgramSpec(
+        algorithm, branches, width, stop, answer, program, deadline_s, tenant or "",
+        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"),
+    )  # fmt: skip
+
+
+def _judge(value: Any) -> JudgeSpec:
+    allowed = 'send {"suffix": TEXT, "good": TOKEN, "bad": TOKEN} or {"model": true}, with "suffix" if you like'
+    if not isinstance(value, dict):
+        raise FieldError(f"dynasor.judge={value!r} is a {type(value).__name__}; {allowed}")
+    options = cast("dict[str, Any]", value)
+    is_external = options.get("model") is True
+    keys = {"model", "suffix"} if is_external else {"suffix", "good", "bad"}
+    texts = {key: text for key, text in options.items() if key != "model"}
+    is_whole = set(options) == keys or (is_external and set(options) == {"model"})
+    if not is_whole or not all(isinstance(text, str) for text in texts.values()):
+        raise FieldError(f"dynasor.judge={value!r} is no judge; {allowed}")
+    if not is_external and texts["good"] == texts["bad"]:
+        raise FieldError(f"dynasor.judge.good={texts['good']!r} is also bad; send two different tokens")
+    return JudgeSpec(texts.get("suffix", ""), texts.get("good", ""), texts.get("bad", ""), is_external)
 
 
 def _id(options: dict[str, Any], key: str) -> str | None:
@@ -100,6 +168,20 @@ def _seconds(options: dict[str, Any], key: str) -> float:
     if not 0 < value <= MAX_DEADLINE_S:
         raise FieldError(f"dynasor.{key}={value!r} is outside (0, {MAX_DEADLINE_S:g}]; send seconds inside")
     return float(value)
+
+
+def _frac(options: dict[str, Any], key: str) -> float:
+    value = options.get(key, 0.0)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise FieldError(f"dynasor.{key}={value!r} is outside [0, 1); send a share such as 0.1")
+    return float(value)
+
+
+def _flag(options: dict[str, Any], key: str) -> bool:
+    value = options.get(key, False)
+    if not isinstance(value, bool):
+        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send true or false")
+    return value
 
 
 def _text(options: dict[str, Any], key: str, default: str) -> str:

@@ -11,7 +11,11 @@ from math import log
 from typing import NamedTuple
 
 from sglang_dynasor.certaindex import answer_entropy, beta_certainty, overtake_risk
+from sglang_dynasor.confidence import warmup_branches
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.mixture import Mixture, mix
+
+NO_MIXTURE = mix(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +27,20 @@ class Evidence:
     num_left: int  # branches that may still finish
     recent: tuple[str | None, ...] = ()  # answer keys in the order they came; None = abstention
     rewards: tuple[float, ...] = ()  # in [0, 1], where something judges branches
+    weights: tuple[float, ...] = ()  # of each answer's votes together, descending; empty: every vote weighs the same
+    is_contested: bool = False  # by weight another answer leads than by number
+    mixture: Mixture = NO_MIXTURE  # of the branches that have come to their answer, running ones too
 
     @property
     def num_votes(self) -> int:
         return sum(self.counts)
+
+    @property
+    def leader_share(self) -> float:
+        """The leading answer's share of all votes by weight, in [0, 1]; 0 for no votes."""
+        weights = self.weights or self.counts
+        total = sum(weights)
+        return weights[0] / total if total else 0.0
 
     @property
     def lead(self) -> int:
@@ -76,6 +90,24 @@ def reward(evidence: Evidence, level: float) -> bool:
     return bool(evidence.rewards) and sum(evidence.rewards) / len(evidence.rewards) >= level
 
 
+def confidence(evidence: Evidence, level: float) -> bool:
+    """The leading answer has a share of at least `level` of the votes, each weighted by its branch's confidence.
+
+    From `warmup_branches` votes on. Source: DeepConf, arXiv 2508.15260, section 3.3 (adaptive sampling).
+    """
+    cap = len(evidence.recent) + evidence.num_left
+    return evidence.num_votes >= warmup_branches(cap) and evidence.leader_share >= level
+
+
+def mixture(evidence: Evidence, level: float) -> bool:
+    """The mixed answer distribution of three or more branches has an entropy as low as certaindex `level` asks of five votes.
+
+    Branches that stand at their answer count before they have finished; somebody must have voted.
+    """
+    mixed = evidence.mixture
+    return evidence.num_votes > 0 and mixed.num_branches >= 3 and mixed.entropy <= (1 - level) * log(5)
+
+
 def never(evidence: Evidence, level: float) -> bool:
     """Use the whole cap."""
     return False
@@ -96,11 +128,15 @@ RULES = {
     "window": Rule(window, 5, 2, 64),
     "beta": Rule(beta, 0.95, 0.5, 1.0),
     "margin": Rule(margin, 0, 0, 0),
+    "confidence": Rule(confidence, 0.95, 0.5, 1.0),
+    "mixture": Rule(mixture, 0.9, 0.0, 1.0),
     "reward": Rule(reward, 0.8, 0.0, 1.0),
     "never": Rule(never, 0, 0, 0),
 }
-# Rules that judge the vote: a tie never stops. A reward does not need a vote.
+# Rules that judge the vote: a tie never stops, nor an answer that leads by number but not by weight.
 _VOTE_RULES = frozenset(RULES) - {"reward", "never"}
+# Rules that read the logits of running branches (engine/statistics.py).
+_LOGIT_RULES = frozenset({"confidence", "mixture"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +147,16 @@ class StopRule:
     parts: tuple[tuple[str, float], ...]
     needs_all: bool
 
+    @property
+    def needs_statistics(self) -> bool:
+        return any(name in _LOGIT_RULES for name, _ in self.parts)
+
+    def uses(self, rule: str) -> bool:
+        return any(name == rule for name, _ in self.parts)
+
     def stops(self, evidence: Evidence) -> bool:
-        """Whether a program with this evidence may end now. A tie of votes never stops."""
-        if evidence.lead == 0 and any(name in _VOTE_RULES for name, _ in self.parts):
+        """Whether a program with this evidence may end now. A tie of votes never stops, nor a contested lead."""
+        if (evidence.lead == 0 or evidence.is_contested) and any(name in _VOTE_RULES for name, _ in self.parts):
             return False
         held = (RULES[name].stops(evidence, level) for name, level in self.parts)
         return all(held) if self.needs_all else any(held)

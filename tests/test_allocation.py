@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sglang_dynasor.allocation import fair_share, votes_needed
 from sglang_dynasor.program import BranchState, Program
 from sglang_dynasor.spec import parse_field
-from sglang_dynasor.stopping import RULES, Evidence, parse_stop
+from sglang_dynasor.stopping import NO_MIXTURE, RULES, Evidence, parse_stop
 
 
 def needed(rule: str, counts: tuple[int, ...], num_left: int, recent: str = "") -> int:
@@ -70,7 +70,9 @@ def test_it_is_the_fewest(counts: list[int], num_left: int, rule: str) -> None:
 
     def would_stop(more: int) -> bool:
         then = ((votes[0] if votes else 0) + more, *votes[1:])
-        return parse_stop(rule).stops(Evidence(then, 0, num_left - more, tuple(keys + "a" * more)))
+        return parse_stop(rule).stops(
+            Evidence(then, 0, num_left - more, tuple(keys + "a" * more), mixture=NO_MIXTURE.agreed(more))
+        )
 
     assert [more for more in range(1, num_left + 1) if would_stop(more)][:1] == ([num] if num else [])
 

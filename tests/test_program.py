@@ -278,6 +278,21 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int, load: int
         ({"deadline_s": True}, "dynasor.deadline_s=True is a bool"),
         ({"deadline_s": 5, "program": "p"}, "dynasor.deadline_s=5 with dynasor.program='p'"),
         ({"tenant": "t", "program": "p"}, "dynasor.tenant='t' with dynasor.program='p'"),
+        ({"vote": "weights"}, "dynasor.vote='weights' is not known"),
+        ({"vote": "reward"}, "dynasor.vote='reward' without dynasor.judge"),
+        ({"stop": "reward"}, "dynasor.stop='reward' without dynasor.judge"),
+        ({"judge": "model"}, "dynasor.judge='model' is a str; send"),
+        ({"judge": {"suffix": "?", "good": "a"}}, "is no judge; send"),
+        ({"judge": {"suffix": "?", "good": "a", "bad": 1}}, "is no judge"),
+        ({"judge": {"suffix": "?", "good": "a", "bad": "a"}}, "dynasor.judge.good='a' is also bad"),
+        ({"judge": {"model": True, "good": "a"}}, "is no judge"),
+        ({"judge": {"model": False, "suffix": "a"}}, "is no judge"),
+        ({"judge": {"model": True}, "program": "p"}, "dynasor.judge with dynasor.program='p'"),
+        ({"group_tokens": 0}, r"dynasor.group_tokens=0 is outside \[1, 8192\]"),
+        ({"weak_frac": 1}, r"dynasor.weak_frac=1 is outside \[0, 1\)"),
+        ({"weak_frac": "0.1"}, "dynasor.weak_frac='0.1' is outside"),
+        ({"statistics": 1}, "dynasor.statistics=1 is a int; send true or false"),
+        ({"stop": "mixture", "answer": "number"}, "nothing marks where such an answer begins"),
         (["self_consistency"], "is a list"),
         (None, "is a NoneType"),
         ("beam", "dynasor.algorithm='beam'"),
@@ -296,7 +311,145 @@ def test_defaults_fit_any_limit() -> None:
     assert (spec.program, spec.deadline_s, spec.tenant) == (None, None, "")
     assert parse_field({}, 3).branches == 3
     assert parse_field({"width": 2}, 3).width == 2
-    assert set(FIELD_HELP) == set("algorithm branches width stop answer deadline_s tenant program".split())
+    assert set(FIELD_HELP) == set(
+        "algorithm branches width stop answer deadline_s tenant vote judge group_tokens weak_frac statistics program".split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "needs"),
+    [
+        ({}, False),
+        ({"stop": "predictive and beta"}, False),
+        ({"judge": {"model": True}, "vote": "reward", "stop": "reward"}, False),
+        ({"statistics": True}, True),
+        ({"vote": "confidence"}, True),
+        ({"weak_frac": 0.1}, True),
+        ({"stop": "confidence"}, True),
+        ({"stop": "beta or mixture"}, True),
+    ],
+)
+def test_who_needs_statistics(field: dict[str, object], needs: bool) -> None:
+    """Logits are read only where somebody asked."""
+    p = program(**field)
+    start(p, 1)
+    assert p.spec.needs_statistics is needs
+    assert (p.branches[0].confidence is not None) is needs
+
+
+def confident(p: Program, values: list[float]) -> None:
+    """Start branches whose tokens have these confidences."""
+    for index, value in enumerate(values):
+        assert p.start_branch() == index
+        confidence = p.branches[index].confidence
+        assert confidence is not None
+        confidence.add(value)
+
+
+def test_votes_may_weigh_by_confidence() -> None:
+    """One sure branch outweighs two unsure ones, and who leads by number alone is not certain."""
+    answers = {"vote": "confidence", "stop": "margin", "branches": 4}
+    p = program(**answers)
+    confident(p, [9.0, 1.0, 1.0, 1.0])
+    for index, text in enumerate(["#### 7", "#### 8", "#### 8", "#### 8"]):
+        assert p.reason is None
+        p.finish(index, text, 1)
+    record = p.record()
+    assert record["answer"] == "7"
+    assert record["leader_share"] == 0.75
+    assert record["confidences"] == [9.0, 1.0, 1.0, 1.0]
+    plain = program(**{**answers, "vote": "majority"})
+    start(plain, 4)
+    for index, text in enumerate(["#### 7", "#### 8", "#### 8", "#### 8"]):
+        if plain.reason is None:
+            plain.finish(index, text, 1)
+    assert plain.record()["answer"] == "8"
+
+
+def test_votes_may_weigh_by_reward() -> None:
+    """The judge decides; a branch without a reward weighs nothing, and without any the number counts."""
+    judged = {"judge": {"model": True}, "vote": "reward", "stop": "never", "branches": 3}
+    p = program(**judged)
+    start(p, 3)
+    p.finish(0, "#### 1", 1, 0.9)
+    p.finish(1, "#### 2", 1, 0.3)
+    p.finish(2, "#### 2", 1, None)
+    assert p.record()["answer"] == "1"
+    assert p.record()["rewards"] == [0.9, 0.3, None]
+    unjudged = program(**judged)
+    start(unjudged, 3)
+    for index, text in enumerate(["#### 1", "#### 2", "#### 2"]):
+        unjudged.finish(index, text, 1, None)
+    assert unjudged.record()["answer"] == "2"
+
+
+def test_the_mean_reward_stops() -> None:
+    """At the level and not below."""
+    for rewards, reason in (([0.9, 0.8], StopReason.CERTAIN), ([0.9, 0.6], None)):
+        p = program(judge={"model": True}, stop="reward and predictive:0.5", branches=8)
+        start(p, 4)
+        for index in range(3):
+            p.finish(index, "#### 1", 1, rewards[index % 2])
+        assert p.reason is reason
+
+
+def test_confidence_stops_after_its_warmup() -> None:
+    """Four of four at cap 16; not three, not with a heavy vote against."""
+    for values, answers, num, reason in (
+        ([5.0] * 4, "1111", 4, StopReason.CERTAIN),
+        ([5.0] * 4, "1111", 3, None),
+        ([5.0, 5.0, 5.0, 9.0], "1112", 4, None),
+        ([50.0, 50.0, 50.0, 1.0], "1112", 4, StopReason.CERTAIN),  # the vote against weighs nothing
+    ):
+        p = program(stop="confidence")
+        assert p.spec.vote == "confidence"
+        confident(p, values)
+        for index in range(num):
+            p.finish(index, f"#### {answers[index]}", 1)
+        assert p.reason is reason
+
+
+def test_a_weak_branch_abstains() -> None:
+    """It uses its place in the cap, casts no vote, and the level comes from the first to finish."""
+    p = program(stop="never", weak_frac=0.5, branches=5, group_tokens=1)
+    confident(p, [1.0, 2.0, 3.0, 0.5, 9.0])
+    assert p.weak_level is None
+    for index in range(3):
+        p.finish(index, "#### 1", 1)
+    assert p.weak_level == 2.0
+    p.weaken(3, 7)
+    assert (p.branches[3].state, p.num_abstentions, p.reason) == (BranchState.WEAK, 1, None)
+    p.finish(4, "#### 1", 1)
+    assert p.weak_level == 2.0
+    assert p.reason is StopReason.CAP
+    assert p.record()["num_weak"] == 1
+    assert p.record()["branch_tokens"] == [1, 1, 1, 7, 1]
+
+
+def test_the_last_branch_may_be_weak() -> None:
+    """Then the cap is used up; a program all of whose branches are weak has no answer but an end."""
+    p = program(stop="never", weak_frac=0.5, branches=1)
+    confident(p, [1.0])
+    p.weaken(0, 1)
+    assert p.reason is StopReason.CAP
+    assert p.winner is None
+
+
+def test_branches_at_their_answer_count_before_they_finish() -> None:
+    """Three that would say the same stop a program, as soon as one of them has said it; not two, nor three that differ."""
+    for tokens, finished, reason in (
+        ([1, 1, 1], True, StopReason.CERTAIN),
+        ([1, 1, 1], False, None),
+        ([1, 1], True, None),
+        ([1, 1, 2], True, None),
+    ):
+        p = program(stop="mixture")
+        start(p, 4)
+        if finished:
+            p.finish(0, "#### 1", 1)
+        for index, token in enumerate(tokens):
+            p.see_answer(index, {token: 0.0})
+        assert p.reason is reason
 
 
 def test_deadline_and_tenant_are_taken() -> None:

@@ -60,6 +60,16 @@ PATCHES: tuple[Patch, ...] = (
         "SGLang takes a scheduler class from a plugin",
     ),
     Patch(
+        f"{_SCHEDULER}.init_model_worker", "after", ("self",), f"{_HOOKS}.init_model_worker", "scheduler",
+        "gives the model runner our sampling observer",
+        "SGLang takes a sampling observer from a plugin",
+    ),
+    Patch(
+        f"{_SCHEDULER}.run_batch", "before", ("self", "batch", "pp_proxy_tensors"), f"{_HOOKS}.run_batch", "scheduler",
+        "tells the observer which rows of the step are watched; SGLang shows it no requests",
+        "a sampling observer is shown the requests of its rows",
+    ),
+    Patch(
         f"{_SCHEDULER}._add_request_to_queue", "around", ("self", "req", "is_retracted"), f"{_HOOKS}.enqueue",
         "scheduler", "holds a program's own request and queues its branches instead",
         "SGLang takes a scheduler class from a plugin",

@@ -18,13 +18,22 @@ _DEFAULT_SEED = 42  # what SGLang gives a request without one
 
 @dataclass(slots=True)
 class BranchTag:
-    """Which branch a Req is."""
+    """Which branch a Req is, or judges."""
 
     live: LiveProgram
     index: int
     is_internal: bool  # the server made it, and nothing of it goes to a client by itself
     is_inside: bool = True  # SGLang holds it, or will presently
     charged_tokens: int = 0  # service its program was charged for it so far
+    is_judge: bool = False  # it asks whether the branch is good, and is none itself
+    labels: tuple[int, int] = (-1, -1)  # a judge's tokens for good and bad
+    reward: float | None = None  # what a judge found
+    is_at_answer: bool = False  # the branch's answer comes next (statistics.py)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody reads the logits of this Req."""
+        return self.is_judge or self.live.program.spec.needs_statistics
 
 
 class FINISH_ENDED(BaseFinishReason):

@@ -23,6 +23,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
+from sglang_dynasor.answers import answer_marks
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.admission import Admission
 from sglang_dynasor.engine.branch import (
@@ -36,11 +37,15 @@ from sglang_dynasor.engine.branch import (
     set_tag,
     tag_of,
 )
+from sglang_dynasor.engine.judge import branch_ids, judge_tokens, make_judge
+from sglang_dynasor.engine.statistics import AnswerReader, Observer
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
+from sglang_dynasor.mixture import Distribution
 from sglang_dynasor.order import Ticket
 from sglang_dynasor.pace import Pace
 from sglang_dynasor.program import BranchState, Program, StopReason
+from sglang_dynasor.reward import RewardModel
 from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
@@ -53,6 +58,7 @@ BRANCH_RID = (
 TOLD_RID = "\0dynasor-told-"
 DEADLINE_RID = f"{TOLD_RID}deadline-"
 CHEAP_ROWS_RID = f"{TOLD_RID}cheap-rows-"
+REWARD_RID = f"{TOLD_RID}reward-"  # program number, branch, reward (float.hex), parted by colons
 CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
 
@@ -65,6 +71,9 @@ class LiveProgram:
     parent: Req | None  # the client's own request, held until the answer; None where clients send the branches
     number: int = 0  # by arrival
     reqs: dict[int, Req] = field(default_factory=dict[int, Req])
+    judges: dict[int, Req | None] = field(
+        default_factory=dict[int, Req | None]
+    )  # by branch judged; None: the reward model
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
     num_expected: int = 0  # branches it is expected to need still (forecast.py)
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
@@ -89,10 +98,16 @@ class Controller:
         self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
         self.num_programs = 0
         self.num_started = 0
+        self.num_watched = 0  # of those inside: somebody reads their logits
+        self.observer = Observer(self)
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
         self.dated: dict[int, LiveProgram] = {}  # held programs with a deadline, by number
         self._undated: list[int] = []  # those that the clock has not been read for; on the first rank only
         self._deadlines: list[tuple[float, int]] = []  # when, number; on the first rank only
+        self.judged: dict[int, LiveProgram] = {}  # held programs that await the reward model, by number
+        self._rewards = RewardModel(
+            config.dynasor_reward_url, config.dynasor_reward_timeout_s
+        )  # on the first rank only
         self._pace = Pace()
         self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
         self._logged: set[str] = set()
@@ -107,6 +122,10 @@ class Controller:
         """Whether SGLang lets this rank read the clock (`_poll_timeout_aborts`)."""
         parallel = get_parallel()
         return parallel.pp_rank == parallel.attn_tp_rank == parallel.attn_cp_rank == 0
+
+    @cached_property
+    def _reader(self) -> AnswerReader:
+        return AnswerReader(self.scheduler.tokenizer)
 
     def holds(self, live: LiveProgram) -> bool:
         """Whether the program still owes its client an answer. By identity: a client may send the same rid again."""
@@ -129,6 +148,9 @@ class Controller:
             "num_branches_promised": sum(self.admission.promised.values()),
             "cheap_rows": self.admission.cheap_rows,
             "max_overtaken_tokens": self.admission.max_overtaken_tokens,
+            "num_branches_watched": self.num_watched,
+            "num_steps_watched": self.observer.num_steps,
+            "num_reward_errors": self._rewards.num_errors,
         }
 
     # Intake
@@ -169,7 +191,7 @@ class Controller:
             self._answer_at_once(req, self.sent[spec.program].program)
         else:
             tag.live.reqs[tag.index] = req
-            self.num_inside += 1
+            self._enter(tag)
             self.admission.note_arrival(req)
             enqueue(req, is_retracted)
 
@@ -254,10 +276,15 @@ class Controller:
             # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
             req = make_branch(self.scheduler, live.parent, f"{BRANCH_RID}{self.num_started}.", tag)
             live.reqs[tag.index] = req
-            self.num_inside += 1
+            self._enter(tag)
             self._charge(tag, expected_tokens)
             queue_time(self.scheduler, req)
             self.admission.put_in_front(req)
+
+    def _enter(self, tag: BranchTag) -> None:
+        """A branch, or a judge of one, is SGLang's from here on."""
+        self.num_inside += 1
+        self.num_watched += tag.is_watched
 
     def _charge(self, tag: BranchTag, tokens: int) -> None:
         """Let the service charged for a branch be `tokens`."""
@@ -282,7 +309,8 @@ class Controller:
                         self._guarded(tag.live, self.admission.follow)
             elif not req.finished_output:  # with overlap a finished request comes by twice
                 self._left(req, tag)
-                self._guarded(tag.live, lambda live, req=req, tag=tag: self._settle(live, tag.index, req))
+                settle = self._settle_judge if tag.is_judge else self._settle
+                self._guarded(tag.live, lambda live, req=req, tag=tag, settle=settle: settle(live, tag.index, req))
         return visible
 
     def _left(self, req: Req, tag: BranchTag) -> None:
@@ -290,6 +318,7 @@ class Controller:
         if tag.is_inside:
             tag.is_inside = False
             self.num_inside -= 1
+            self.num_watched -= tag.is_watched
             self.admission.note_change()
         if tag.is_internal:
             hide(req)
@@ -305,11 +334,9 @@ class Controller:
         if program.branches[index].state is BranchState.IN_FLIGHT:
             if isinstance(req.finished_reason, FINISH_ABORT):
                 self._fail(live, index, req, req.finished_reason.to_json())
-            else:
+            elif program.spec.judge is None or not self._ask_judge(live, index, req):
                 self._finish(program, index, req)
-        may_speak = program.winner == index or any(min(who) == index for who in program.votes.values())
-        if live.parent is None or not may_speak:
-            live.reqs.pop(index, None)
+        self._forget_silent(live, index)
         if live.parent is None:
             set_record(req, program.record())
             if program.reason is not None:
@@ -318,13 +345,20 @@ class Controller:
             live.is_prompt_cached = True
             self._advance(live)
 
-    def _finish(self, program: Program, index: int, req: Req) -> None:
+    def _forget_silent(self, live: LiveProgram, index: int) -> None:
+        """Keep no Req of a branch that will never speak."""
+        program = live.program
+        may_speak = program.winner == index or any(min(who) == index for who in program.votes.values())
+        if live.parent is None or not (may_speak or index in live.judges):
+            live.reqs.pop(index, None)
+
+    def _finish(self, program: Program, index: int, req: Req, reward: float | None = None) -> None:
         ids = req.output_ids_through_stop
         try:
             text = self.scheduler.tokenizer.decode(list(ids[-TAIL_TOKENS:]), skip_special_tokens=True)
             if not isinstance(req.finished_reason, FINISH_ENDED):
                 self.admission.forecast.branch_tokens.learn(len(ids))
-            program.finish(index, text, len(ids))
+            program.finish(index, text, len(ids), reward)
         except Exception as error:
             if program.branches[index].state is BranchState.IN_FLIGHT:
                 raise
@@ -335,6 +369,79 @@ class Controller:
         # A client that gives up one branch of its own has others to send; a branch of ours is not tried again.
         live.program.fail(index, len(req.output_ids), closes=live.parent is not None)
         live.reqs.pop(index, None)
+
+    # Statistics and rewards
+
+    def see(
+        self, req: Req, tag: BranchTag, confidence: float, token: int, distribution: Callable[[], Distribution]
+    ) -> None:
+        """Take in one token of a running branch: how confident the model was, and what else it might have said."""
+        live = tag.live
+        branch = live.program.branches[tag.index]
+        if branch.state is not BranchState.IN_FLIGHT or branch.confidence is None:
+            return
+        branch.confidence.add(confidence)
+        level, group = live.program.weak_level, branch.confidence.group
+        if level is not None and group is not None and group < level and not req.finished():
+            self._guarded(live, lambda live: self._weaken(live, tag.index, req))
+        elif answer_marks(live.program.spec.answer) and self._reader.begins(req, tag, token):
+            self._guarded(live, lambda live: self._see_answer(live, tag.index, distribution()))
+
+    def _weaken(self, live: LiveProgram, index: int, req: Req) -> None:
+        assert_same("dynasor finds %s weak", req.rid)
+        live.program.weaken(index, self._end(req))
+        self._go_on(live)
+
+    def _see_answer(self, live: LiveProgram, index: int, distribution: Distribution) -> None:
+        live.program.see_answer(index, distribution)
+        if live.program.reason is not None:
+            self._go_on(live)
+
+    def _go_on(self, live: LiveProgram) -> None:
+        """Do what follows from a change that no branch's end has brought."""
+        if self.holds(live):
+            self._advance(live)
+        elif live.parent is None and live.program.reason is not None:
+            self._end_rest(live)
+
+    def _ask_judge(self, live: LiveProgram, index: int, req: Req) -> bool:
+        """Have a finished branch judged before it votes. Returns False where it cannot be."""
+        judge = live.program.spec.judge
+        if judge is None or not self.holds(live):
+            return False
+        if judge.is_external:
+            live.judges[index] = None
+            self.judged[live.number] = live
+            if self._is_first_rank:
+                text = self.scheduler.tokenizer.decode([*req.origin_input_ids, *branch_ids(req)])
+                self._rewards.ask((live.number, index), text + judge.suffix)
+            return True
+        tokens = judge_tokens(judge, self.scheduler.tokenizer)
+        tag = BranchTag(live, index, is_internal=True, is_judge=True, labels=(tokens.good, tokens.bad))
+        self.num_started += 1
+        made = make_judge(self.scheduler, req, tokens, f"{BRANCH_RID}{self.num_started}.", tag)
+        if made is None:
+            return False
+        live.judges[index] = made
+        live.program.num_judge_tokens += len(tokens.suffix) + 1
+        self._enter(tag)
+        queue_time(self.scheduler, made)
+        self.admission.put_in_front(made)
+        return True
+
+    def _settle_judge(self, live: LiveProgram, index: int, req: Req) -> None:
+        tag = tag_of(req)
+        self._judged(live, index, None if tag is None else tag.reward)
+
+    def _judged(self, live: LiveProgram, index: int, reward: float | None) -> None:
+        """A branch has its reward, or will never have one: now it votes."""
+        if index not in live.judges:
+            return
+        del live.judges[index]
+        if self.holds(live) and live.program.branches[index].state is BranchState.IN_FLIGHT:
+            self._finish(live.program, index, live.reqs[index], reward)
+            self._forget_silent(live, index)
+            self._advance(live)
 
     def on_aborted(self, abort: AbortReq, req: Req) -> bool:
         """SGLang gave up a branch outside the output (time-out, full queue). Returns whether no client must be told."""
@@ -348,7 +455,9 @@ class Controller:
         return tag.is_internal
 
     def _lose(self, live: LiveProgram, index: int, req: Req, abort: AbortReq) -> None:
-        if live.program.branches[index].state is BranchState.IN_FLIGHT:
+        if (tag := tag_of(req)) is not None and tag.is_judge:
+            self._judged(live, index, None)
+        elif live.program.branches[index].state is BranchState.IN_FLIGHT:
             self._fail(live, index, req, abort.finished_reason or {"type": "abort", "message": "Aborted"})
             if self.holds(live):
                 self._advance(live)
@@ -367,6 +476,10 @@ class Controller:
                 live.reqs.pop(index, None)
                 set_record(req, live.program.record())
                 self._emit([req])
+        for req in live.judges.values():
+            if req is not None:
+                self._end(req)
+        live.judges.clear()
 
     def _end(self, req: Req) -> int:
         """End one branch; return the tokens it will have cost."""
@@ -403,6 +516,7 @@ class Controller:
         assert live.parent is not None
         self.admission.leave(live)
         self.dated.pop(live.number, None)
+        self.judged.pop(live.number, None)
         if self.holds(live):
             del self.held[live.parent.rid]
         live.reqs.clear()
@@ -441,6 +555,12 @@ class Controller:
         assert_same("dynasor hears %s", rid)
         if rid.startswith(CHEAP_ROWS_RID):
             self.admission.cheap_rows = int(rid.removeprefix(CHEAP_ROWS_RID))
+        elif rid.startswith(REWARD_RID):
+            number, index, value = rid.removeprefix(REWARD_RID).split(":")
+            self._rewards.forget((int(number), int(index)))
+            if (live := self.judged.get(int(number))) is not None:
+                reward = float.fromhex(value) if value else None
+                self._guarded(live, lambda live: self._judged(live, int(index), reward))
         elif (live := self.dated.get(int(rid.removeprefix(DEADLINE_RID)))) is not None:
             self._guarded(live, self._expire)
 
@@ -462,6 +582,8 @@ class Controller:
             heapq.heappush(self._deadlines, entry)
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
             reached += self._waited_too_long(time.perf_counter() - limit_s)
+        for (number, index), reward in self._rewards.given():
+            reached.append(AbortReq(rid=f"{REWARD_RID}{number}:{index}:{'' if reward is None else reward.hex()}"))
         return reached + self._keep_pace(now)
 
     def _keep_pace(self, now: float) -> list[AbortReq]:
@@ -493,6 +615,8 @@ class Controller:
     def _expire(self, live: LiveProgram) -> None:
         """The deadline has come: the best answer so far, or else the longest text that is there."""
         program = live.program
+        for index in list(live.judges):  # they vote unjudged
+            self._judged(live, index, None)
         if program.reason is not None:
             return
         program.reason = StopReason.DEADLINE
@@ -524,10 +648,13 @@ class Controller:
             return
         self.admission.leave(live)
         self.dated.pop(live.number, None)
+        self.judged.pop(live.number, None)
         del self.held[parent.rid]
         program.reason = program.reason or StopReason.FAILED
-        for req in live.reqs.values():
-            self._end(req)
+        for req in [*live.reqs.values(), *live.judges.values()]:
+            if req is not None:
+                self._end(req)
+        live.judges.clear()
         done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
         if done:
             self._speak(parent, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})

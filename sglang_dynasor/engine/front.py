@@ -9,10 +9,12 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from sglang.srt.managers.io_struct import GenerateReqInput
 
+from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.flag import config_of
+from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.errors import FieldError, PatchError
 from sglang_dynasor.ledger import RecordBook
-from sglang_dynasor.spec import parse_field
+from sglang_dynasor.spec import JudgeSpec, parse_field
 
 _UNSUPPORTED_INPUTS = (
     "image_data",
@@ -45,6 +47,8 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if not config.is_on or not isinstance(obj, GenerateReqInput):
         return
     spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
+    if spec.judge is not None:
+        _check_judge(spec.judge, tokenizer_manager.tokenizer, config)
     if spec.program is not None:  # the client samples the branches itself
         return
     if (params.get("n") or 1) != 1:
@@ -65,6 +69,16 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     for name in _UNSUPPORTED_INPUTS:
         if getattr(obj, name, None) is not None:
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
+
+
+def _check_judge(judge: JudgeSpec, tokenizer: Any, config: DynasorConfig) -> None:
+    if not judge.is_external:
+        judge_tokens(judge, tokenizer)
+    elif not config.dynasor_reward_url:
+        raise FieldError(
+            "dynasor.judge.model=true without a reward model: start the server with --dynasor-reward-url, or send "
+            '{"suffix": TEXT, "good": TOKEN, "bad": TOKEN} for the model to judge itself'
+        )
 
 
 def add_record(

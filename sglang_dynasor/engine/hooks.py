@@ -27,6 +27,18 @@ def init_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) 
         scheduler._dynasor = Controller(scheduler, config)
 
 
+def init_model_worker(result: None, scheduler: Any) -> None:
+    controller = controller_of(scheduler)
+    if controller is not None:
+        scheduler.tp_worker.model_runner.sampling_observer = controller.observer
+
+
+def run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    controller = controller_of(scheduler)
+    if controller is not None:
+        controller.observer.watch(batch)
+
+
 def enqueue(original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:
     controller = controller_of(scheduler)
     if controller is None:

@@ -1,0 +1,363 @@
+"""Statistics of rows of logits in one read of them: entropy, confidence, the likeliest tokens, labels."""
+
+# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Path = Literal["ref", "split", "row"]
+
+# Estimates until they are timed on a GPU: NOTES.md.
+TILE_ROWS, TILE_COLS = 16, 512  # a chunk of a row of logits, held in registers
+CHUNK = TILE_ROWS * TILE_COLS
+NUM_WARPS = 8
+PROGRAMS_PER_SM = 4
+
+MAX_TOP_K = 128
+EMPTY = tl.constexpr(-(2**63))  # the key of no token
+
+
+class RowStats(NamedTuple):
+    """Statistics of N rows, float32 but for the ids.
+
+    A row that holds NaN or +inf, or nothing but -inf, has NaN in every float and -1 in every id.
+    """
+
+    lse: Tensor  # [N] log-sum-exp
+    entropy: Tensor  # [N] nats, at least 0
+    max_prob: Tensor  # [N] in (0, 1]
+    confidence: Tensor  # [N] minus the mean of the finite top_logprobs, at least 0; high = peaked
+    top_ids: Tensor  # [N, top_k] int32, likeliest first, lowest id first among equals; -1 where there are fewer
+    top_logprobs: Tensor  # [N, top_k] descending; -inf where there are fewer
+    label_logprobs: Tensor  # [N, L]; -inf for label id -1
+    path: Path  # what ran: "ref" is torch; "split" gives a row to many programs, "row" to one
+
+
+def choose_path(num_rows: int, vocab_size: int, num_sms: int) -> Path:
+    """How the kernels share out the rows: split each one until whole rows fill the GPU."""
+    return "row" if vocab_size <= CHUNK or num_rows >= PROGRAMS_PER_SM * num_sms else "split"
+
+
+def row_stats(
+    logits: Tensor,
+    label_ids: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    top_k: int = 20,
+    path: Path | None = None,
+) -> RowStats:
+    """Statistics of rows of logits, from one read of them and without synchronising; the same bits in every run.
+
+    Args:
+        logits: [B, V] float32, bfloat16 or float16, contiguous along V. -inf is a token that cannot be sampled.
+        label_ids: [N, L] or [L] int: tokens whose log-probabilities are wanted, of each row or of all; -1 for none.
+        rows: [N] int: the rows to look at; None for all B. The others are not read, and nothing is copied.
+        top_k: 1 to 128.
+        path: for tests and timings. None: "ref" on the CPU, else what `choose_path` says.
+
+    Returns:
+        Statistics in the order of `rows`. No rows: empty tensors, no launch.
+
+    Raises:
+        ValueError: an argument is not as above. On the CPU also for a label id outside [-1, V).
+        IndexError: on the CPU, `rows` outside [0, B).
+
+    A GPU would have to synchronise to check ids: there such a label counts as -1, such a row as a row of NaN.
+    Error: README.md, "Tolerances". Source: DeepConf, arXiv 2508.15260 (confidence).
+    """
+    _check(logits, label_ids, rows, top_k)
+    batch_size, vocab_size = logits.shape
+    num_rows = batch_size if rows is None else len(rows)
+    if path is None:
+        path = "ref" if logits.device.type == "cpu" else choose_path(num_rows, vocab_size, _num_sms(logits.device))
+    if path == "ref":
+        return row_stats_ref(logits, label_ids, rows=rows, top_k=top_k, dtype=torch.float32)
+
+    num_labels = 0 if label_ids is None else label_ids.shape[-1]
+    new = {"dtype": torch.float32, "device": logits.device}
+    stats = torch.empty(4, num_rows, **new)
+    top_ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)
+    top_logprobs = torch.empty(num_rows, top_k, **new)
+    label_logprobs = torch.empty(num_rows, num_labels, **new)
+    if num_rows:
+        source = (logits, rows, batch_size, vocab_size, logits.stride(0))
+        stride_label = num_labels if label_ids is not None and label_ids.ndim == 2 else 0
+        labels = (label_ids.contiguous() if label_ids is not None else None, stride_label)
+        outputs = (stats, top_ids, top_logprobs, label_logprobs)
+        sizes: dict[str, Any] = {
+            "TOP_K": top_k, "BLOCK_K": max(2, triton.next_power_of_2(top_k)), "num_warps": NUM_WARPS
+        }  # fmt: skip
+        tile = {"TILE_ROWS": TILE_ROWS, "TILE_COLS": TILE_COLS}
+        if path == "row":
+            _row_stats_kernel[(num_rows,)](*source, *labels, *outputs, NUM_LABELS=num_labels, **sizes, **tile)
+        else:
+            num_splits = triton.cdiv(vocab_size, CHUNK)
+            sums = torch.empty(3, num_rows, num_splits, **new)
+            tops = torch.empty(num_rows, num_splits, sizes["BLOCK_K"], dtype=torch.int64, device=logits.device)
+            _row_stats_split_kernel[(num_rows, num_splits)](*source, sums, tops, **sizes, **tile)
+            _row_stats_merge_kernel[(num_rows,)](
+                *source, *labels, *outputs, sums, tops, num_splits,
+                NUM_LABELS=num_labels, BLOCK_S=triton.next_power_of_2(num_splits), **sizes,
+            )  # fmt: skip
+    return RowStats(*stats, top_ids, top_logprobs, label_logprobs, path)
+
+
+def row_stats_ref(
+    logits: Tensor,
+    label_ids: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    top_k: int = 20,
+    dtype: torch.dtype = torch.float64,
+) -> RowStats:
+    """`row_stats` in plain torch, computed and returned in `dtype`."""
+    _check(logits, label_ids, rows, top_k)
+    if rows is not None:
+        logits = logits.index_select(0, rows)
+    num_rows, vocab_size = logits.shape
+    logits = torch.nn.functional.pad(logits, (0, max(0, top_k - vocab_size)), value=float("-inf"))
+
+    logprobs = logits.to(dtype).log_softmax(1)  # NaN throughout a row to be reported
+    entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(dtype).min)).sum(1)
+
+    top_ids = _top_ids(logits, top_k)
+    top_logprobs = logprobs.gather(1, top_ids)
+    is_token = top_logprobs > float("-inf")
+    confidence = -top_logprobs.where(is_token, 0).sum(1) / is_token.sum(1)
+    lse = (logits.gather(1, top_ids[:, :1]) - top_logprobs[:, :1]).squeeze(1)
+
+    label_logprobs = logprobs.new_empty(num_rows, 0)
+    if label_ids is not None:
+        label_ids = label_ids.long().expand(num_rows, -1)
+        is_label = (label_ids >= 0) & (label_ids < vocab_size)
+        label_logprobs = logprobs.gather(1, label_ids.where(is_label, 0)).where(is_label, lse[:, None] - float("inf"))
+    return RowStats(
+        lse, entropy, top_logprobs[:, 0].exp(), confidence, top_ids.where(is_token, -1).int(), top_logprobs,
+        label_logprobs, "ref",
+    )  # fmt: skip
+
+
+def _top_ids(logits: Tensor, k: int) -> Tensor:
+    """[N, k] int64: the ids of the largest logits of each row, descending, the lowest id first among equals."""
+    bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # the floats' order, as integers
+    last = logits.shape[1] - 1
+    keys = torch.add(torch.arange(last, -1, -1, device=logits.device), order, alpha=2**32)
+    if keys.device.type == "cpu":  # numpy selects 4 times faster than torch.topk
+        keys.numpy().partition(-k, axis=1)
+        top = keys[:, -k:]
+        top.numpy().sort(axis=1)
+        top = top.flip(1)
+    else:
+        top = keys.topk(k).values
+    return last - (top & 0xFFFFFFFF)
+
+
+def _check(logits: Tensor, label_ids: Tensor | None, rows: Tensor | None, top_k: int) -> None:
+    """Raise ValueError for what can be seen without waiting for a GPU."""
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.stride(1) != 1:
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)}, strides {logits.stride()}: give [B, V], contiguous along V"
+        )
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"logits are {logits.dtype}: give float32, bfloat16 or float16")
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise ValueError(f"top_k={top_k} is outside 1 to {MAX_TOP_K}")
+    if rows is not None and rows.ndim != 1:
+        raise ValueError(f"rows of shape {tuple(rows.shape)}: give [N]")
+    if label_ids is None:
+        return
+    num_rows = len(logits if rows is None else rows)
+    if label_ids.ndim not in (1, 2) or (label_ids.ndim == 2 and len(label_ids) != num_rows):
+        raise ValueError(f"label_ids of shape {tuple(label_ids.shape)}: give [L] or [{num_rows}, L]")
+    if label_ids.device.type == "cpu" and label_ids.numel():
+        low, high = (int(bound) for bound in label_ids.aminmax())
+        if low < -1 or high >= logits.shape[1]:
+            raise ValueError(f"label_ids from {low} to {high} are outside -1 to {logits.shape[1] - 1}")
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _row_stats_kernel(
+    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, label_ids_ptr, stride_label,
+    stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """One program per row reads all its chunks."""
+    row, num_ids = _find_row(rows_ptr, batch_size, vocab_size)
+    row_ptr = logits_ptr + row * stride_row
+    num_chunks = tl.cdiv(vocab_size, TILE_ROWS * TILE_COLS)
+    m, s, t, top = _read_chunks(row_ptr, num_ids, 0, num_chunks, TOP_K, BLOCK_K, TILE_ROWS, TILE_COLS)
+    _write_row(
+        row_ptr, num_ids, label_ids_ptr, stride_label, m, s, t, top,
+        stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr, NUM_LABELS, TOP_K, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _row_stats_split_kernel(
+    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, tops_ptr,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """One program per (row, chunk) leaves the chunk's sums [3, N, S] and keys [N, S, BLOCK_K]."""
+    row, num_ids = _find_row(rows_ptr, batch_size, vocab_size)
+    chunk = tl.program_id(1)
+    m, s, t, top = _read_chunks(
+        logits_ptr + row * stride_row, num_ids, chunk, chunk + 1, TOP_K, BLOCK_K, TILE_ROWS, TILE_COLS
+    )
+    out = tl.program_id(0) * tl.num_programs(1) + chunk
+    size = tl.num_programs(0) * tl.num_programs(1)
+    tl.store(sums_ptr + out, m)
+    tl.store(sums_ptr + size + out, s)
+    tl.store(sums_ptr + 2 * size + out, t)
+    tl.store(tops_ptr + out.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K), top)
+
+
+@triton.jit
+def _row_stats_merge_kernel(
+    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, label_ids_ptr, stride_label,
+    stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr, sums_ptr, tops_ptr, num_splits,
+    NUM_LABELS: tl.constexpr, BLOCK_S: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per row merges what its chunks left."""
+    row, num_ids = _find_row(rows_ptr, batch_size, vocab_size)
+    first = tl.program_id(0) * num_splits
+    size = tl.num_programs(0) * num_splits
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_s = offs_s < num_splits
+    chunk_m = tl.load(sums_ptr + first + offs_s, mask_s, other=float("-inf"))  # [S]
+    chunk_s = tl.load(sums_ptr + size + first + offs_s, mask_s, other=0.0)  # [S]
+    chunk_t = tl.load(sums_ptr + 2 * size + first + offs_s, mask_s, other=0.0)  # [S]
+    m = tl.max(chunk_m)
+    scale, scaled = _exp_terms(chunk_m, m)
+    s = tl.sum(chunk_s * scale)
+    t = tl.sum(chunk_t * scale + chunk_s * scaled)
+
+    offs_top = tl.arange(0, BLOCK_S * BLOCK_K)
+    mask_top = offs_top < num_splits * BLOCK_K
+    keys = tl.load(tops_ptr + first.to(tl.int64) * BLOCK_K + offs_top, mask_top, other=EMPTY)  # [S * BLOCK_K]
+    _write_row(
+        logits_ptr + row * stride_row, num_ids, label_ids_ptr, stride_label, m, s, t, tl.topk(keys, BLOCK_K),
+        stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr, NUM_LABELS, TOP_K, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _find_row(rows_ptr, batch_size, vocab_size):
+    """The row of logits this program works on, and how many ids it has: none for a row outside the batch."""
+    row = tl.program_id(0).to(tl.int64)
+    num_ids = vocab_size
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + row).to(tl.int64)
+        is_row = (row >= 0) & (row < batch_size)
+        row = tl.where(is_row, row, 0)
+        num_ids = tl.where(is_row, vocab_size, 0)
+    return row, num_ids
+
+
+@triton.jit
+def _read_chunks(
+    row_ptr, num_ids, first, last,
+    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+):  # fmt: skip
+    """Over chunks first to last - 1 of a row: m = max(x), sums s and t of the terms of exp(x - m), and the top keys.
+
+    s is NaN where the chunks hold NaN or +inf, and 0 where they hold nothing but -inf.
+    """
+    offs = tl.arange(0, TILE_ROWS)[:, None] * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]  # [R, C]
+    offs_k = tl.arange(0, BLOCK_K)
+    m = tl.full([], float("-inf"), tl.float32)
+    s = tl.full([], 0.0, tl.float32)
+    t = tl.full([], 0.0, tl.float32)
+    top = tl.full([BLOCK_K], EMPTY, tl.int64)
+    for chunk in range(first, last):
+        ids = chunk * (TILE_ROWS * TILE_COLS) + offs  # [R, C]
+        x = tl.load(row_ptr + ids, ids < num_ids, other=float("-inf")).to(tl.float32)  # [R, C]
+        value, best = _column_tops(x, ids)  # [C], [C]
+        new_m = tl.maximum(m, tl.max(value))
+        scale, scaled = _exp_terms(m, new_m)
+        e, ed = _exp_terms(x, new_m)
+        t = t * scale + s * scaled + tl.sum(ed)
+        s = s * scale + tl.sum(e)
+        m = new_m
+        keys = _keys(value, best)
+        # One round takes the largest of each column; the next is needed where a column holds two of the top k.
+        while (s > 0) & (tl.max(keys) > tl.sum(tl.where(offs_k == TOP_K - 1, top, 0))):
+            top = _merge(top, tl.topk(keys, BLOCK_K))
+            x = tl.where(ids == best[None, :], float("-inf"), x)
+            value, best = _column_tops(x, ids)
+            keys = _keys(value, best)
+    return m, s, t, top
+
+
+@triton.jit
+def _exp_terms(x, m):
+    """e = exp(x - m) and e * (x - m), which is 0 where e is 0: the terms of the entropy's two sums."""
+    d = x - tl.where(m > float("-inf"), m, 0.0)
+    e = tl.exp(d)
+    return e, e * tl.where(e > 0, d, 0.0)
+
+
+@triton.jit
+def _column_tops(x, ids):
+    """[C], [C]: the largest x of each column and its id, the lowest among equals."""
+    value = tl.max(x, axis=0)
+    return value, tl.min(tl.where(x == value[None, :], ids, 0x7FFFFFFF), axis=0)
+
+
+@triton.jit
+def _keys(value, ids):
+    """Integers that sort like (value, -id); EMPTY for -inf."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(value > float("-inf"), (order.to(tl.int64) << 32) | (0x7FFFFFFF - ids), EMPTY)
+
+
+@triton.jit
+def _merge(a, b):
+    """The larger half of two descending vectors, descending."""
+    return tl.bitonic_merge(tl.maximum(a, tl.flip(b, 0)), descending=True)
+
+
+@triton.jit
+def _write_row(
+    row_ptr, num_ids, label_ids_ptr, stride_label, m, s, t, top,
+    stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    num_rows = tl.num_programs(0)
+    s = tl.where(s > 0, s, float("nan"))  # reported, and through s in every float below
+    log_s = tl.log(s)
+
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < TOP_K
+    order = (top >> 32).to(tl.int32)
+    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    logprobs = tl.where(top != EMPTY, value, float("-inf")) - m - log_s  # [BLOCK_K]
+    is_token = (logprobs > float("-inf")) & mask_k
+    confidence = -tl.sum(tl.where(is_token, logprobs, 0.0)) / tl.sum(is_token.to(tl.float32))
+    tl.store(top_ids_ptr + i * TOP_K + offs_k, tl.where(is_token, 0x7FFFFFFF - top.to(tl.int32), -1), mask_k)
+    tl.store(top_logprobs_ptr + i * TOP_K + offs_k, logprobs, mask_k)
+
+    tl.store(stats_ptr + i, m + log_s)
+    tl.store(stats_ptr + num_rows + i, log_s - t / s)
+    tl.store(stats_ptr + 2 * num_rows + i, 1.0 / s)
+    tl.store(stats_ptr + 3 * num_rows + i, confidence)
+
+    for j in tl.static_range(NUM_LABELS):
+        label = tl.load(label_ids_ptr + i * stride_label + j)
+        x = tl.load(row_ptr + label, (label >= 0) & (label < num_ids), other=float("-inf")).to(tl.float32)
+        tl.store(label_logprobs_ptr + i * NUM_LABELS + j, x - m - log_s)

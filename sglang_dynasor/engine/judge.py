@@ -1,0 +1,85 @@
+"""Rewards for finished branches by the served model itself: one more token, read and never decoded."""
+
+from __future__ import annotations
+
+from array import array
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_dynasor.engine.branch import BranchTag, set_tag
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.spec import JudgeSpec
+
+
+class JudgeTokens(NamedTuple):
+    """A judge's texts as the model reads them."""
+
+    suffix: tuple[int, ...]
+    good: int
+    bad: int
+
+
+@lru_cache(maxsize=256)
+def judge_tokens(judge: JudgeSpec, tokenizer: Any) -> JudgeTokens:
+    """The tokens of a judge.
+
+    Raises:
+        FieldError: a suffix of no tokens, or a label that is not exactly one.
+    """
+    suffix = tokenizer.encode(judge.suffix, add_special_tokens=False)
+    if not suffix:
+        raise FieldError(
+            f"dynasor.judge.suffix={judge.suffix!r} is no token of this model; send a text that asks it to judge"
+        )
+    labels: list[int] = []
+    for key, text in (("good", judge.good), ("bad", judge.bad)):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
+            raise FieldError(
+                f"dynasor.judge.{key}={text!r} is {len(ids)} tokens of this model; send a text that is one (mind a leading space)"
+            )
+        labels += ids
+    if labels[0] == labels[1]:
+        raise FieldError(
+            f"dynasor.judge.good={judge.good!r} and bad={judge.bad!r} are the same token; send two different ones"
+        )
+    return JudgeTokens(tuple(suffix), labels[0], labels[1])
+
+
+def branch_ids(req: Req) -> list[int]:
+    """The tokens of a finished branch without the one that ended it."""
+    ids = list(req.output_ids_through_stop)
+    return ids[:-1] if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN) else ids
+
+
+def make_judge(scheduler: Any, branch: Req, tokens: JudgeTokens, rid: str, tag: BranchTag) -> Req | None:
+    """An internal Req whose first row is the judgement of `branch`; None where the text is too long for the model.
+
+    Prompt and branch are in the radix cache, so that it computes little more than its suffix.
+    """
+    params = SamplingParams(max_new_tokens=1, temperature=0.0)
+    params.normalize(scheduler.tokenizer)
+    ids = [*branch.origin_input_ids, *branch_ids(branch), *tokens.suffix]
+    if len(ids) >= scheduler.max_req_input_len:
+        return None
+    req = Req(
+        rid,
+        "",
+        array("q", ids),
+        params,
+        eos_token_ids=branch.eos_token_ids,
+        vocab_size=branch.vocab_size,
+        priority=branch.priority,
+        extra_key=branch.extra_key,
+        cache_salt=branch.cache_salt,
+        disagg_mode=scheduler.disaggregation_mode,
+        time_stats=branch.time_stats,
+    )
+    req.tokenizer = scheduler.tokenizer
+    req.logprob_start_len = -1
+    scheduler.init_req_max_new_tokens(req)
+    set_tag(req, tag)
+    return req

@@ -1,0 +1,96 @@
+"""Rewards from a reward model that another server runs, asked for over HTTP beside the scheduler's loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from math import exp
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Key = tuple[int, int]  # a program's number and its branch
+MOST_AT_ONCE = 16
+
+
+class RewardModel:
+    """A server with a reward model: SGLang's `/classify`.
+
+    A scalar head's number x becomes the reward 1 / (1 + exp(-x)); of several (a process reward model's steps) the least
+    counts. Whatever goes wrong costs that branch its reward and nothing else: counted, and logged once per kind.
+    """
+
+    def __init__(self, url: str, timeout_s: float):
+        self.url = url.rstrip("/")
+        self.timeout_s = timeout_s
+        self.num_errors = 0
+        self._given: dict[Key, float | None] = {}
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._logged: set[str] = set()
+
+    def ask(self, key: Key, text: str) -> None:
+        """Have `text` (prompt and branch) rewarded; the result is among `given` within about the time-out."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="dynasor-reward")
+        self._pool.submit(self._run, key, text)
+
+    def given(self) -> Iterator[tuple[Key, float | None]]:
+        """Rewards that have come, None for those that never will, until they are forgotten."""
+        if not self._given:
+            return iter(())
+        with self._lock:
+            return iter(list(self._given.items()))
+
+    def forget(self, key: Key) -> None:
+        """The reward has been used."""
+        with self._lock:
+            self._given.pop(key, None)
+
+    def _run(self, key: Key, text: str) -> None:
+        reward = None
+        try:
+            reward = reward_of(self._post(text))
+        except Exception as error:
+            self._log(error)
+        with self._lock:
+            self.num_errors += reward is None
+            self._given[key] = reward
+
+    def _post(self, text: str) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}/classify", json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+            return json.load(response)
+
+    def _log(self, error: Exception) -> None:
+        kind = type(error).__name__
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.error(
+                "dynasor: the reward model at --dynasor-reward-url=%s gave no reward (%s: %s); the branch votes without one. "
+                "Check that it runs SGLang with a reward head and answers within --dynasor-reward-timeout-s=%g. Logged once",
+                self.url, kind, error, self.timeout_s,
+            )  # fmt: skip
+
+
+def reward_of(answer: Any) -> float:
+    """The reward in [0, 1] that a `/classify` answer holds.
+
+    Raises:
+        ValueError: no numbers in it.
+    """
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    numbers = answer.get("embedding") if isinstance(answer, dict) else None
+    if isinstance(numbers, int | float):
+        numbers = [numbers]
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(x, int | float) and x == x for x in numbers):
+        raise ValueError(f"its answer has no numbers under 'embedding': {str(answer)[:200]}")
+    return 1.0 / (1.0 + exp(-max(-700.0, min(700.0, min(numbers)))))

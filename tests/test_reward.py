@@ -1,0 +1,110 @@
+"""Rewards from another server: what its answers mean, and what happens when it does not give any."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import exp
+from typing import Any
+
+import pytest
+
+from sglang_dynasor.reward import RewardModel, reward_of
+
+
+@contextmanager
+def model(answer: bytes, status: int = 200, delay_s: float = 0.0) -> Iterator[str]:
+    """A server that gives one answer to every text; our own logic is under test, not a model."""
+    seen: list[Any] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            time.sleep(delay_s)
+            with suppress(OSError):  # the client may have hung up
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(answer)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def wait(rewards: RewardModel, num: int) -> dict[tuple[int, int], float | None]:
+    deadline = time.monotonic() + 10
+    while len(given := dict(rewards.given())) < num:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"embedding": [0.0]}, 0.5),
+        ({"embedding": 2.0}, 1 / (1 + exp(-2))),
+        ([{"embedding": [3.0, -1.0, 2.0]}], 1 / (1 + exp(1))),  # the least of a process reward model's steps
+        ({"embedding": [9999.0]}, 1.0),
+    ],
+)
+def test_what_an_answer_means(answer: Any, expected: float) -> None:
+    """A sigmoid of the one number, or of the least."""
+    assert reward_of(answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, [], {"embedding": []}, {"embedding": ["a"]}, {"embedding": [float("nan")]}, "x"]
+)
+def test_an_answer_without_numbers_is_an_error(answer: Any) -> None:
+    """It says what it got."""
+    with pytest.raises(ValueError, match="no numbers under 'embedding'"):
+        reward_of(answer)
+
+
+def test_a_reward_is_given_until_it_is_forgotten() -> None:
+    """SGLang may drop what a poll returns, so it is told again."""
+    with model(b'{"embedding": [0.0]}') as url:
+        rewards = RewardModel(url, 5)
+        assert dict(rewards.given()) == {}
+        rewards.ask((1, 2), "text")
+        assert wait(rewards, 1) == {(1, 2): 0.5}
+        assert dict(rewards.given()) == {(1, 2): 0.5}
+        rewards.forget((1, 2))
+        assert dict(rewards.given()) == {}
+        assert rewards.num_errors == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "delay_s"), [(b"oops", 200, 0), (b"{}", 200, 0), (b"{}", 500, 0), (b"{}", 200, 2)]
+)
+def test_a_model_that_fails_costs_the_reward_only(
+    answer: bytes, status: int, delay_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not JSON, no numbers, an error, too slow: None, counted, and one line that says what to do."""
+    with model(answer, status, delay_s) as url, caplog.at_level(logging.ERROR):
+        rewards = RewardModel(url, 0.5)
+        rewards.ask((1, 0), "text")
+        rewards.ask((1, 1), "text")
+        assert wait(rewards, 2) == {(1, 0): None, (1, 1): None}
+    assert rewards.num_errors == 2
+    assert [r.message.count("--dynasor-reward-url") for r in caplog.records] == [1]
+
+
+def test_a_server_that_is_not_there() -> None:
+    """Refused connections are errors like any other."""
+    rewards = RewardModel("http://127.0.0.1:9", 0.5)
+    rewards.ask((0, 0), "text")
+    assert wait(rewards, 1) == {(0, 0): None}

@@ -1,0 +1,212 @@
+"""Statistics next to the logits, in the real engine: equal to what SGLang's own logprobs give, and absent where nobody asks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from math import exp
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from engines import CHECKPOINT, status_of
+from questions import held_out, prompt
+from safetensors.torch import load_file, save_file
+from server import Server
+from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.engine
+QUESTIONS = held_out(40)
+JUDGE = {"suffix": "<judge>", "good": " good", "bad": " bad"}
+
+
+@pytest.fixture(scope="module", params=["overlap", "no overlap"])
+def engine(request: pytest.FixtureRequest, start_shared_engine: Any) -> Any:
+    return start_shared_engine(
+        scheduler="dynasor", dynasor_strict=True, disable_overlap_schedule=request.param == "no overlap"
+    )
+
+
+def params(temperature: float = 1.7, **field: Any) -> dict[str, Any]:
+    return {
+        "temperature": temperature,
+        "max_new_tokens": 200,
+        "custom_params": {"dynasor": {"answer": "hash", **field}},
+    }
+
+
+def token_confidences(out: dict[str, Any]) -> list[float]:
+    """DeepConf's, from SGLang's own top logprobs."""
+    return [-mean(logprob for logprob, _, _ in top) for top in out["meta_info"]["output_top_logprobs"]]
+
+
+@pytest.mark.parametrize("group_tokens", [1, 8, 8192])
+def test_confidence_is_that_of_sglang_s_logprobs(engine: Any, group_tokens: int) -> None:
+    """At temperature 1 SGLang's logprobs are of the same distribution: the lowest group of the branch is theirs."""
+    for question in QUESTIONS[:4]:
+        field = params(1.0, branches=1, statistics=True, group_tokens=group_tokens)
+        out = engine.generate(prompt(question.text), field, return_logprob=True, top_logprobs_num=20)
+        confidences = token_confidences(out)
+        size = min(group_tokens, len(confidences))
+        groups = [mean(confidences[i : i + size]) for i in range(len(confidences) - size + 1)]
+        assert out["meta_info"]["dynasor"]["confidences"] == [pytest.approx(min(groups), rel=1e-4)]
+
+
+def test_nothing_is_computed_where_nobody_asks(engine: Any) -> None:
+    """Plain requests and programs without statistics leave the observer alone; one program that asks does not."""
+    text = prompt(QUESTIONS[3].text)
+    before = status_of(engine)["num_steps_watched"]
+    alone = engine.generate(text, {"temperature": 0, "max_new_tokens": 100})
+    engine.generate(text, params(branches=4))
+    assert status_of(engine)["num_steps_watched"] == before
+    # Beside a watched program a plain request still says the same.
+    beside, watched = engine.generate(
+        [text, text], [{"temperature": 0, "max_new_tokens": 100}, params(statistics=True)]
+    )
+    assert status_of(engine)["num_steps_watched"] > before
+    assert beside["text"] == alone["text"]
+    assert len(watched["meta_info"]["dynasor"]["confidences"]) == watched["meta_info"]["dynasor"]["num_branches"]
+    assert status_of(engine)["num_branches_watched"] == 0
+
+
+def test_the_judge_says_what_the_model_says(engine: Any) -> None:
+    """The reward equals good / (good + bad) of the model's next token after the judge's suffix, and costs two tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    labels = [tokenizer.encode(JUDGE[key], add_special_tokens=False)[0] for key in ("good", "bad")]
+    num_compared = 0
+    for question in QUESTIONS[:6]:
+        text = prompt(question.text)
+        out = engine.generate(text, params(1.0, branches=1, judge=JUDGE))
+        record = out["meta_info"]["dynasor"]
+        assert record["num_judge_tokens"] == 2
+        judged = engine.generate(
+            text + out["text"] + "<judge>",
+            {"temperature": 1.0, "max_new_tokens": 1},
+            return_logprob=True,
+            token_ids_logprob=labels,
+        )
+        good, bad = (exp(logprob) for logprob, _, _ in judged["meta_info"]["output_token_ids_logprobs"][0])
+        assert record["rewards"] == [pytest.approx(good / (good + bad), abs=1e-5)]
+        num_compared += 1
+    assert num_compared == 6
+
+
+def test_every_voter_is_judged_before_it_votes(engine: Any) -> None:
+    """Votes weigh by reward: the winner is the answer with the most of it, not with the most branches."""
+    outs = engine.generate(
+        [prompt(q.text) for q in QUESTIONS[:16]],
+        [params(branches=8, stop="never", vote="reward", judge=JUDGE)] * 16,
+    )
+    for out in outs:
+        record = out["meta_info"]["dynasor"]
+        assert record["stop_reason"] == "cap"
+        assert len(record["rewards"]) == 8
+        assert all(reward is not None and 0 <= reward <= 1 for reward in record["rewards"])
+        assert record["num_judge_tokens"] == 16
+        assert 0 < record["leader_share"] <= 1
+    status = status_of(engine)
+    assert status["num_branches_inside"] == status["num_branches_watched"] == status["num_policy_errors"] == 0
+
+
+def test_weak_branches_end_early(engine: Any) -> None:
+    """With nine tenths of the warm-up as the bar some are ended; without it none."""
+    prompts = [prompt(q.text) for q in QUESTIONS if q.num_steps >= 5][:8]
+    spent: dict[float, int] = {}
+    for weak_frac in (0.0, 0.9):
+        field = params(2.0, stop="never", weak_frac=weak_frac, group_tokens=8, statistics=True, width=4)
+        records = [out["meta_info"]["dynasor"] for out in engine.generate(prompts, [field] * len(prompts))]
+        spent[weak_frac] = sum(record["num_tokens"] for record in records)
+        weak = [record["num_weak"] for record in records]
+        assert (sum(weak) > 0) == (weak_frac > 0)
+        assert all(record["stop_reason"] == "cap" and record["num_branches"] == 16 for record in records)
+        assert all(record["num_abstentions"] >= record["num_weak"] for record in records)
+    assert spent[0.9] < spent[0.0]
+
+
+@pytest.mark.parametrize("stop", ["confidence", "mixture"])
+def test_rules_that_read_logits_stop(engine: Any, stop: str) -> None:
+    """They fire on easy questions; an impossible level does not."""
+    prompts = [prompt(q.text) for q in QUESTIONS if q.num_steps <= 2][:8]
+    outs = engine.generate(prompts, [params(1.0, stop=stop)] * 8)
+    assert sum(out["meta_info"]["dynasor"]["stop_reason"] == "certain" for out in outs) >= 6
+    hot = engine.generate(prompts, [params(3.0, stop="mixture:1" if stop == "mixture" else "confidence:1")] * 8)
+    assert any(out["meta_info"]["dynasor"]["stop_reason"] == "cap" for out in hot)
+
+
+def test_branches_at_their_answer_are_seen(engine: Any) -> None:
+    """Where branches agree there is no disagreement; on hot ones there is."""
+    prompts = [prompt(q.text) for q in QUESTIONS[:8]]
+    cold = [
+        o["meta_info"]["dynasor"] for o in engine.generate(prompts, [params(0.2, stop="never", statistics=True)] * 8)
+    ]
+    hot = [
+        o["meta_info"]["dynasor"] for o in engine.generate(prompts, [params(2.0, stop="never", statistics=True)] * 8)
+    ]
+    assert mean(r["disagreement"] for r in cold) < 0.2 < mean(r["disagreement"] for r in hot)
+    assert all(r["answer_entropy"] >= 0 for r in cold + hot)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        ({**JUDGE, "suffix": ""}, "is no token of this model"),
+        ({**JUDGE, "good": "good better"}, "dynasor.judge.good='good better' is 2 tokens|is [2-9] tokens"),
+        ({"model": True}, "start the server with --dynasor-reward-url"),
+    ],
+)
+def test_a_judge_that_cannot_be_is_refused(engine: Any, judge: dict[str, Any], message: str) -> None:
+    """To its client alone, before anything is queued."""
+    before = status_of(engine)
+    with pytest.raises(ValueError, match=message):
+        engine.generate("Q", params(judge=judge))
+    assert status_of(engine) == before
+
+
+def reward_checkpoint(folder: Path) -> Path:
+    """The tiny reasoner with a scalar head: its logit of good minus that of bad."""
+    shutil.copytree(CHECKPOINT, folder)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    good, bad = (tokenizer.encode(JUDGE[key], add_special_tokens=False)[0] for key in ("good", "bad"))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["score.weight"] = (embedding[good].float() - embedding[bad].float())[None].to(embedding.dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_reward_model_on_another_server(start_engine: Any, tmp_path: Path) -> None:
+    """The same judge behind a scalar head, asked over HTTP: the same rewards as the model's own judgement."""
+    checkpoint = reward_checkpoint(tmp_path / "reward_model")
+    server = Server(tmp_path / "log", "--is-embedding", "--dtype", "float32", checkpoint=checkpoint)
+    try:
+        server.wait()
+        engine = start_engine(
+            scheduler="dynasor", dynasor_strict=True, dynasor_reward_url=server.url, dynasor_reward_timeout_s=30
+        )
+        prompts = [prompt(q.text) for q in QUESTIONS[:4]]
+        field = {"branches": 4, "stop": "never", "vote": "reward"}
+        seeds = [11, 12, 13, 14]
+        outs = {
+            name: engine.generate(prompts, [{**params(judge=judge, **field), "sampling_seed": seed} for seed in seeds])
+            for name, judge in (("own", JUDGE), ("model", {"model": True, "suffix": JUDGE["suffix"]}))
+        }
+        for own, model in zip(outs["own"], outs["model"], strict=True):
+            mine, theirs = own["meta_info"]["dynasor"], model["meta_info"]["dynasor"]
+            assert theirs["rewards"] == pytest.approx(
+                mine["rewards"], abs=1e-2
+            )  # SGLang rounds in bfloat16 or sends float32
+            assert theirs["answer"] == mine["answer"]
+        assert status_of(engine)["num_reward_errors"] == 0
+    finally:
+        server.stop()
+    # The reward model is gone: programs are answered all the same, without rewards.
+    out = engine.generate(prompts[0], params(branches=4, stop="never", judge={"model": True}))
+    assert out["meta_info"]["dynasor"]["rewards"] == [None] * 4
+    assert out["meta_info"]["dynasor"]["answer"] is not None
+    status = status_of(engine)
+    assert status["num_reward_errors"] == 4
+    assert status["num_held_programs"] == status["num_branches_inside"] == 0
