@@ -9,13 +9,13 @@ get the same questions, CONCURRENCY at a time. Each way runs --repeats times; a 
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from machine import machine
+from rows import write_rows
 
 from sglang_dynasor.demo import Client, Outcome, read_questions, run, show, solve_program, solve_stock, start_engine
 
@@ -37,7 +37,11 @@ def p90(outcome: Outcome) -> float:
     return latencies[int(0.9 * (len(latencies) - 1))]
 
 
-def measure(is_stock: bool, questions: list[dict[str, Any]], cap: int, repeats: int) -> dict[str, list[Outcome]]:
+def measure(
+    programs: dict[str, dict[str, Any]] | None, questions: list[dict[str, Any]], cap: int, repeats: int
+) -> dict[str, list[Outcome]]:
+    """All ways of one engine: `programs` by name with their fields, or stock's one way."""
+    is_stock = programs is None
     engine = start_engine(REASONER, scheduler=None if is_stock else "dynasor")
     client = Client(engine)
     outcomes: dict[str, list[Outcome]] = {}
@@ -45,11 +49,11 @@ def measure(is_stock: bool, questions: list[dict[str, Any]], cap: int, repeats: 
         for question in questions[:8]:  # warm up
             solve_stock(client, question, cap)
         for _ in range(repeats):
-            if is_stock:
+            if programs is None:
                 name = f"stock, {cap} samples"
                 outcomes.setdefault(name, []).append(run(name, lambda q: solve_stock(client, q, cap), questions, 100))
                 continue
-            for name, field in PROGRAMS.items():
+            for name, field in programs.items():
                 done = run(name, lambda q, field=field: solve_program(client, q, cap, **field), questions, 100)
                 outcomes.setdefault(name, []).append(done)
     finally:
@@ -58,22 +62,18 @@ def measure(is_stock: bool, questions: list[dict[str, Any]], cap: int, repeats: 
     return outcomes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-questions", type=int, default=320)
-    parser.add_argument("--cap", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+def compare(
+    programs: dict[str, dict[str, Any]], questions: list[dict[str, Any]], cap: int, repeats: int
+) -> list[dict[str, Any]]:
+    """One row per way, stock first; savings against stock."""
     facts = machine()
-    questions = read_questions(REASONER, args.num_questions)
     outcomes: dict[str, list[Outcome]] = {}
-    for is_stock in (True, False):
-        outcomes |= measure(is_stock, questions, args.cap, args.repeats)
+    for part in (None, programs):
+        outcomes |= measure(part, questions, cap, repeats)
     base = next(iter(outcomes.values()))
     base_tokens, base_wall_s = mean(o.num_tokens for o in base), mean(o.wall_s for o in base)
     base_latency_s = mean(s.latency_s for o in base for s in o.solved)
-    rows = [
+    return [
         {
             "way": name,
             "accuracy %": span([100 * o.accuracy for o in runs], 1),
@@ -85,21 +85,27 @@ def main() -> None:
             "p90 latency": f"{mean(p90(o) for o in runs) / mean(p90(o) for o in base):.2f}x",
             "branches per question": round(mean(s.num_branches for o in runs for s in o.solved), 1),
             "questions": len(questions),
-            "repeats": args.repeats,
+            "repeats": repeats,
             "model": "tiny reasoner",
             **facts,
         }
         for name, runs in outcomes.items()
     ]
+
+
+def main(programs: dict[str, dict[str, Any]], about: str | None) -> None:
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--num-questions", type=int, default=320)
+    parser.add_argument("--cap", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    rows = compare(programs, read_questions(REASONER, args.num_questions), args.cap, args.repeats)
     show(rows)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.csv, rows)
 
 
 if __name__ == "__main__":
     multiprocessing.freeze_support()
-    main()
+    main(PROGRAMS, __doc__)

@@ -11,7 +11,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "make bench",
     "passthrough": "make bench",
+    "statistics": "make bench",
+    "statistics_overhead": "make bench",
     "online": "make bench",
+    "online_bursty": "make bench",
     "starvation": "make bench",
     "policy_overhead": "make bench",
     "soak": "make soak",

@@ -15,12 +15,12 @@ from torch import Tensor
 Path = Literal["ref", "split", "row"]
 
 # Estimates until they are timed on a GPU: NOTES.md.
-TILE_ROWS, TILE_COLS = 16, 512  # a chunk of a row of logits, held in registers
-CHUNK = TILE_ROWS * TILE_COLS
+GROUP = 128  # neighbouring ids of which the first pass keeps the largest logit
+NUM_GROUPS = 64  # of a chunk, which a program reads at once and holds in registers
+CHUNK = NUM_GROUPS * GROUP
 NUM_WARPS = 8
 PROGRAMS_PER_SM = 4
 
-MAX_TOP_K = 128
 EMPTY = tl.constexpr(-(2**63))  # the key of no token
 
 
@@ -59,7 +59,7 @@ def row_stats(
         logits: [B, V] float32, bfloat16 or float16, contiguous along V. -inf is a token that cannot be sampled.
         label_ids: [N, L] or [L] int: tokens whose log-probabilities are wanted, of each row or of all; -1 for none.
         rows: [N] int: the rows to look at; None for all B. The others are not read, and nothing is copied.
-        top_k: 1 to 128.
+        top_k: 1 to 64.
         path: for tests and timings. None: "ref" on the CPU, else what `choose_path` says.
 
     Returns:
@@ -87,25 +87,23 @@ def row_stats(
     top_logprobs = torch.empty(num_rows, top_k, **new)
     label_logprobs = torch.empty(num_rows, num_labels, **new)
     if num_rows:
+        num_chunks = triton.cdiv(vocab_size, CHUNK)
         source = (logits, rows, batch_size, vocab_size, logits.stride(0))
         stride_label = num_labels if label_ids is not None and label_ids.ndim == 2 else 0
         labels = (label_ids.contiguous() if label_ids is not None else None, stride_label)
         outputs = (stats, top_ids, top_logprobs, label_logprobs)
-        sizes: dict[str, Any] = {
-            "TOP_K": top_k, "BLOCK_K": max(2, triton.next_power_of_2(top_k)), "num_warps": NUM_WARPS
+        tile = {"NUM_GROUPS": NUM_GROUPS, "GROUP": GROUP, "num_warps": NUM_WARPS}
+        sizes = {
+            "NUM_LABELS": num_labels, "TOP_K": top_k, "BLOCK_K": max(2, triton.next_power_of_2(top_k)),
+            "BLOCK_S": triton.next_power_of_2(num_chunks), **tile,
         }  # fmt: skip
-        tile = {"TILE_ROWS": TILE_ROWS, "TILE_COLS": TILE_COLS}
         if path == "row":
-            _row_stats_kernel[(num_rows,)](*source, *labels, *outputs, NUM_LABELS=num_labels, **sizes, **tile)
+            _row_stats_kernel[(num_rows,)](*source, *labels, *outputs, **sizes)
         else:
-            num_splits = triton.cdiv(vocab_size, CHUNK)
-            sums = torch.empty(3, num_rows, num_splits, **new)
-            tops = torch.empty(num_rows, num_splits, sizes["BLOCK_K"], dtype=torch.int64, device=logits.device)
-            _row_stats_split_kernel[(num_rows, num_splits)](*source, sums, tops, **sizes, **tile)
-            _row_stats_merge_kernel[(num_rows,)](
-                *source, *labels, *outputs, sums, tops, num_splits,
-                NUM_LABELS=num_labels, BLOCK_S=triton.next_power_of_2(num_splits), **sizes,
-            )  # fmt: skip
+            sums = torch.empty(3, num_rows, num_chunks, **new)
+            groups = torch.empty(num_rows, num_chunks, NUM_GROUPS, **new)
+            _row_stats_split_kernel[(num_rows, num_chunks)](*source, sums, groups, **tile)
+            _row_stats_merge_kernel[(num_rows,)](*source, sums, groups, *labels, *outputs, **sizes)
     return RowStats(*stats, top_ids, top_logprobs, label_logprobs, path)
 
 
@@ -168,8 +166,8 @@ def _check(logits: Tensor, label_ids: Tensor | None, rows: Tensor | None, top_k:
         )
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits are {logits.dtype}: give float32, bfloat16 or float16")
-    if not 1 <= top_k <= MAX_TOP_K:
-        raise ValueError(f"top_k={top_k} is outside 1 to {MAX_TOP_K}")
+    if not 1 <= top_k <= NUM_GROUPS:
+        raise ValueError(f"top_k={top_k} is outside 1 to {NUM_GROUPS}")
     if rows is not None and rows.ndim != 1:
         raise ValueError(f"rows of shape {tuple(rows.shape)}: give [N]")
     if label_ids is None:
@@ -190,73 +188,78 @@ def _num_sms(device: torch.device) -> int:
 
 @triton.jit
 def _row_stats_kernel(
-    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, label_ids_ptr, stride_label,
-    stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row,
+    label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program per row reads all its chunks."""
-    row, num_ids = _find_row(rows_ptr, batch_size, vocab_size)
-    row_ptr = logits_ptr + row * stride_row
-    num_chunks = tl.cdiv(vocab_size, TILE_ROWS * TILE_COLS)
-    m, s, t, top = _read_chunks(row_ptr, num_ids, 0, num_chunks, TOP_K, BLOCK_K, TILE_ROWS, TILE_COLS)
+    """One program per row reads its chunks one after the other."""
+    row_ptr, num_ids = _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row)
+    offs_s = tl.arange(0, BLOCK_S)
+    m = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    s = tl.full([BLOCK_S], 0.0, tl.float32)
+    t = tl.full([BLOCK_S], 0.0, tl.float32)
+    groups = tl.full([BLOCK_S, NUM_GROUPS], float("-inf"), tl.float32)
+    for chunk in range(tl.cdiv(vocab_size, NUM_GROUPS * GROUP)):
+        chunk_m, chunk_s, chunk_t, chunk_groups = _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS, GROUP)
+        m = tl.where(offs_s == chunk, chunk_m, m)
+        s = tl.where(offs_s == chunk, chunk_s, s)
+        t = tl.where(offs_s == chunk, chunk_t, t)
+        groups = tl.where(offs_s[:, None] == chunk, chunk_groups[None, :], groups)
     _write_row(
-        row_ptr, num_ids, label_ids_ptr, stride_label, m, s, t, top,
-        stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr, NUM_LABELS, TOP_K, BLOCK_K,
+        row_ptr, num_ids, m, s, t, groups,
+        label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+        NUM_LABELS, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
     )  # fmt: skip
 
 
 @triton.jit
 def _row_stats_split_kernel(
-    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, tops_ptr,
-    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
+    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program per (row, chunk) leaves the chunk's sums [3, N, S] and keys [N, S, BLOCK_K]."""
-    row, num_ids = _find_row(rows_ptr, batch_size, vocab_size)
+    """One program per (row, chunk) leaves the chunk's sums [3, N, S] and its groups' largest logits [N, S, G]."""
+    row_ptr, num_ids = _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row)
     chunk = tl.program_id(1)
-    m, s, t, top = _read_chunks(
-        logits_ptr + row * stride_row, num_ids, chunk, chunk + 1, TOP_K, BLOCK_K, TILE_ROWS, TILE_COLS
-    )
-    out = tl.program_id(0) * tl.num_programs(1) + chunk
+    m, s, t, groups = _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS, GROUP)
+    out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + chunk
     size = tl.num_programs(0) * tl.num_programs(1)
     tl.store(sums_ptr + out, m)
     tl.store(sums_ptr + size + out, s)
     tl.store(sums_ptr + 2 * size + out, t)
-    tl.store(tops_ptr + out.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K), top)
+    tl.store(groups_ptr + out * NUM_GROUPS + tl.arange(0, NUM_GROUPS), groups)
 
 
 @triton.jit
 def _row_stats_merge_kernel(
-    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, label_ids_ptr, stride_label,
-    stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr, sums_ptr, tops_ptr, num_splits,
-    NUM_LABELS: tl.constexpr, BLOCK_S: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
+    label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program per row merges what its chunks left."""
-    row, num_ids = _find_row(rows_ptr, batch_size, vocab_size)
-    first = tl.program_id(0) * num_splits
-    size = tl.num_programs(0) * num_splits
+    row_ptr, num_ids = _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row)
+    num_chunks = tl.cdiv(vocab_size, NUM_GROUPS * GROUP)
+    first = tl.program_id(0).to(tl.int64) * num_chunks
+    size = tl.num_programs(0) * num_chunks
     offs_s = tl.arange(0, BLOCK_S)
-    mask_s = offs_s < num_splits
-    chunk_m = tl.load(sums_ptr + first + offs_s, mask_s, other=float("-inf"))  # [S]
-    chunk_s = tl.load(sums_ptr + size + first + offs_s, mask_s, other=0.0)  # [S]
-    chunk_t = tl.load(sums_ptr + 2 * size + first + offs_s, mask_s, other=0.0)  # [S]
-    m = tl.max(chunk_m)
-    scale, scaled = _exp_terms(chunk_m, m)
-    s = tl.sum(chunk_s * scale)
-    t = tl.sum(chunk_t * scale + chunk_s * scaled)
-
-    offs_top = tl.arange(0, BLOCK_S * BLOCK_K)
-    mask_top = offs_top < num_splits * BLOCK_K
-    keys = tl.load(tops_ptr + first.to(tl.int64) * BLOCK_K + offs_top, mask_top, other=EMPTY)  # [S * BLOCK_K]
+    mask_s = offs_s < num_chunks
+    m = tl.load(sums_ptr + first + offs_s, mask_s, other=float("-inf"))  # [S]
+    s = tl.load(sums_ptr + size + first + offs_s, mask_s, other=0.0)  # [S]
+    t = tl.load(sums_ptr + 2 * size + first + offs_s, mask_s, other=0.0)  # [S]
+    offs_g = tl.arange(0, NUM_GROUPS)
+    offs = (first + offs_s[:, None]) * NUM_GROUPS + offs_g[None, :]
+    groups = tl.load(groups_ptr + offs, mask_s[:, None], other=float("-inf"))  # [S, G]
     _write_row(
-        logits_ptr + row * stride_row, num_ids, label_ids_ptr, stride_label, m, s, t, tl.topk(keys, BLOCK_K),
-        stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr, NUM_LABELS, TOP_K, BLOCK_K,
+        row_ptr, num_ids, m, s, t, groups,
+        label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+        NUM_LABELS, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
     )  # fmt: skip
 
 
 @triton.jit
-def _find_row(rows_ptr, batch_size, vocab_size):
-    """The row of logits this program works on, and how many ids it has: none for a row outside the batch."""
+def _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row):
+    """Where this program's row starts and how many ids it has: none if it is outside the batch."""
     row = tl.program_id(0).to(tl.int64)
     num_ids = vocab_size
     if rows_ptr is not None:
@@ -264,92 +267,63 @@ def _find_row(rows_ptr, batch_size, vocab_size):
         is_row = (row >= 0) & (row < batch_size)
         row = tl.where(is_row, row, 0)
         num_ids = tl.where(is_row, vocab_size, 0)
-    return row, num_ids
+    return logits_ptr + row * stride_row, num_ids
 
 
 @triton.jit
-def _read_chunks(
-    row_ptr, num_ids, first, last,
-    TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
-):  # fmt: skip
-    """Over chunks first to last - 1 of a row: m = max(x), sums s and t of the terms of exp(x - m), and the top keys.
+def _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr):
+    """m = max(x), the sums of exp(x - m) and of exp(x - m) * (x - m), and the largest x of each group [G].
 
-    s is NaN where the chunks hold NaN or +inf, and 0 where they hold nothing but -inf.
+    The first sum is NaN if there is NaN or +inf, and 0 if there is nothing but -inf.
     """
-    offs = tl.arange(0, TILE_ROWS)[:, None] * TILE_COLS + tl.arange(0, TILE_COLS)[None, :]  # [R, C]
-    offs_k = tl.arange(0, BLOCK_K)
-    m = tl.full([], float("-inf"), tl.float32)
-    s = tl.full([], 0.0, tl.float32)
-    t = tl.full([], 0.0, tl.float32)
-    top = tl.full([BLOCK_K], EMPTY, tl.int64)
-    for chunk in range(first, last):
-        ids = chunk * (TILE_ROWS * TILE_COLS) + offs  # [R, C]
-        x = tl.load(row_ptr + ids, ids < num_ids, other=float("-inf")).to(tl.float32)  # [R, C]
-        value, best = _column_tops(x, ids)  # [C], [C]
-        new_m = tl.maximum(m, tl.max(value))
-        scale, scaled = _exp_terms(m, new_m)
-        e, ed = _exp_terms(x, new_m)
-        t = t * scale + s * scaled + tl.sum(ed)
-        s = s * scale + tl.sum(e)
-        m = new_m
-        keys = _keys(value, best)
-        # One round takes the largest of each column; the next is needed where a column holds two of the top k.
-        while (s > 0) & (tl.max(keys) > tl.sum(tl.where(offs_k == TOP_K - 1, top, 0))):
-            top = _merge(top, tl.topk(keys, BLOCK_K))
-            x = tl.where(ids == best[None, :], float("-inf"), x)
-            value, best = _column_tops(x, ids)
-            keys = _keys(value, best)
-    return m, s, t, top
+    offs_g = chunk * NUM_GROUPS + tl.arange(0, NUM_GROUPS)
+    ids = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(row_ptr + ids, ids < num_ids, other=float("-inf")).to(tl.float32)  # [G, GROUP]
+    groups = tl.max(x, axis=1)
+    m = tl.max(groups)
+    e, ed = _exp_terms(x, m)
+    return m, tl.sum(e), tl.sum(ed), groups
 
 
 @triton.jit
 def _exp_terms(x, m):
-    """e = exp(x - m) and e * (x - m), which is 0 where e is 0: the terms of the entropy's two sums."""
+    """e = exp(x - m) and e * (x - m): 0 and 0 for -inf."""
     d = x - tl.where(m > float("-inf"), m, 0.0)
     e = tl.exp(d)
-    return e, e * tl.where(e > 0, d, 0.0)
-
-
-@triton.jit
-def _column_tops(x, ids):
-    """[C], [C]: the largest x of each column and its id, the lowest among equals."""
-    value = tl.max(x, axis=0)
-    return value, tl.min(tl.where(x == value[None, :], ids, 0x7FFFFFFF), axis=0)
-
-
-@triton.jit
-def _keys(value, ids):
-    """Integers that sort like (value, -id); EMPTY for -inf."""
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(value > float("-inf"), (order.to(tl.int64) << 32) | (0x7FFFFFFF - ids), EMPTY)
-
-
-@triton.jit
-def _merge(a, b):
-    """The larger half of two descending vectors, descending."""
-    return tl.bitonic_merge(tl.maximum(a, tl.flip(b, 0)), descending=True)
+    return e, e * tl.maximum(d, -100.0)  # below, e is 0
 
 
 @triton.jit
 def _write_row(
-    row_ptr, num_ids, label_ids_ptr, stride_label, m, s, t, top,
-    stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    row_ptr, num_ids, chunk_m, chunk_s, chunk_t, groups,
+    label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
+    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Merge a row's chunks [S] and find the top k in the k groups [S, G] with the largest logits."""
     i = tl.program_id(0).to(tl.int64)
     num_rows = tl.num_programs(0)
-    s = tl.where(s > 0, s, float("nan"))  # reported, and through s in every float below
+    m = tl.max(chunk_m)
+    scale, scaled = _exp_terms(chunk_m, m)
+    s = tl.sum(chunk_s * scale)
+    t = tl.sum(chunk_t * scale + chunk_s * scaled)
+    is_good = s > 0
+    s = tl.where(is_good, s, float("nan"))  # reported: through s in every float below
     log_s = tl.log(s)
 
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < TOP_K
-    order = (top >> 32).to(tl.int32)
-    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    logprobs = tl.where(top != EMPTY, value, float("-inf")) - m - log_s  # [BLOCK_K]
+    offs_group = tl.arange(0, BLOCK_S)[:, None] * NUM_GROUPS + tl.arange(0, NUM_GROUPS)[None, :]
+    top = _top_keys(groups, offs_group, is_good, TOP_K, BLOCK_K)
+    ids = _key_ids(top)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    mask = ((top != EMPTY) & mask_k)[:, None] & (ids < num_ids)
+    x = tl.load(row_ptr + ids, mask, other=float("-inf")).to(tl.float32)  # [BLOCK_K, GROUP]
+    top = _top_keys(x, ids, is_good, TOP_K, BLOCK_K)
+
+    logprobs = _key_values(top) - m - log_s  # [BLOCK_K]
     is_token = (logprobs > float("-inf")) & mask_k
     confidence = -tl.sum(tl.where(is_token, logprobs, 0.0)) / tl.sum(is_token.to(tl.float32))
-    tl.store(top_ids_ptr + i * TOP_K + offs_k, tl.where(is_token, 0x7FFFFFFF - top.to(tl.int32), -1), mask_k)
+    tl.store(top_ids_ptr + i * TOP_K + offs_k, tl.where(is_token, _key_ids(top), -1), mask_k)
     tl.store(top_logprobs_ptr + i * TOP_K + offs_k, logprobs, mask_k)
 
     tl.store(stats_ptr + i, m + log_s)
@@ -357,7 +331,64 @@ def _write_row(
     tl.store(stats_ptr + 2 * num_rows + i, 1.0 / s)
     tl.store(stats_ptr + 3 * num_rows + i, confidence)
 
-    for j in tl.static_range(NUM_LABELS):
-        label = tl.load(label_ids_ptr + i * stride_label + j)
-        x = tl.load(row_ptr + label, (label >= 0) & (label < num_ids), other=float("-inf")).to(tl.float32)
-        tl.store(label_logprobs_ptr + i * NUM_LABELS + j, x - m - log_s)
+    if NUM_LABELS > 0:
+        offs_l = tl.arange(0, triton.next_power_of_2(NUM_LABELS))
+        mask_l = offs_l < NUM_LABELS
+        label = tl.load(label_ids_ptr + i * stride_label + offs_l, mask_l, other=-1)
+        is_label = (label >= 0) & (label < num_ids)
+        logit = tl.load(row_ptr + label, is_label, other=float("-inf")).to(tl.float32)
+        tl.store(label_logprobs_ptr + i * NUM_LABELS + offs_l, logit - m - log_s, mask_l)
+
+
+@triton.jit
+def _top_keys(x, ids, is_good, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[BLOCK_K] descending: the keys of the TOP_K largest x [R, C] or more, EMPTY at the end."""
+    offs_k = tl.arange(0, BLOCK_K)
+    top = tl.full([BLOCK_K], EMPTY, tl.int64)
+    best, keys = _column_tops(x, ids)
+    # One round takes the largest of each column. Another is needed only if a column holds two of the top k.
+    while is_good & (tl.max(keys) > tl.sum(tl.where(offs_k == TOP_K - 1, top, 0))):
+        rank_top = offs_k + _num_above(top, keys)
+        rank_keys = _num_above(keys, keys) + _num_above(keys, top)
+        top = tl.maximum(_at_ranks(top, rank_top, offs_k), _at_ranks(keys, rank_keys, offs_k))
+        x = tl.where(ids == best[None, :], float("-inf"), x)
+        best, keys = _column_tops(x, ids)
+    return top
+
+
+@triton.jit
+def _num_above(keys, others):
+    """How many of `others` are larger than each key."""
+    return tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
+
+
+@triton.jit
+def _at_ranks(keys, ranks, offs_k):
+    """The key of each rank in `offs_k`; EMPTY where there is none."""
+    return tl.max(tl.where(ranks[None, :] == offs_k[:, None], keys[None, :], EMPTY), axis=1)
+
+
+@triton.jit
+def _column_tops(x, ids):
+    """[C], [C]: the id of the largest x of each column, the lowest among equals, and its key.
+
+    Keys are integers that sort like (x, -id); EMPTY for -inf.
+    """
+    value = tl.max(x, axis=0)
+    best = tl.min(tl.where(x == value[None, :], ids, 0x7FFFFFFF), axis=0)
+    bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - best)
+    return best, tl.where(value > float("-inf"), key, EMPTY)
+
+
+@triton.jit
+def _key_ids(keys):
+    return 0x7FFFFFFF - keys.to(tl.int32)
+
+
+@triton.jit
+def _key_values(keys):
+    order = (keys >> 32).to(tl.int32)
+    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return tl.where(keys != EMPTY, value, float("-inf"))

@@ -55,7 +55,7 @@ def branch_ids(req: Req) -> list[int]:
     return ids[:-1] if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN) else ids
 
 
-def make_judge(scheduler: Any, branch: Req, tokens: JudgeTokens, rid: str, tag: BranchTag) -> Req | None:
+def make_judge(scheduler: Any, branch: Any, tokens: JudgeTokens, rid: str, tag: BranchTag) -> Req | None:
     """An internal Req whose first row is the judgement of `branch`; None where the text is too long for the model.
 
     Prompt and branch are in the radix cache, so that it computes little more than its suffix.
