@@ -61,5 +61,5 @@ def write(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for file in (ROOT / "README.md", ROOT / "docs" / "stopping.md"):
+    for file in (ROOT / "README.md", ROOT / "docs" / "stopping.md", ROOT / "docs" / "statistics.md"):
         write(file)

@@ -10,8 +10,11 @@ import sys
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from engines import status_of
 from questions import held_out, prompt
+
+from sglang_dynasor.engine import statistics
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(60)
@@ -30,12 +33,23 @@ def params(max_new_tokens: int = 60, **field: Any) -> dict[str, Any]:
     }
 
 
+def on_first_rank(compute: Any) -> Any:
+    """Statistics are the first rank's; the others take its numbers."""
+
+    def checked(*args: Any) -> Any:
+        assert dist.get_rank() == 0
+        return compute(*args)
+
+    return checked
+
+
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
 def test_tensor_parallel_ranks_decide_alike(
     start_engine: Any, two_ranks: None, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
-    """Two hundred programs with early stops, aborts, deadlines and time-outs. SGLang's own checker digests every
-    decision (admissions, answers, its allocations) and kills the server if the ranks differ."""
+    """Two hundred programs with early stops, aborts, deadlines, time-outs, weak branches and judges. SGLang's own checker
+    digests every decision (admissions, answers, its allocations) and kills the server if the ranks differ."""
+    monkeypatch.setattr(statistics, "compute", on_first_rank(statistics.compute))
     monkeypatch.setenv("SGLANG_ENABLE_RANK_CONSENSUS_CHECKER", "1")
     monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "8")
     engine = start_engine(
@@ -49,6 +63,10 @@ def test_tensor_parallel_ranks_decide_alike(
         await asyncio.sleep(draw.random() * num_programs / 12)
         field: dict[str, Any] = {"tenant": f"t{i % 3}"}
         text = prompt(QUESTIONS[i % len(QUESTIONS)].text)
+        if i % 6 == 1:
+            field |= {"stop": "confidence", "weak_frac": 0.3, "group_tokens": 8}
+        elif i % 6 == 4:
+            field |= {"vote": "reward", "judge": {"suffix": "<judge>", "good": " good", "bad": " bad"}}
         sampling_params = params(**field)
         if i % 10 == 3:
             sampling_params = {**params(900, deadline_s=0.3, **field), "ignore_eos": True}
@@ -70,8 +88,11 @@ def test_tensor_parallel_ranks_decide_alike(
     assert reasons.count("certain") >= num_programs // 4
     assert reasons.count("deadline") >= num_programs // 20
     assert len(answered) < 0.9 * num_programs  # plain ones, aborts, time-outs
+    records = [out["meta_info"]["dynasor"] for out in answered]
+    assert sum(record.get("num_weak", 0) for record in records) > 0
+    assert any(reward is not None for record in records for reward in record.get("rewards", []))
     status = status_of(engine)
-    assert status["num_held_programs"] == status["num_branches_inside"] == 0
+    assert status["num_held_programs"] == status["num_branches_inside"] == status["num_branches_watched"] == 0
     assert status["num_policy_errors"] == 0
     assert status["num_aborted"] >= 1
     # Both ranks are alive and agree after all this.

@@ -19,7 +19,8 @@ GROUP = 128  # neighbouring ids of which the first pass keeps the largest logit
 NUM_GROUPS = 64  # of a chunk, which a program reads at once and holds in registers
 CHUNK = NUM_GROUPS * GROUP
 NUM_WARPS = 8
-PROGRAMS_PER_SM = 4
+PROGRAMS_PER_SM = 4  # with the registers below
+MAX_REGISTERS = 64  # of the "row" kernel: its end, once a row, would take twice as many
 
 EMPTY = tl.constexpr(-(2**63))  # the key of no token
 
@@ -98,7 +99,7 @@ def row_stats(
             "BLOCK_S": triton.next_power_of_2(num_chunks), **tile,
         }  # fmt: skip
         if path == "row":
-            _row_stats_kernel[(num_rows,)](*source, *labels, *outputs, **sizes)
+            _row_stats_kernel[(num_rows,)](*source, *labels, *outputs, **sizes, maxnreg=MAX_REGISTERS)
         else:
             sums = torch.empty(3, num_rows, num_chunks, **new)
             groups = torch.empty(num_rows, num_chunks, NUM_GROUPS, **new)
@@ -318,7 +319,8 @@ def _write_row(
     ids = _key_ids(top)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     mask = ((top != EMPTY) & mask_k)[:, None] & (ids < num_ids)
     x = tl.load(row_ptr + ids, mask, other=float("-inf")).to(tl.float32)  # [BLOCK_K, GROUP]
-    top = _top_keys(x, ids, is_good, TOP_K, BLOCK_K)
+    square: tl.constexpr = [BLOCK_K * GROUP // NUM_GROUPS, NUM_GROUPS]
+    top = _top_keys(tl.reshape(x, square), tl.reshape(ids, square), is_good, TOP_K, BLOCK_K)
 
     logprobs = _key_values(top) - m - log_s  # [BLOCK_K]
     is_token = (logprobs > float("-inf")) & mask_k

@@ -7,7 +7,6 @@ SGLANG_ENABLE_RANK_CONSENSUS_CHECKER=1 every decision is compared between ranks.
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections import OrderedDict
@@ -39,13 +38,12 @@ from sglang_dynasor.engine.branch import (
 )
 from sglang_dynasor.engine.judge import branch_ids, judge_tokens, make_judge
 from sglang_dynasor.engine.statistics import AnswerReader, Observer
+from sglang_dynasor.engine.teller import TOLD_RID, Teller
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
 from sglang_dynasor.mixture import Distribution
 from sglang_dynasor.order import Ticket
-from sglang_dynasor.pace import Pace
 from sglang_dynasor.program import BranchState, Program, StopReason
-from sglang_dynasor.reward import RewardModel
 from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
@@ -54,12 +52,6 @@ TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very l
 BRANCH_RID = (
     "\0dynasor-"  # followed by a number and a dot; the front process refuses clients' rids with a NUL (front.py)
 )
-# What the first rank tells the others, as an abort of a rid that no request has: SGLang ignores it, `abort` does not.
-TOLD_RID = "\0dynasor-told-"
-DEADLINE_RID = f"{TOLD_RID}deadline-"
-CHEAP_ROWS_RID = f"{TOLD_RID}cheap-rows-"
-REWARD_RID = f"{TOLD_RID}reward-"  # program number, branch, reward (float.hex), parted by colons
-CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
 
 
@@ -93,6 +85,7 @@ class Controller:
         self.config = config
         self.totals = Totals()
         self.held: dict[str, LiveProgram] = {}  # by the client's rid, in order of arrival
+        self.numbered: dict[int, LiveProgram] = {}  # the same by number
         self.sent: OrderedDict[str, LiveProgram] = OrderedDict()  # by program id, the longest unused first
         self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
         self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
@@ -101,15 +94,7 @@ class Controller:
         self.num_watched = 0  # of those inside: somebody reads their logits
         self.observer = Observer(self)
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
-        self.dated: dict[int, LiveProgram] = {}  # held programs with a deadline, by number
-        self._undated: list[int] = []  # those that the clock has not been read for; on the first rank only
-        self._deadlines: list[tuple[float, int]] = []  # when, number; on the first rank only
-        self.judged: dict[int, LiveProgram] = {}  # held programs that await the reward model, by number
-        self._rewards = RewardModel(
-            config.dynasor_reward_url, config.dynasor_reward_timeout_s
-        )  # on the first rank only
-        self._pace = Pace()
-        self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
+        self._teller = Teller(scheduler, config)  # of use on the first rank only
         self._logged: set[str] = set()
 
     @cached_property
@@ -150,7 +135,7 @@ class Controller:
             "max_overtaken_tokens": self.admission.max_overtaken_tokens,
             "num_branches_watched": self.num_watched,
             "num_steps_watched": self.observer.num_steps,
-            "num_reward_errors": self._rewards.num_errors,
+            "num_reward_errors": self._teller.rewards.num_errors,
         }
 
     # Intake
@@ -204,11 +189,9 @@ class Controller:
         live = LiveProgram(program, req, self.num_programs, is_prompt_cached=bool(self.scheduler.tree_cache.disable))
         live.ticket = self.admission.arrive(live)
         req.time_stats.set_wait_queue_entry_time()
-        self.held[req.rid] = live
-        if program.spec.deadline_s is not None:
-            self.dated[live.number] = live
-            if self._is_first_rank:
-                self._undated.append(live.number)
+        self.held[req.rid] = self.numbered[live.number] = live
+        if program.spec.deadline_s is not None and self._is_first_rank:
+            self._teller.date(live.number, program.spec.deadline_s)
 
     def _is_queue_full(self) -> bool:
         limit = self.scheduler.max_queued_requests
@@ -411,10 +394,9 @@ class Controller:
             return False
         if judge.is_external:
             live.judges[index] = None
-            self.judged[live.number] = live
             if self._is_first_rank:
                 text = self.scheduler.tokenizer.decode([*req.origin_input_ids, *branch_ids(req)])
-                self._rewards.ask((live.number, index), text + judge.suffix)
+                self._teller.rewards.ask((live.number, index), text + judge.suffix)
             return True
         tokens = judge_tokens(judge, self.scheduler.tokenizer)
         tag = BranchTag(live, index, is_internal=True, is_judge=True, labels=(tokens.good, tokens.bad))
@@ -515,8 +497,7 @@ class Controller:
         """The program is over for its client."""
         assert live.parent is not None
         self.admission.leave(live)
-        self.dated.pop(live.number, None)
-        self.judged.pop(live.number, None)
+        self.numbered.pop(live.number, None)
         if self.holds(live):
             del self.held[live.parent.rid]
         live.reqs.clear()
@@ -551,55 +532,28 @@ class Controller:
     # Time
 
     def _hear(self, rid: str) -> None:
-        """Act on what the first rank tells."""
+        """Act on what the first rank tells (teller.py)."""
         assert_same("dynasor hears %s", rid)
-        if rid.startswith(CHEAP_ROWS_RID):
-            self.admission.cheap_rows = int(rid.removeprefix(CHEAP_ROWS_RID))
-        elif rid.startswith(REWARD_RID):
-            number, index, value = rid.removeprefix(REWARD_RID).split(":")
-            self._rewards.forget((int(number), int(index)))
-            if (live := self.judged.get(int(number))) is not None:
-                reward = float.fromhex(value) if value else None
-                self._guarded(live, lambda live: self._judged(live, int(index), reward))
-        elif (live := self.dated.get(int(rid.removeprefix(DEADLINE_RID)))) is not None:
+        what, *parts = rid.removeprefix(TOLD_RID).split(":")
+        if what == "cheap-rows":
+            self.admission.cheap_rows = int(parts[0])
+            return
+        live = self.numbered.get(int(parts[0]))
+        if what == "reward":
+            index, reward = int(parts[1]), float.fromhex(parts[2]) if parts[2] else None
+            self._teller.rewards.forget((int(parts[0]), index))
+            if live is not None:
+                self._guarded(live, lambda live: self._judged(live, index, reward))
+        elif live is not None:
             self._guarded(live, self._expire)
 
     def due(self) -> list[AbortReq]:
         """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests."""
-        now = time.monotonic()
-        for number in self._undated:
-            if (live := self.dated.get(number)) is not None and (seconds := live.program.spec.deadline_s) is not None:
-                heapq.heappush(self._deadlines, (now + seconds, number))
-        self._undated.clear()
-        reached: list[AbortReq] = []
-        again: list[tuple[float, int]] = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            entry = heapq.heappop(self._deadlines)
-            if entry[1] in self.dated:  # told again until it has been heard: SGLang may drop what a poll returns
-                again.append(entry)
-                reached.append(AbortReq(rid=f"{DEADLINE_RID}{entry[1]}"))
-        for entry in again:
-            heapq.heappush(self._deadlines, entry)
+        admission = self.admission
+        due = list(self._teller.due(self.numbered.__contains__, admission.cheap_rows, admission.engine.rows))
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
-            reached += self._waited_too_long(time.perf_counter() - limit_s)
-        for (number, index), reward in self._rewards.given():
-            reached.append(AbortReq(rid=f"{REWARD_RID}{number}:{index}:{'' if reward is None else reward.hex()}"))
-        return reached + self._keep_pace(now)
-
-    def _keep_pace(self, now: float) -> list[AbortReq]:
-        """Time the step that has just been run, and tell how many rows are cheap when that has changed."""
-        scheduler, (last_step, last_time) = self.scheduler, self._last_step
-        self._last_step = scheduler.forward_ct, now
-        batch = scheduler.last_batch
-        if batch is None or not batch.forward_mode.is_decode() or scheduler.forward_ct != last_step + 1:
-            return []
-        self._pace.see(len(batch.reqs), now - last_time)
-        if self._pace.num_steps % 64:
-            return []
-        rows, told = self._pace.cheap_rows(self.admission.engine.rows), self.admission.cheap_rows
-        if rows is None or abs(rows - told) <= CHANGE_TOLD * told:
-            return []
-        return [AbortReq(rid=f"{CHEAP_ROWS_RID}{rows}")]
+            due += self._waited_too_long(time.perf_counter() - limit_s)
+        return due
 
     def _waited_too_long(self, since: float) -> list[AbortReq]:
         """As SGLang's own time-out, for programs that wait here instead of in its queue."""
@@ -647,8 +601,7 @@ class Controller:
         if parent is None or not self.holds(live):
             return
         self.admission.leave(live)
-        self.dated.pop(live.number, None)
-        self.judged.pop(live.number, None)
+        self.numbered.pop(live.number, None)
         del self.held[parent.rid]
         program.reason = program.reason or StopReason.FAILED
         for req in [*live.reqs.values(), *live.judges.values()]:

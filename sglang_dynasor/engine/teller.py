@@ -1,0 +1,78 @@
+"""What only the first rank finds out, with its clock and over the network, and tells the other ranks.
+
+It rides SGLang's next broadcast of requests, as an abort of a rid that no request has: SGLang ignores it, and every rank's
+controller acts on it in the same iteration.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sglang.srt.managers.io_struct import AbortReq
+
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.pace import Pace
+from sglang_dynasor.reward import RewardModel
+
+TOLD_RID = "\0dynasor-told-"  # then what is told, and of what, parted by colons
+CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
+
+
+def told(*parts: object) -> AbortReq:
+    """The message, as SGLang broadcasts it."""
+    return AbortReq(rid=TOLD_RID + ":".join(map(str, parts)))
+
+
+class Teller:
+    """The first rank's clock: deadlines, rewards that have come, and how many rows of a step are cheap."""
+
+    def __init__(self, scheduler: Any, config: DynasorConfig):
+        self.scheduler = scheduler
+        self.rewards = RewardModel(config.dynasor_reward_url, config.dynasor_reward_timeout_s)
+        self._undated: list[tuple[int, float]] = []  # program, seconds: those that the clock has not been read for
+        self._deadlines: list[tuple[float, int]] = []  # when, program
+        self._pace = Pace()
+        self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
+
+    def date(self, number: int, deadline_s: float) -> None:
+        """Tell when program `number` has been there for so many seconds."""
+        self._undated.append((number, deadline_s))
+
+    def due(self, is_held: Callable[[int], bool], cheap_rows: int, most_rows: int) -> Iterator[AbortReq]:
+        """What is to be told now. What has not been heard is told again: SGLang may drop what a poll returns.
+
+        Args:
+            is_held: whether a program is still there to hear of its deadline.
+            cheap_rows: as told last.
+            most_rows: of this engine.
+        """
+        now = time.monotonic()
+        for number, deadline_s in self._undated:
+            heapq.heappush(self._deadlines, (now + deadline_s, number))
+        self._undated.clear()
+        reached: list[tuple[float, int]] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            entry = heapq.heappop(self._deadlines)
+            if is_held(entry[1]):
+                reached.append(entry)
+                yield told("deadline", entry[1])
+        for entry in reached:
+            heapq.heappush(self._deadlines, entry)
+        for (number, index), reward in self.rewards.given():
+            yield told("reward", number, index, "" if reward is None else reward.hex())
+        rows = self._cheap_rows(now, most_rows)
+        if rows is not None and abs(rows - cheap_rows) > CHANGE_TOLD * cheap_rows:
+            yield told("cheap-rows", rows)
+
+    def _cheap_rows(self, now: float, most_rows: int) -> int | None:
+        """Time the step that has just been run; now and then, the rows that are cheap."""
+        scheduler, (last_step, last_time) = self.scheduler, self._last_step
+        self._last_step = scheduler.forward_ct, now
+        batch = scheduler.last_batch
+        if batch is None or not batch.forward_mode.is_decode() or scheduler.forward_ct != last_step + 1:
+            return None
+        self._pace.see(len(batch.reqs), now - last_time)
+        return None if self._pace.num_steps % 64 else self._pace.cheap_rows(most_rows)
