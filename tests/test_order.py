@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_dynasor.gang import Cost, Room, gang_size
+from sglang_dynasor.gang import Cost, Room
+from sglang_dynasor.look import Offer, look
 from sglang_dynasor.order import MOST_IDLE, MOST_SKIPPED, Order, Plain, Service, Ticket
 
 FOREVER = 10**9
@@ -426,6 +426,7 @@ class Job:
     is_cached: bool = False
     ticket: Ticket | None = None
     arrival: int = 0
+    waits: list[int] = field(default_factory=list)  # service that later arrivals got in each wait
 
     @property
     def wanted(self) -> int:
@@ -482,45 +483,39 @@ def advance(order: Order, job: Job, jobs: list[Job]) -> None:
         begin_waiting(order, job, jobs)
 
 
-def look(order: Order, jobs: list[Job], queue: list[Job], rows: int, pool: int, longest: int) -> Iterator[Job]:
-    """As admission.py `look`, then SGLang's own pass over the plain requests. Yields the programs it admits."""
+def step(order: Order, jobs: list[Job], queue: list[Job], rows: int, pool: int, longest: int) -> list[Job]:
+    """A look, as admission.py has it, then SGLang's own pass over the plain requests. Returns the programs admitted."""
     busy = sum(len(job.running) + job.num_promised for job in jobs)
     held = sum((len(job.running) + job.num_promised) * longest for job in jobs)
-    room, engine, is_empty = Room(rows - busy, pool - held), Room(rows, pool), not busy
-    plain = Plain(order.line(""), queue[0].arrival, 4.0) if queue else None
-    has_plain_gone = False
-    for ticket in order.candidates(plain):
-        if ticket is None:
-            has_plain_gone = True
-            for _ in queue[: max(0, room.rows)]:
-                room.take(Cost(0, longest), 1)
-        else:
-            job = ticket.owner
-            wanted = job.wanted
-            cost = Cost(0, longest)
-            num = gang_size(wanted, 1 if job.running else wanted, room, engine, cost)
-            if not num and is_empty:
-                num = min(wanted, 1)
-            if num:
-                room.take(cost, num)
-                order.stop_waiting(ticket)
-                yield job
-                if not ticket.is_started:
-                    ticket.is_started = True
-                    job.served += job.prompt
-                    order.charge(ticket, job.prompt)
-                job.num_promised = 0 if job.is_cached else num - 1
-                start_branches(order, job, num if job.is_cached else 1)
-                is_empty = False
-            elif not wanted:
-                order.stop_waiting(ticket)
-            elif order.saves_room(ticket, plain):
-                break
-        if room.rows <= 0:
-            break
+    admitted: list[Job] = []
+
+    def offer(ticket: Ticket) -> Offer:
+        job = ticket.owner
+        return Offer(job.wanted, 1 if job.running else job.wanted, Cost(0, longest))
+
+    def start(ticket: Ticket, num: int) -> None:
+        job = ticket.owner
+        admitted.append(job)
+        job.waits.append(served_later(job, jobs) - job.served_later)
+        if not ticket.is_started:
+            ticket.is_started = True
+            job.served += job.prompt
+            order.charge(ticket, job.prompt)
+        job.num_promised = 0 if job.is_cached else num - 1
+        start_branches(order, job, num if job.is_cached else 1)
+
+    def set_aside_plain(room: Room) -> None:
+        for _ in queue[: max(0, room.rows)]:
+            room.take(Cost(0, longest), 1)
+
+    is_plain_due, _ = look(
+        order, Room(rows - busy, pool - held), Room(rows, pool),
+        plain=Plain(order.line(""), queue[0].arrival, 4.0) if queue else None, is_empty=not busy,
+        offer=offer, start=start, set_aside_plain=set_aside_plain,
+    )  # fmt: skip
     oldest = order.line("").oldest()
     before = oldest.arrival if oldest is not None and order.is_overdue(oldest) else FOREVER
-    if not has_plain_gone:
+    if not is_plain_due:
         before = 0
     busy = sum(len(job.running) + job.num_promised for job in jobs)
     while queue and busy < rows and queue[0].arrival < before:
@@ -528,6 +523,7 @@ def look(order: Order, jobs: list[Job], queue: list[Job], rows: int, pool: int, 
         job.served += job.prompt
         start_branches(order, job, 1)
         busy += 1
+    return admitted
 
 
 def overtaken(order: Order, jobs: list[Job], rows: int, pool: int) -> tuple[list[int], float]:
@@ -538,7 +534,6 @@ def overtaken(order: Order, jobs: list[Job], rows: int, pool: int) -> tuple[list
         tenant was ahead, before a look that admitted it, of one that waited and went on waiting: in the latter's tokens.
     """
     longest = max(job.prompt + max(job.lengths) for job in jobs)
-    waits: list[int] = []
     queue: list[Job] = []
     coming = sorted(jobs, key=lambda job: job.arrives)
     furthest, now = 0.0, 0
@@ -554,8 +549,7 @@ def overtaken(order: Order, jobs: list[Job], rows: int, pool: int) -> tuple[list
                 queue.append(job)
                 queue.sort(key=lambda job: job.forecast)
         counters = {tenant: line.counter for tenant, line in order.lines.items()}
-        for job in look(order, jobs, queue, rows, pool, longest):
-            waits.append(served_later(job, jobs) - job.served_later)
+        for job in step(order, jobs, queue, rows, pool, longest):
             for line in order.lines.values():
                 if line.num_waiting and line.tenant != job.tenant:
                     furthest = max(furthest, (counters[job.tenant] - line.counter) * line.weight)
@@ -580,7 +574,7 @@ def overtaken(order: Order, jobs: list[Job], rows: int, pool: int) -> tuple[list
                     leave_branch(order, job, branch)
                     job.num_finished += 1
             advance(order, job, jobs)
-    return waits, furthest
+    return [wait for job in jobs for wait in job.waits], furthest
 
 
 LONGEST = 8  # of a branch in the simulation, with its prompt

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from functools import cache
+from math import log
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -118,45 +119,46 @@ def row_stats_ref(
 ) -> RowStats:
     """`row_stats` in plain torch, computed and returned in `dtype`."""
     _check(logits, label_ids, rows, top_k)
+    vocab_size = logits.shape[1]
     if rows is not None:
         logits = logits.index_select(0, rows)
-    num_rows, vocab_size = logits.shape
-    logits = torch.nn.functional.pad(logits, (0, max(0, top_k - vocab_size)), value=float("-inf"))
+    if top_k > vocab_size:
+        logits = torch.nn.functional.pad(logits, (0, top_k - vocab_size), value=float("-inf"))
 
-    logprobs = logits.to(dtype).log_softmax(1)  # NaN throughout a row to be reported
-    entropy = -(logprobs.exp() * logprobs.clamp_min(torch.finfo(dtype).min)).sum(1)
+    logprobs = logits.to(dtype).log_softmax(1)  # NaN throughout a row that is reported
+    probs = (logprobs / log(2)).exp2()  # torch.exp takes 4 times as long on a CPU
+    entropy = -(probs * logprobs.clamp_min(torch.finfo(dtype).min)).sum(1)
 
     top_ids = _top_ids(logits, top_k)
     top_logprobs = logprobs.gather(1, top_ids)
     is_token = top_logprobs > float("-inf")
-    confidence = -top_logprobs.where(is_token, 0).sum(1) / is_token.sum(1)
-    lse = (logits.gather(1, top_ids[:, :1]) - top_logprobs[:, :1]).squeeze(1)
+    confidence = -top_logprobs.nan_to_num(neginf=0.0).sum(1) / is_token.sum(1)
+    lse = logits.gather(1, top_ids[:, :1]).squeeze(1) - top_logprobs[:, 0]
 
-    label_logprobs = logprobs.new_empty(num_rows, 0)
+    label_logprobs = logprobs[:, :0]
     if label_ids is not None:
-        label_ids = label_ids.long().expand(num_rows, -1)
-        is_label = (label_ids >= 0) & (label_ids < vocab_size)
-        label_logprobs = logprobs.gather(1, label_ids.where(is_label, 0)).where(is_label, lse[:, None] - float("inf"))
+        label_ids = label_ids.long().expand(len(logits), -1)
+        known = label_ids.clamp(0, vocab_size - 1)
+        absent = lse[:, None] - float("inf")  # -inf, but NaN in a row that is reported
+        label_logprobs = logprobs.gather(1, known).where(label_ids == known, absent)
     return RowStats(
-        lse, entropy, top_logprobs[:, 0].exp(), confidence, top_ids.where(is_token, -1).int(), top_logprobs,
+        lse, entropy, top_logprobs[:, 0].exp(), confidence, top_ids.int().where(is_token, -1), top_logprobs,
         label_logprobs, "ref",
     )  # fmt: skip
 
 
 def _top_ids(logits: Tensor, k: int) -> Tensor:
-    """[N, k] int64: the ids of the largest logits of each row, descending, the lowest id first among equals."""
-    bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0
-    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # the floats' order, as integers
-    last = logits.shape[1] - 1
-    keys = torch.add(torch.arange(last, -1, -1, device=logits.device), order, alpha=2**32)
-    if keys.device.type == "cpu":  # numpy selects 4 times faster than torch.topk
-        keys.numpy().partition(-k, axis=1)
-        top = keys[:, -k:]
-        top.numpy().sort(axis=1)
-        top = top.flip(1)
+    """[N, k] int64: the ids of the k largest logits of each row, descending, the lowest id first among equals."""
+    bits = (0.0 - logits.float()).view(torch.int32)  # ascending from here on; -0.0 and 0.0 become the same
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers that sort like the floats
+    keys = (order.long() << 32).bitwise_or_(torch.arange(logits.shape[1], device=logits.device))
+    if keys.device.type == "cpu":  # numpy takes a quarter of the time of torch.topk
+        keys.numpy().partition(k - 1, axis=1)
+        keys = keys[:, :k]
+        keys.numpy().sort(axis=1)
     else:
-        top = keys.topk(k).values
-    return last - (top & 0xFFFFFFFF)
+        keys = keys.topk(k, largest=False).values
+    return keys & 0xFFFFFFFF
 
 
 def _check(logits: Tensor, label_ids: Tensor | None, rows: Tensor | None, top_k: int) -> None:

@@ -20,7 +20,8 @@ from sglang_dynasor.allocation import fair_share
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.branch import arrival_of, is_internal, set_arrival, tag_of
 from sglang_dynasor.forecast import Forecast
-from sglang_dynasor.gang import Cost, Room, gang_size
+from sglang_dynasor.gang import Cost, Room
+from sglang_dynasor.look import Offer, look
 from sglang_dynasor.order import Order, Plain, Ticket
 
 if TYPE_CHECKING:
@@ -168,38 +169,27 @@ class Admission:
         if room.rows <= 0:
             return
         num_rows = room.rows + self._num_rows_ours(running_batch)
-        plain = self._plain()
-        self.is_plain_due = plain is None
-        for ticket in self.order.candidates(plain):
-            if ticket is None:
-                self.is_plain_due, is_empty = True, False
-                self._set_aside_plain(room)
-            else:
-                live = ticket.owner
-                wanted, least = live.program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
-                cost = self._gang_cost(live)
-                num = gang_size(wanted, least, room, self.engine, cost)
-                if not num and is_empty:
-                    num = min(wanted, 1)  # nothing will leave: SGLang takes one request on an empty engine
-                if num:
-                    room.take(cost, num)
-                    self._admit(live, num)
-                    is_empty = False
-                elif not wanted:
-                    self.order.stop_waiting(ticket)
-                elif self.order.saves_room(ticket, plain):
-                    self.is_plain_due &= plain is not None
-                    # Its prompt is used next: the radix cache evicts others first.
-                    touch_waiting_prefix(live.parent, self.scheduler.tree_cache)
-                    break
-            if room.rows <= 0:
-                break
+        self.is_plain_due, head = look(
+            self.order,
+            room,
+            self.engine,
+            plain=self._plain(),
+            is_empty=is_empty,
+            offer=lambda ticket: self._offer(ticket.owner, num_rows),
+            start=lambda ticket, num: self._admit(ticket.owner, num),
+            set_aside_plain=self._set_aside_plain,
+        )
+        if head is not None:  # its prompt is used next: the radix cache evicts others first
+            touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
+
+    def _offer(self, live: LiveProgram, num_rows: int) -> Offer:
+        wanted, least = live.program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
+        return Offer(wanted, least, self._gang_cost(live))
 
     def _admit(self, live: LiveProgram, num: int) -> None:
         program, ticket = live.program, live.ticket
         assert live.parent is not None
         assert_same("dynasor admits %d of program %s", num, program.id)
-        self.order.stop_waiting(ticket)
         program.overtaken_tokens = self.order.overtaken_tokens(ticket)
         self.max_overtaken_tokens = max(self.max_overtaken_tokens, program.overtaken_tokens)
         if not ticket.is_started:
