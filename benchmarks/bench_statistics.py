@@ -12,14 +12,14 @@ from typing import Any
 
 from bench_self_consistency import main
 
-JUDGE = {"suffix": "<judge>", "good": " good", "bad": " bad"}
+JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 GROUP_TOKENS = 16  # a branch of the tiny reasoner has about 50 tokens
 CONFIDENCE: dict[str, Any] = {"stop": "confidence", "group_tokens": GROUP_TOKENS}
 PROGRAMS: dict[str, dict[str, Any]] = {
     "predictive (default)": {},
     "predictive, votes by confidence": {"stop": "predictive", "vote": "confidence", "group_tokens": GROUP_TOKENS},
-    "predictive, votes by judge": {"vote": "reward", "judge": JUDGE},
-    "whole cap, votes by judge": {"stop": "never", "vote": "reward", "judge": JUDGE},
+    "predictive, votes by judge": {"vote": "reward", **JUDGE},
+    "whole cap, votes by judge": {"stop": "never", "vote": "reward", **JUDGE},
     "confidence": CONFIDENCE,
     "confidence, weak_frac 0.1": {**CONFIDENCE, "weak_frac": 0.1},
     "confidence, weak_frac 0.5": {**CONFIDENCE, "weak_frac": 0.5},

@@ -16,8 +16,11 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     nearly done. Fewer would wait in turn for a decision that none of them can bring.
 
     Returns:
-        1 to `evidence.num_left`; 0 where even that many would not do, as with the rule `never`.
+        1 to `evidence.num_left`; 0 where even that many would not do, as with the rule `never`, or where that cannot be
+        said: another answer leads by weight. Of rewards the best is assumed.
     """
+    if evidence.is_contested:
+        return 0
     voted = [key for key in evidence.recent if key is not None]
     leader = max(voted, key=voted.count, default="?")
     counts, recent, num_left = list(evidence.counts) or [0], evidence.recent, evidence.num_left
@@ -32,7 +35,7 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
             evidence,
             counts=tuple(counts),
             weights=tuple(weights),
-            is_contested=False,
+            rewards=(*evidence.rewards, *[1.0] * num_votes),
             mixture=evidence.mixture.agreed(num_votes),
             recent=recent,
             num_left=num_left,

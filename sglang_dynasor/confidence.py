@@ -42,6 +42,10 @@ class Confidence:
         if group is not None and (self.lowest_group is None or group < self.lowest_group):
             self.lowest_group = group
 
+    def close(self) -> None:
+        """No more tokens come: keep the scores, not the tokens."""
+        self._recent.clear()
+
     @property
     def group(self) -> float | None:
         """Mean over the last `group_tokens`; None until there are that many."""

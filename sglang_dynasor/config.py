@@ -89,7 +89,7 @@ HELP = {
     "(-1: one KV pool; 0: order of arrival).",
     "dynasor_width": "Branches in flight of every program (0: the load decides).",
     "dynasor_tenant_weights": "Shares of tenants that differ from 1, as in 'gold=4,free=0.5'.",
-    "dynasor_reward_url": "Server of a reward model (SGLang with a classification or reward head) for judge={model: true}.",
+    "dynasor_reward_url": "Server of a reward model (SGLang with a classification or reward head) for judge 'model'.",
     "dynasor_reward_timeout_s": "Seconds after which a branch goes on without the reward model's word.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }

@@ -13,9 +13,9 @@ from sglang_dynasor.allocation import votes_needed
 from sglang_dynasor.answers import answer_key, extract_answer
 from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.confidence import Confidence, warmup_branches, weak_level
-from sglang_dynasor.mixture import Distribution, mix
+from sglang_dynasor.mixture import Distribution, Mixture, mix
 from sglang_dynasor.spec import ProgramSpec
-from sglang_dynasor.stopping import Evidence
+from sglang_dynasor.stopping import NO_MIXTURE, Evidence
 
 
 class BranchState(StrEnum):
@@ -68,6 +68,7 @@ class Program:
     gang: int = 0  # branches admitted together at first
     overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
     reason: StopReason | None = None
+    _mixture: Mixture | None = None  # of `answering`, until that changes
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -123,8 +124,22 @@ class Program:
             rewards=tuple(branch.reward for branch in self.branches if branch.reward is not None),
             weights=weights,
             is_contested=bool(weights) and len(self._ranking[0]) < self.counts[0],
-            mixture=mix(list(self.answering.values())),
+            mixture=self.mixture if weights and any(i in self.answering for i in self._ranking[0]) else NO_MIXTURE,
         )
+
+    @property
+    def mixture(self) -> Mixture:
+        """What the branches that have come to their answer say together."""
+        if self._mixture is None:
+            self._mixture = mix(list(self.answering.values()))
+        return self._mixture
+
+    def _see(self, index: int, distribution: Distribution | None) -> None:
+        if distribution is not None:
+            self.answering[index] = distribution
+        else:
+            self.answering.pop(index, None)
+        self._mixture = None
 
     def _weight(self, who: list[int]) -> float:
         """What the votes of these branches weigh together. A branch that nobody rewarded weighs nothing by reward."""
@@ -186,17 +201,18 @@ class Program:
 
     def see_answer(self, index: int, distribution: Distribution) -> None:
         """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
-        self.answering[index] = distribution
+        self._see(index, distribution)
         if self.reason is None:
             self._stop_if_certain()
 
     def weaken(self, index: int, num_tokens: int) -> None:
         """Branch `index` was ended for its low confidence: it abstains, and its place in the cap is used."""
         self._leave(index, BranchState.WEAK, num_tokens)
-        self.answering.pop(index, None)
+        self._see(index, None)
         if self.reason is None:
             self.recent.append(None)
             self._stop_if_used_up()
+            self._stop_if_certain()
 
     def end(self, index: int, num_tokens: int) -> None:
         """Branch `index` was ended because the program no longer needs it."""
@@ -208,6 +224,7 @@ class Program:
         With `closes` no replacement is started, so that a time-out holds for the program and not for each branch in turn.
         """
         self._leave(index, BranchState.FAILED, num_tokens)
+        self._see(index, None)
         self.num_failed += 1
         self.is_closed |= closes
         if self.reason is None:
@@ -218,6 +235,8 @@ class Program:
         if branch.state is not BranchState.IN_FLIGHT:
             raise ValueError(f"branch {index} of program {self.id} is already {branch.state}")
         branch.state, branch.num_tokens = state, num_tokens
+        if branch.confidence is not None:
+            branch.confidence.close()
         self.num_in_flight -= 1
         return branch
 
@@ -270,8 +289,8 @@ class Program:
         if self.spec.needs_statistics:
             more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in self.branches]
             more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in self.branches)
-            more["answer_entropy"] = round(evidence.mixture.mean_entropy, 6)
-            more["disagreement"] = round(evidence.mixture.disagreement, 6)
+            more["answer_entropy"] = round(self.mixture.mean_entropy, 6)
+            more["disagreement"] = round(self.mixture.disagreement, 6)
         return more
 
 

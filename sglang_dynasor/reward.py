@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,45 +22,66 @@ class RewardModel:
     """A server with a reward model: SGLang's `/classify`.
 
     A scalar head's number x becomes the reward 1 / (1 + exp(-x)); of several (a process reward model's steps) the least
-    counts. Whatever goes wrong costs that branch its reward and nothing else: counted, and logged once per kind.
+    counts. Whatever goes wrong costs that branch its reward and nothing else: counted, and logged once per kind. The time-out
+    counts from `ask`, also while others are before it.
     """
 
     def __init__(self, url: str, timeout_s: float):
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
         self.num_errors = 0
+        self._asked: dict[Key, float] = {}  # when
         self._given: dict[Key, float | None] = {}
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._logged: set[str] = set()
 
     def ask(self, key: Key, text: str) -> None:
-        """Have `text` (prompt and branch) rewarded; the result is among `given` within about the time-out."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="dynasor-reward")
-        self._pool.submit(self._run, key, text)
+        """Have `text` (prompt and branch) rewarded; the result is among `given` within the time-out."""
+        self._asked[key] = time.monotonic()
+        try:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="dynasor-reward")
+            self._pool.submit(self._run, key, text)
+        except RuntimeError as error:  # no more threads: this rank must not take another path than the others
+            self._log(error)
+            self._give(key, None)
 
     def given(self) -> Iterator[tuple[Key, float | None]]:
-        """Rewards that have come, None for those that never will, until they are forgotten."""
-        if not self._given:
+        """Rewards that have come, None for those that will not in time, until they are forgotten."""
+        if not self._asked:
             return iter(())
+        latest = time.monotonic() - self.timeout_s
+        for key, asked in self._asked.items():  # in order of asking
+            if asked > latest:
+                break
+            if key not in self._given:
+                self._log(TimeoutError("no answer in time"))
+                self._give(key, None)
         with self._lock:
             return iter(list(self._given.items()))
 
     def forget(self, key: Key) -> None:
-        """The reward has been used."""
+        """The reward has been used, or is no longer wanted."""
+        self._asked.pop(key, None)
         with self._lock:
             self._given.pop(key, None)
 
+    def _give(self, key: Key, reward: float | None) -> None:
+        with self._lock:
+            if key in self._asked and key not in self._given:
+                self.num_errors += reward is None
+                self._given[key] = reward
+
     def _run(self, key: Key, text: str) -> None:
+        if key not in self._asked:
+            return
         reward = None
         try:
             reward = reward_of(self._post(text))
         except Exception as error:
             self._log(error)
-        with self._lock:
-            self.num_errors += reward is None
-            self._given[key] = reward
+        self._give(key, reward)
 
     def _post(self, text: str) -> Any:
         request = urllib.request.Request(
@@ -92,4 +114,9 @@ def reward_of(answer: Any) -> float:
         numbers = [numbers]
     if not isinstance(numbers, list) or not numbers or not all(isinstance(x, int | float) and x == x for x in numbers):
         raise ValueError(f"its answer has no numbers under 'embedding': {str(answer)[:200]}")
-    return 1.0 / (1.0 + exp(-max(-700.0, min(700.0, min(numbers)))))
+    return sigmoid(min(numbers))
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(-x)), in [0, 1] for any x, infinite ones too."""
+    return 1.0 / (1.0 + exp(-max(-700.0, min(700.0, x))))

@@ -13,6 +13,8 @@ from sglang_dynasor.stopping import StopRule, parse_stop
 ALGORITHMS = ("self_consistency",)
 DEFAULT_BRANCHES = 16
 MAX_DEADLINE_S = 86_400.0
+MAX_SUFFIX_CHARS = 1024
+JUDGES = ("self", "model")
 VOTES = ("majority", "confidence", "reward")
 DEFAULT_GROUP_TOKENS = 128
 MOST_GROUP_TOKENS = 8192
@@ -27,7 +29,10 @@ FIELD_HELP = {
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
     "vote": ("majority, confidence, reward", "what a branch's vote weighs (default majority; confidence with stop=confidence)"),
-    "judge": ("{suffix, good, bad} or {model: true, suffix}", "who gives each finished branch a reward in [0, 1] (default nobody)"),
+    "judge": ("self, model", "who gives each finished branch a reward in [0, 1]: the model itself, or the operator's reward model (default nobody)"),
+    "judge_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what follows prompt and branch when they are judged; needed with judge=self"),
+    "judge_good": ("one token", "with judge=self: what a good branch is followed by"),
+    "judge_bad": ("one token", "with judge=self: what a bad branch is followed by"),
     "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
     "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
     "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
@@ -111,7 +116,7 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
             f"dynasor.{key}={options[key]!r} with dynasor.program={program!r}: branches that you send are queued like any other "
             "request; leave out one of the two"
         )
-    judge = _judge(options["judge"]) if "judge" in options else None
+    judge = _judge(options)
     vote = _text(options, "vote", "confidence" if stop.uses("confidence") else "majority")
     if vote not in VOTES:
         raise FieldError(f"dynasor.vote={vote!r} is not known; use one of {', '.join(VOTES)}")
@@ -134,20 +139,27 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     )  # fmt: skip
 
 
-def _judge(value: Any) -> JudgeSpec:
-    allowed = 'send {"suffix": TEXT, "good": TOKEN, "bad": TOKEN} or {"model": true}, with "suffix" if you like'
-    if not isinstance(value, dict):
-        raise FieldError(f"dynasor.judge={value!r} is a {type(value).__name__}; {allowed}")
-    options = cast("dict[str, Any]", value)
-    is_external = options.get("model") is True
-    keys = {"model", "suffix"} if is_external else {"suffix", "good", "bad"}
-    texts = {key: text for key, text in options.items() if key != "model"}
-    is_whole = set(options) == keys or (is_external and set(options) == {"model"})
-    if not is_whole or not all(isinstance(text, str) for text in texts.values()):
-        raise FieldError(f"dynasor.judge={value!r} is no judge; {allowed}")
-    if not is_external and texts["good"] == texts["bad"]:
-        raise FieldError(f"dynasor.judge.good={texts['good']!r} is also bad; send two different tokens")
-    return JudgeSpec(texts.get("suffix", ""), texts.get("good", ""), texts.get("bad", ""), is_external)
+def _judge(options: dict[str, Any]) -> JudgeSpec | None:
+    texts = {key: _text(options, key, "") for key in ("judge_suffix", "judge_good", "judge_bad")}
+    if "judge" not in options:
+        if key := next((key for key in texts if key in options), None):
+            raise FieldError(f"dynasor.{key}={options[key]!r} without dynasor.judge; send judge 'self' or 'model' too")
+        return None
+    judge = _text(options, "judge", "")
+    if judge not in JUDGES:
+        raise FieldError(f"dynasor.judge={judge!r} is not known; use one of {', '.join(JUDGES)}")
+    suffix, good, bad = texts.values()
+    if len(suffix) > MAX_SUFFIX_CHARS:
+        raise FieldError(f"dynasor.judge_suffix has {len(suffix)} characters; at most {MAX_SUFFIX_CHARS} are allowed")
+    if judge == "model":
+        if key := next((key for key in ("judge_good", "judge_bad") if key in options), None):
+            raise FieldError(f"dynasor.{key}={options[key]!r} with judge 'model', which gives a number; leave it out")
+        return JudgeSpec(suffix, is_external=True)
+    if missing := next((key for key, text in texts.items() if not text), None):
+        raise FieldError(f"dynasor.judge='self' without dynasor.{missing}; send {', '.join(texts)}")
+    if good == bad:
+        raise FieldError(f"dynasor.judge_good={good!r} is also judge_bad; send two different tokens")
+    return JudgeSpec(suffix, good, bad)
 
 
 def _id(options: dict[str, Any], key: str) -> str | None:

@@ -102,7 +102,8 @@ def confidence(evidence: Evidence, level: float) -> bool:
 def mixture(evidence: Evidence, level: float) -> bool:
     """The mixed answer distribution of three or more branches has an entropy as low as certaindex `level` asks of five votes.
 
-    Branches that stand at their answer count before they have finished; somebody must have voted.
+    Branches that stand at their answer count before they have finished. Somebody must have voted, and a branch of the leading
+    answer must be among them (`Program.evidence`).
     """
     mixed = evidence.mixture
     return evidence.num_votes > 0 and mixed.num_branches >= 3 and mixed.entropy <= (1 - level) * log(5)

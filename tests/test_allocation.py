@@ -42,7 +42,7 @@ def test_fewest_votes_that_could_decide(rule: str, counts: tuple[int, ...], num_
     [
         ("never", (), 16, 0),
         ("never", (15,), 1, 0),
-        ("reward", (3,), 5, 0),  # a vote brings no reward
+        ("reward", (3,), 5, 1),  # the next one may bring the best of rewards
         ("beta", (), 4, 4),  # the last one decides
         ("beta", (), 3, 0),  # 3-0 is the cap and not certain
         ("beta", (2, 2), 3, 0),
@@ -71,7 +71,14 @@ def test_it_is_the_fewest(counts: list[int], num_left: int, rule: str) -> None:
     def would_stop(more: int) -> bool:
         then = ((votes[0] if votes else 0) + more, *votes[1:])
         return parse_stop(rule).stops(
-            Evidence(then, 0, num_left - more, tuple(keys + "a" * more), mixture=NO_MIXTURE.agreed(more))
+            Evidence(
+                then,
+                0,
+                num_left - more,
+                tuple(keys + "a" * more),
+                mixture=NO_MIXTURE.agreed(more),
+                rewards=(1.0,) * more,
+            )
         )
 
     assert [more for more in range(1, num_left + 1) if would_stop(more)][:1] == ([num] if num else [])

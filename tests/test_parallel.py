@@ -18,6 +18,7 @@ from sglang_dynasor.engine import statistics
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(60)
+JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_tensor_parallel_ranks_decide_alike(
         if i % 6 == 1:
             field |= {"stop": "confidence", "weak_frac": 0.3, "group_tokens": 8}
         elif i % 6 == 4:
-            field |= {"vote": "reward", "judge": {"suffix": "<judge>", "good": " good", "bad": " bad"}}
+            field |= {"vote": "reward", **JUDGE}
         sampling_params = params(**field)
         if i % 10 == 3:
             sampling_params = {**params(900, deadline_s=0.3, **field), "ignore_eos": True}

@@ -281,13 +281,15 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int, load: int
         ({"vote": "weights"}, "dynasor.vote='weights' is not known"),
         ({"vote": "reward"}, "dynasor.vote='reward' without dynasor.judge"),
         ({"stop": "reward"}, "dynasor.stop='reward' without dynasor.judge"),
-        ({"judge": "model"}, "dynasor.judge='model' is a str; send"),
-        ({"judge": {"suffix": "?", "good": "a"}}, "is no judge; send"),
-        ({"judge": {"suffix": "?", "good": "a", "bad": 1}}, "is no judge"),
-        ({"judge": {"suffix": "?", "good": "a", "bad": "a"}}, "dynasor.judge.good='a' is also bad"),
-        ({"judge": {"model": True, "good": "a"}}, "is no judge"),
-        ({"judge": {"model": False, "suffix": "a"}}, "is no judge"),
-        ({"judge": {"model": True}, "program": "p"}, "dynasor.judge with dynasor.program='p'"),
+        ({"judge": "me"}, "dynasor.judge='me' is not known; use one of self, model"),
+        ({"judge": {"model": 1}}, "dynasor.judge={'model': 1} is a dict; send a string"),
+        ({"judge_good": "a"}, "dynasor.judge_good='a' without dynasor.judge"),
+        ({"judge": "self", "judge_suffix": "?", "judge_good": "a"}, "dynasor.judge='self' without dynasor.judge_bad"),
+        ({"judge": "self", "judge_suffix": "?", "judge_good": "a", "judge_bad": 1}, "dynasor.judge_bad=1 is a int"),
+        ({"judge": "self", "judge_suffix": "?", "judge_good": "a", "judge_bad": "a"}, "'a' is also judge_bad"),
+        ({"judge": "model", "judge_suffix": "?" * 1025}, "dynasor.judge_suffix has 1025 characters; at most 1024"),
+        ({"judge": "model", "judge_good": "a"}, "dynasor.judge_good='a' with judge 'model'"),
+        ({"judge": "model", "program": "p"}, "dynasor.judge with dynasor.program='p'"),
         ({"group_tokens": 0}, r"dynasor.group_tokens=0 is outside \[1, 8192\]"),
         ({"weak_frac": 1}, r"dynasor.weak_frac=1 is outside \[0, 1\)"),
         ({"weak_frac": "0.1"}, "dynasor.weak_frac='0.1' is outside"),
@@ -312,7 +314,8 @@ def test_defaults_fit_any_limit() -> None:
     assert parse_field({}, 3).branches == 3
     assert parse_field({"width": 2}, 3).width == 2
     assert set(FIELD_HELP) == set(
-        "algorithm branches width stop answer deadline_s tenant vote judge group_tokens weak_frac statistics program".split()
+        "algorithm branches width stop answer deadline_s tenant vote judge judge_suffix judge_good judge_bad group_tokens "
+        "weak_frac statistics program".split()
     )
 
 
@@ -321,7 +324,7 @@ def test_defaults_fit_any_limit() -> None:
     [
         ({}, False),
         ({"stop": "predictive and beta"}, False),
-        ({"judge": {"model": True}, "vote": "reward", "stop": "reward"}, False),
+        ({"judge": "model", "vote": "reward", "stop": "reward"}, False),
         ({"statistics": True}, True),
         ({"vote": "confidence"}, True),
         ({"weak_frac": 0.1}, True),
@@ -368,7 +371,7 @@ def test_votes_may_weigh_by_confidence() -> None:
 
 def test_votes_may_weigh_by_reward() -> None:
     """The judge decides; a branch without a reward weighs nothing, and without any the number counts."""
-    judged = {"judge": {"model": True}, "vote": "reward", "stop": "never", "branches": 3}
+    judged = {"judge": "model", "vote": "reward", "stop": "never", "branches": 3}
     p = program(**judged)
     start(p, 3)
     p.finish(0, "#### 1", 1, 0.9)
@@ -386,7 +389,7 @@ def test_votes_may_weigh_by_reward() -> None:
 def test_the_mean_reward_stops() -> None:
     """At the level and not below."""
     for rewards, reason in (([0.9, 0.8], StopReason.CERTAIN), ([0.9, 0.6], None)):
-        p = program(judge={"model": True}, stop="reward and predictive:0.5", branches=8)
+        p = program(judge="model", stop="reward and predictive:0.5", branches=8)
         start(p, 4)
         for index in range(3):
             p.finish(index, "#### 1", 1, rewards[index % 2])
@@ -426,6 +429,17 @@ def test_a_weak_branch_abstains() -> None:
     assert p.record()["branch_tokens"] == [1, 1, 1, 7, 1]
 
 
+def test_a_weak_branch_may_make_the_rest_certain() -> None:
+    """What it can no longer vote for cannot overtake the leader."""
+    p = program(stop="margin", weak_frac=0.5, branches=6, group_tokens=1)
+    confident(p, [5.0] * 6)
+    for index in range(3):
+        p.finish(index, "#### 1", 1)
+    assert p.reason is None
+    p.weaken(3, 1)
+    assert p.reason is StopReason.CERTAIN
+
+
 def test_the_last_branch_may_be_weak() -> None:
     """Then the cap is used up; a program all of whose branches are weak has no answer but an end."""
     p = program(stop="never", weak_frac=0.5, branches=1)
@@ -450,6 +464,29 @@ def test_branches_at_their_answer_count_before_they_finish() -> None:
         for index, token in enumerate(tokens):
             p.see_answer(index, {token: 0.0})
         assert p.reason is reason
+
+
+def test_who_is_mixed_must_include_the_leader() -> None:
+    """Three branches that agree at their answer say nothing of a vote that none of them cast."""
+    p = program(stop="mixture")
+    start(p, 4)
+    p.finish(3, "#### 9", 1)
+    for index in range(3):
+        p.see_answer(index, {1: 0.0})
+    assert p.reason is None
+    p.see_answer(3, {1: 0.0})
+    assert p.reason is StopReason.CERTAIN
+
+
+def test_a_program_that_is_over_keeps_no_tokens() -> None:
+    """Thousands of client-sent programs are remembered: their scores, not their tokens."""
+    p = program(statistics=True, stop="never", branches=2, group_tokens=2)
+    confident(p, [4.0, 6.0])
+    p.finish(0, "#### 1", 1)
+    p.finish(1, "#### 1", 1)
+    confidences = [branch.confidence for branch in p.branches]
+    assert [c and c.lowest for c in confidences] == [4.0, 6.0]
+    assert not any(c and c._recent for c in confidences)
 
 
 def test_deadline_and_tenant_are_taken() -> None:

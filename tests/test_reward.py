@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dynasor.reward import RewardModel, reward_of
+from sglang_dynasor.reward import MOST_AT_ONCE, RewardModel, reward_of
 
 
 @contextmanager
@@ -101,6 +101,24 @@ def test_a_model_that_fails_costs_the_reward_only(
         assert wait(rewards, 2) == {(1, 0): None, (1, 1): None}
     assert rewards.num_errors == 2
     assert [r.message.count("--dynasor-reward-url") for r in caplog.records] == [1]
+
+
+def test_the_timeout_counts_from_asking() -> None:
+    """Also for those that wait behind others: more than fit at once, to a server that hangs."""
+    with model(b'{"embedding": [0.0]}', delay_s=5) as url:
+        rewards = RewardModel(url, 0.5)
+        started = time.monotonic()
+        for index in range(2 * MOST_AT_ONCE):
+            rewards.ask((1, index), "text")
+        assert dict(rewards.given()) == {}
+        given = wait(rewards, 2 * MOST_AT_ONCE)
+        assert time.monotonic() - started < 2
+        assert set(given.values()) == {None}
+        assert rewards.num_errors == 2 * MOST_AT_ONCE
+        rewards.ask((2, 0), "text")
+        rewards.forget((2, 0))  # its program is over
+        time.sleep(0.6)
+        assert (2, 0) not in dict(rewards.given())
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -218,6 +218,50 @@ def test_a_waiting_program_is_not_starved_by_plain_requests(start_engine: Any, a
     assert first_seen(admitted()[seen:]).index("program") == 41
 
 
+@pytest.mark.parametrize("is_opened", [True, False])
+def test_siblings_follow_though_the_batch_was_full_for_others(
+    start_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_opened: bool
+) -> None:
+    """SGLang stops reading its queue once a request did not fit. Room for siblings is kept, so they follow at once; they
+    would not if the batch were left closed."""
+    log = tmp_path / "steps"
+    note, real = Admission.note_admitted, Admission.open_batch
+
+    def noting(self: Admission, batch: Any) -> None:
+        note(self, batch)
+        if batch is not None:
+            with log.open("a") as out:
+                out.write(f"{self.scheduler.forward_ct} {len(batch.reqs)}\n")
+        self.scheduler.running_batch.batch_is_full = True  # as after a request that did not fit
+
+    monkeypatch.setattr(Admission, "note_admitted", noting)
+    monkeypatch.setattr(Admission, "open_batch", real if is_opened else lambda self, batch: None)
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4)
+    run(engine, [("p", {**params(60, branches=4, stop="beta"), "ignore_eos": True})])
+    (first, _), (second, num_siblings) = (map(int, line.split()) for line in log.read_text().splitlines()[:2])
+    assert num_siblings == 3
+    assert (second - first <= 3) is is_opened
+
+
+@pytest.mark.parametrize("patience", [300, 10**9])
+def test_room_is_saved_for_a_tenant_that_lags(start_engine: Any, admitted: Any, patience: int) -> None:
+    """A gang of one tenant among single branches of another: it starts once its tenant is behind by patience. Without
+    the bound it waits for the end of the stream."""
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=4,
+        dynasor_patience_tokens=patience,
+    )  # fmt: skip
+    single = {**params(40, branches=1, tenant="many"), "ignore_eos": True}
+    uneven = [{**single, "max_new_tokens": 20 + 7 * (i % 4)} for i in range(40)]  # so that rows free one by one
+    requests = [(f"s{i}", uneven[i]) for i in range(4)]
+    requests += [("gang", params(40, branches=4, stop="beta", tenant="few"))]
+    requests += [(f"s{i}", uneven[i]) for i in range(4, 40)]
+    run(engine, requests)
+    place = first_seen(admitted()).index("gang")
+    assert (place < 30) is (patience == 300), place
+    assert_nothing_left(engine)
+
+
 def test_tenants_share_by_weight(start_engine: Any, admitted: Any) -> None:
     """Two tenants with work for the whole run: service follows the weights, whoever sent more."""
     engine = start_engine(

@@ -1,12 +1,14 @@
 """Statistics of rows of logits in one read of them: entropy, confidence, the likeliest tokens, labels."""
 
-# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# Triton's language is not typed: what its functions take and return inside a kernel is not what they declare.
+# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from math import log
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -82,30 +84,34 @@ def row_stats(
     if path == "ref":
         return row_stats_ref(logits, label_ids, rows=rows, top_k=top_k, dtype=torch.float32)
 
-    num_labels = 0 if label_ids is None else label_ids.shape[-1]
-    new = {"dtype": torch.float32, "device": logits.device}
-    stats = torch.empty(4, num_rows, **new)
-    top_ids = torch.empty(num_rows, top_k, dtype=torch.int32, device=logits.device)
-    top_logprobs = torch.empty(num_rows, top_k, **new)
-    label_logprobs = torch.empty(num_rows, num_labels, **new)
+    num_labels, stride_label = 0, 0
+    if label_ids is not None:
+        label_ids = label_ids.contiguous()
+        num_labels = label_ids.shape[-1]
+        stride_label = num_labels if label_ids.ndim == 2 else 0
+    new = partial(torch.empty, dtype=torch.float32, device=logits.device)
+    stats = new(4, num_rows)
+    top_ids = new(num_rows, top_k, dtype=torch.int32)
+    top_logprobs = new(num_rows, top_k)
+    label_logprobs = new(num_rows, num_labels)
     if num_rows:
         num_chunks = triton.cdiv(vocab_size, CHUNK)
         source = (logits, rows, batch_size, vocab_size, logits.stride(0))
-        stride_label = num_labels if label_ids is not None and label_ids.ndim == 2 else 0
-        labels = (label_ids.contiguous() if label_ids is not None else None, stride_label)
-        outputs = (stats, top_ids, top_logprobs, label_logprobs)
+        results = (label_ids, stride_label, stats, top_ids, top_logprobs, label_logprobs)
         tile = {"NUM_GROUPS": NUM_GROUPS, "GROUP": GROUP, "num_warps": NUM_WARPS}
-        sizes = {
-            "NUM_LABELS": num_labels, "TOP_K": top_k, "BLOCK_K": max(2, triton.next_power_of_2(top_k)),
-            "BLOCK_S": triton.next_power_of_2(num_chunks), **tile,
-        }  # fmt: skip
+        sizes = tile | {
+            "NUM_LABELS": num_labels,
+            "TOP_K": top_k,
+            "BLOCK_K": max(2, triton.next_power_of_2(top_k)),
+            "BLOCK_S": triton.next_power_of_2(num_chunks),
+        }
         if path == "row":
-            _row_stats_kernel[(num_rows,)](*source, *labels, *outputs, **sizes, maxnreg=MAX_REGISTERS)
+            _row_stats_kernel[(num_rows,)](*source, *results, **sizes, maxnreg=MAX_REGISTERS)
         else:
-            sums = torch.empty(3, num_rows, num_chunks, **new)
-            groups = torch.empty(num_rows, num_chunks, NUM_GROUPS, **new)
+            sums = new(3, num_rows, num_chunks)
+            groups = new(num_rows, num_chunks, NUM_GROUPS)
             _row_stats_split_kernel[(num_rows, num_chunks)](*source, sums, groups, **tile)
-            _row_stats_merge_kernel[(num_rows,)](*source, sums, groups, *labels, *outputs, **sizes)
+            _row_stats_merge_kernel[(num_rows,)](*source, sums, groups, *results, **sizes)
     return RowStats(*stats, top_ids, top_logprobs, label_logprobs, path)
 
 
@@ -151,7 +157,8 @@ def _top_ids(logits: Tensor, k: int) -> Tensor:
     """[N, k] int64: the ids of the k largest logits of each row, descending, the lowest id first among equals."""
     bits = (0.0 - logits.float()).view(torch.int32)  # ascending from here on; -0.0 and 0.0 become the same
     order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # integers that sort like the floats
-    keys = (order.long() << 32).bitwise_or_(torch.arange(logits.shape[1], device=logits.device))
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    keys = order.long().bitwise_left_shift_(32).bitwise_or_(ids)
     if keys.device.type == "cpu":  # numpy takes a quarter of the time of torch.topk
         keys.numpy().partition(k - 1, axis=1)
         keys = keys[:, :k]

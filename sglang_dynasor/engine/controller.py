@@ -1,7 +1,7 @@
 """Programs inside one scheduler process: intake, branches, answers.
 
-Every tensor-parallel rank runs this in lockstep on token ids, which are equal on all ranks, so every rank decides the
-same without a message. Only `due` reads a clock: on the first rank, whose word SGLang broadcasts. With SGLang's
+Every tensor-parallel rank runs this in lockstep on what is equal on all ranks (token ids, the first rank's statistics), so
+each decides the same without a message. Only `due` reads a clock: on the first rank, whose word SGLang broadcasts. With SGLang's
 SGLANG_ENABLE_RANK_CONSENSUS_CHECKER=1 every decision is compared between ranks.
 """
 
@@ -36,7 +36,7 @@ from sglang_dynasor.engine.branch import (
     set_tag,
     tag_of,
 )
-from sglang_dynasor.engine.judge import branch_ids, judge_tokens, make_judge
+from sglang_dynasor.engine.judge import branch_text, judge_tokens, make_judge
 from sglang_dynasor.engine.statistics import AnswerReader, Observer
 from sglang_dynasor.engine.teller import TOLD_RID, Teller
 from sglang_dynasor.errors import ConfigError
@@ -167,11 +167,11 @@ class Controller:
             else:
                 self._hold(req, Program(req.rid, spec))
         except Exception as error:
-            self._fall_back("intake", error)
+            self.fall_back("intake", error)
             enqueue(req, is_retracted)
             return
         if spec.program is None:
-            self._guarded(self.held[req.rid], self._advance)
+            self.guarded(self.held[req.rid], self._advance)
         elif (tag := tag_of(req)) is None:  # decided already, or more requests than the cap
             self._answer_at_once(req, self.sent[spec.program].program)
         else:
@@ -236,7 +236,7 @@ class Controller:
         try:
             self.admission.look(running_batch)
         except Exception as error:
-            self._fall_back("admission", error)
+            self.fall_back("admission", error)
             self.admission.is_plain_due = True
             # As stock would: everything waits in SGLang's queue, in order of arrival.
             for live in list(self.held.values()):
@@ -246,7 +246,7 @@ class Controller:
 
     def _start(self, live: LiveProgram, num_branches: int) -> None:
         """Make and queue branches."""
-        self._guarded(live, lambda live: self._make(live, num_branches))
+        self.guarded(live, lambda live: self._make(live, num_branches))
 
     def _make(self, live: LiveProgram, num_branches: int) -> None:
         # Each is charged to its tenant by what it is expected to take; that is settled when it ends.
@@ -289,11 +289,11 @@ class Controller:
                 if tag.is_internal and not tag.live.is_prompt_cached and len(req.output_ids):
                     tag.live.is_prompt_cached = True
                     if self.holds(tag.live):
-                        self._guarded(tag.live, self.admission.follow)
+                        self.guarded(tag.live, self.admission.follow)
             elif not req.finished_output:  # with overlap a finished request comes by twice
                 self._left(req, tag)
                 settle = self._settle_judge if tag.is_judge else self._settle
-                self._guarded(tag.live, lambda live, req=req, tag=tag, settle=settle: settle(live, tag.index, req))
+                self.guarded(tag.live, lambda live, req=req, tag=tag, settle=settle: settle(live, tag.index, req))
         return visible
 
     def _left(self, req: Req, tag: BranchTag) -> None:
@@ -345,7 +345,7 @@ class Controller:
         except Exception as error:
             if program.branches[index].state is BranchState.IN_FLIGHT:
                 raise
-            self._fall_back("vote", error)  # counted as an abstention: the program goes on to its cap, as stock would
+            self.fall_back("vote", error)  # counted as an abstention: the program goes on to its cap, as stock would
 
     def _fail(self, live: LiveProgram, index: int, req: Req, why: dict[str, Any]) -> None:
         live.failure = why
@@ -359,16 +359,21 @@ class Controller:
         self, req: Req, tag: BranchTag, confidence: float, token: int, distribution: Callable[[], Distribution]
     ) -> None:
         """Take in one token of a running branch: how confident the model was, and what else it might have said."""
-        live = tag.live
-        branch = live.program.branches[tag.index]
+        self.guarded(tag.live, lambda _: self._see(req, tag, confidence, token, distribution))
+
+    def _see(
+        self, req: Req, tag: BranchTag, confidence: float, token: int, distribution: Callable[[], Distribution]
+    ) -> None:
+        program = tag.live.program
+        branch = program.branches[tag.index]
         if branch.state is not BranchState.IN_FLIGHT or branch.confidence is None:
             return
         branch.confidence.add(confidence)
-        level, group = live.program.weak_level, branch.confidence.group
+        level, group = program.weak_level, branch.confidence.group
         if level is not None and group is not None and group < level and not req.finished():
-            self._guarded(live, lambda live: self._weaken(live, tag.index, req))
-        elif answer_marks(live.program.spec.answer) and self._reader.begins(req, tag, token):
-            self._guarded(live, lambda live: self._see_answer(live, tag.index, distribution()))
+            self._weaken(tag.live, tag.index, req)
+        elif answer_marks(program.spec.answer) and self._reader.begins(req, tag, token):
+            self._see_answer(tag.live, tag.index, distribution())
 
     def _weaken(self, live: LiveProgram, index: int, req: Req) -> None:
         assert_same("dynasor finds %s weak", req.rid)
@@ -390,13 +395,14 @@ class Controller:
     def _ask_judge(self, live: LiveProgram, index: int, req: Req) -> bool:
         """Have a finished branch judged before it votes. Returns False where it cannot be."""
         judge = live.program.spec.judge
-        if judge is None or not self.holds(live):
+        if judge is None or live.program.reason is not None or not self.holds(live):
             return False
         if judge.is_external:
             live.judges[index] = None
             if self._is_first_rank:
-                text = self.scheduler.tokenizer.decode([*req.origin_input_ids, *branch_ids(req)])
-                self._teller.rewards.ask((live.number, index), text + judge.suffix)
+                self._teller.rewards.ask(
+                    (live.number, index), branch_text(self.scheduler.tokenizer, req) + judge.suffix
+                )
             return True
         tokens = judge_tokens(judge, self.scheduler.tokenizer)
         tag = BranchTag(live, index, is_internal=True, is_judge=True, labels=(tokens.good, tokens.bad))
@@ -417,9 +423,11 @@ class Controller:
 
     def _judged(self, live: LiveProgram, index: int, reward: float | None) -> None:
         """A branch has its reward, or will never have one: now it votes."""
-        if index not in live.judges:
-            return
-        del live.judges[index]
+        if index in live.judges:
+            del live.judges[index]
+            self._vote(live, index, reward)
+
+    def _vote(self, live: LiveProgram, index: int, reward: float | None) -> None:
         if self.holds(live) and live.program.branches[index].state is BranchState.IN_FLIGHT:
             self._finish(live.program, index, live.reqs[index], reward)
             self._forget_silent(live, index)
@@ -433,7 +441,7 @@ class Controller:
         if tag.is_internal and not req.finished():
             req.finished_reason = FINISH_ENDED()  # a batch under way may still show it: then it is passed over
         self._left(req, tag)
-        self._guarded(tag.live, lambda live: self._lose(live, tag.index, req, abort))
+        self.guarded(tag.live, lambda live: self._lose(live, tag.index, req, abort))
         return tag.is_internal
 
     def _lose(self, live: LiveProgram, index: int, req: Req, abort: AbortReq) -> None:
@@ -458,9 +466,14 @@ class Controller:
                 live.reqs.pop(index, None)
                 set_record(req, live.program.record())
                 self._emit([req])
-        for req in live.judges.values():
+        self._end_judges(live)
+
+    def _end_judges(self, live: LiveProgram) -> None:
+        for index, req in live.judges.items():
             if req is not None:
                 self._end(req)
+            else:
+                self._teller.rewards.forget((live.number, index))
         live.judges.clear()
 
     def _end(self, req: Req) -> int:
@@ -525,7 +538,7 @@ class Controller:
                 try:
                     self._end_rest(live)
                 except Exception as error:
-                    self._fall_back("abort", error)
+                    self.fall_back("abort", error)
                 self._refuse(live, abort.finished_reason)
                 self._drop(live)
 
@@ -543,9 +556,9 @@ class Controller:
             index, reward = int(parts[1]), float.fromhex(parts[2]) if parts[2] else None
             self._teller.rewards.forget((int(parts[0]), index))
             if live is not None:
-                self._guarded(live, lambda live: self._judged(live, index, reward))
+                self.guarded(live, lambda live: self._judged(live, index, reward))
         elif live is not None:
-            self._guarded(live, self._expire)
+            self.guarded(live, self._expire)
 
     def due(self) -> list[AbortReq]:
         """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests."""
@@ -569,8 +582,10 @@ class Controller:
     def _expire(self, live: LiveProgram) -> None:
         """The deadline has come: the best answer so far, or else the longest text that is there."""
         program = live.program
-        for index in list(live.judges):  # they vote unjudged
-            self._judged(live, index, None)
+        unjudged = list(live.judges)
+        self._end_judges(live)
+        for index in unjudged:
+            self._vote(live, index, None)
         if program.reason is not None:
             return
         program.reason = StopReason.DEADLINE
@@ -588,11 +603,11 @@ class Controller:
 
     # Faults
 
-    def _guarded(self, live: LiveProgram, step: Callable[[LiveProgram], None]) -> None:
+    def guarded(self, live: LiveProgram, step: Callable[[LiveProgram], None]) -> None:
         try:
             step(live)
         except Exception as error:
-            self._fall_back("program", error)
+            self.fall_back("program", error)
             self._surrender(live)
 
     def _surrender(self, live: LiveProgram) -> None:
@@ -604,10 +619,9 @@ class Controller:
         self.numbered.pop(live.number, None)
         del self.held[parent.rid]
         program.reason = program.reason or StopReason.FAILED
-        for req in [*live.reqs.values(), *live.judges.values()]:
-            if req is not None:
-                self._end(req)
-        live.judges.clear()
+        for req in live.reqs.values():
+            self._end(req)
+        self._end_judges(live)
         done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
         if done:
             self._speak(parent, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})
@@ -616,7 +630,7 @@ class Controller:
             self.enqueue(parent, False)
         live.reqs.clear()
 
-    def _fall_back(self, where: str, error: Exception) -> None:
+    def fall_back(self, where: str, error: Exception) -> None:
         """Count an exception of ours; log each kind once; in strict mode let it fail the engine."""
         self.totals.num_policy_errors += 1
         if self.config.dynasor_strict:

@@ -48,7 +48,7 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
         return
     spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
     if spec.judge is not None:
-        _check_judge(spec.judge, tokenizer_manager.tokenizer, config)
+        _check_judge(spec.judge, tokenizer_manager, config)
     if spec.program is not None:  # the client samples the branches itself
         return
     if (params.get("n") or 1) != 1:
@@ -71,13 +71,18 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
 
 
-def _check_judge(judge: JudgeSpec, tokenizer: Any, config: DynasorConfig) -> None:
+def _check_judge(judge: JudgeSpec, tokenizer_manager: Any, config: DynasorConfig) -> None:
     if not judge.is_external:
-        judge_tokens(judge, tokenizer)
+        tokens, vocab_size = judge_tokens(judge, tokenizer_manager.tokenizer), tokenizer_manager.model_config.vocab_size
+        if max(tokens.good, tokens.bad) >= vocab_size:
+            raise FieldError(
+                f"dynasor.judge_good={judge.good!r}, judge_bad={judge.bad!r}: the tokenizer knows tokens that the model "
+                f"does not, whose vocabulary is {vocab_size}; send others"
+            )
     elif not config.dynasor_reward_url:
         raise FieldError(
-            "dynasor.judge.model=true without a reward model: start the server with --dynasor-reward-url, or send "
-            '{"suffix": TEXT, "good": TOKEN, "bad": TOKEN} for the model to judge itself'
+            "dynasor.judge='model' without a reward model: start the server with --dynasor-reward-url, or send judge 'self' "
+            "with judge_suffix, judge_good and judge_bad for the model to judge itself"
         )
 
 

@@ -12,6 +12,7 @@ from sglang_dynasor.engine.controller import Controller
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.retraction import retract_whole, youngest_last
 from sglang_dynasor.engine.streamer import streamer_class
+from sglang_dynasor.errors import PatchError
 
 
 def controller_of(scheduler: Any) -> Controller | None:
@@ -29,8 +30,15 @@ def init_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) 
 
 def init_model_worker(result: None, scheduler: Any) -> None:
     controller = controller_of(scheduler)
-    if controller is not None:
-        scheduler.tp_worker.model_runner.sampling_observer = controller.observer
+    if controller is None:
+        return
+    runner = scheduler.tp_worker.model_runner
+    if runner.sampling_observer is not None:
+        raise PatchError(
+            f"--scheduler dynasor: another plugin's sampling observer ({type(runner.sampling_observer).__name__}) is there, "
+            "and SGLang has room for one; leave out one of the two plugins"
+        )
+    runner.sampling_observer = controller.observer
 
 
 def run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -32,19 +32,19 @@ def judge_tokens(judge: JudgeSpec, tokenizer: Any) -> JudgeTokens:
     suffix = tokenizer.encode(judge.suffix, add_special_tokens=False)
     if not suffix:
         raise FieldError(
-            f"dynasor.judge.suffix={judge.suffix!r} is no token of this model; send a text that asks it to judge"
+            f"dynasor.judge_suffix={judge.suffix!r} is no token of this model; send a text that asks it to judge"
         )
     labels: list[int] = []
     for key, text in (("good", judge.good), ("bad", judge.bad)):
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             raise FieldError(
-                f"dynasor.judge.{key}={text!r} is {len(ids)} tokens of this model; send a text that is one (mind a leading space)"
+                f"dynasor.judge_{key}={text!r} is {len(ids)} tokens of this model; send a text that is one (mind a leading space)"
             )
         labels += ids
     if labels[0] == labels[1]:
         raise FieldError(
-            f"dynasor.judge.good={judge.good!r} and bad={judge.bad!r} are the same token; send two different ones"
+            f"dynasor.judge_good={judge.good!r} and judge_bad={judge.bad!r} are the same token; send two different ones"
         )
     return JudgeTokens(tuple(suffix), labels[0], labels[1])
 
@@ -53,6 +53,14 @@ def branch_ids(req: Req) -> list[int]:
     """The tokens of a finished branch without the one that ended it."""
     ids = list(req.output_ids_through_stop)
     return ids[:-1] if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN) else ids
+
+
+def branch_text(tokenizer: Any, req: Req) -> str:
+    """Prompt and branch as text, as another server may tokenize it: without the token that begins every text."""
+    ids = [*req.origin_input_ids, *branch_ids(req)]
+    if ids and ids[0] == getattr(tokenizer, "bos_token_id", None):
+        ids = ids[1:]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def make_judge(scheduler: Any, branch: Any, tokens: JudgeTokens, rid: str, tag: BranchTag) -> Req | None:

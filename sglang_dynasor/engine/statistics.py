@@ -8,19 +8,21 @@ the observer is not active and nothing runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import exp
+from functools import partial
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.runtime_context import get_parallel
-from sglang_dynasor_kernels import row_stats
 from torch import Tensor
 
 from sglang_dynasor.answers import answer_marks
 from sglang_dynasor.engine.branch import BranchTag, tag_of
 from sglang_dynasor.mixture import Distribution
+from sglang_dynasor.reward import sigmoid
+from sglang_dynasor_kernels import row_stats
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -77,9 +79,14 @@ class Observer:
             return None
         group = get_parallel().tp_group
         if group.rank_in_group == 0:
-            table = compute(logits, watched)
+            try:
+                table = compute(logits, watched)
+            except Exception as error:  # the other ranks wait for a table
+                self.controller.fall_back("statistics", error)
+                table = torch.full((len(watched.rows), NUM_COLUMNS + 2 * TOP_K), nan, device=logits.device)
         else:
-            table = torch.empty((len(watched.rows), NUM_COLUMNS + 2 * TOP_K), device=logits.device)
+            shape = (len(watched.rows), NUM_COLUMNS + 2 * TOP_K)
+            table = torch.empty(shape, dtype=torch.float32, device=logits.device)
         return DeviceStatistics(group.broadcast(table), watched, self.controller)
 
     def after_sample(self, state: DeviceStatistics, token_ids: Tensor) -> DeviceStatistics:
@@ -131,7 +138,7 @@ class HostStatistics:
             if tag.is_judge:
                 tag.reward = reward(columns[i][GOOD], columns[i][BAD])
             else:
-                self.controller.see(req, tag, columns[i][CONFIDENCE], commit.token_ids[-1], lambda i=i: self._answer(i))
+                self.controller.see(req, tag, columns[i][CONFIDENCE], commit.token_ids[-1], partial(self._answer, i))
 
     def _answer(self, i: int) -> Distribution:
         """The most likely tokens of a row."""
@@ -142,10 +149,8 @@ class HostStatistics:
 
 def reward(good_logprob: float, bad_logprob: float) -> float | None:
     """p(good) / (p(good) + p(bad)) in [0, 1]; None where the model gives neither any chance."""
-    difference = bad_logprob - good_logprob
-    if difference != difference:
-        return None
-    return 1.0 / (1.0 + exp(min(difference, 700.0)))
+    difference = good_logprob - bad_logprob
+    return None if difference != difference else sigmoid(difference)
 
 
 class AnswerReader:
@@ -154,9 +159,7 @@ class AnswerReader:
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         # Looking closer is for tokens that could end a mark; a space may belong to the same token.
-        self.ends = {
-            i for token, i in tokenizer.get_vocab().items() if token.rstrip("\u0120\u2581 ").endswith(("#", "{"))
-        }
+        self.ends = {i for token, i in vocabulary(tokenizer) if token.rstrip("\u0120\u2581 ").endswith(("#", "{"))}
 
     def begins(self, req: Req, tag: BranchTag, token: int) -> bool:
         """Whether the distribution that `token` was drawn from is that of the answer's first token."""
@@ -169,3 +172,9 @@ class AnswerReader:
             text = self.tokenizer.decode(list(req.output_ids[-TAIL_TOKENS:])).rstrip()
             tag.is_at_answer = text.endswith(answer_marks(tag.live.program.spec.answer))
         return False
+
+
+def vocabulary(tokenizer: Any) -> Iterator[tuple[str, int]]:
+    """Tokens with their ids; none where a tokenizer does not list them, some list bytes."""
+    for token, i in getattr(tokenizer, "get_vocab", dict)().items():
+        yield token.decode(errors="replace") if isinstance(token, bytes) else token, i

@@ -1,0 +1,165 @@
+"""Time of row_stats on a GPU, against the time that one read of the logits must take and against other ways.
+
+    python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv
+
+First the copy bandwidth of the card, then a correctness gate against the float64 twin: nothing is timed unless it passes.
+Times are of CUDA graphs over as many buffers as it takes, each read once per replay, the L2 cache overwritten before every
+replay; median of 50 replays, with the range for ours. "GB/s" counts one read of the logits, "of copy" is that over the copy
+bandwidth, which counts bytes read and written. All ways give entropies; "eager", "compile" (the same through torch.compile)
+and ours also the 20 likeliest tokens and their mean; "flashinfer" is its softmax alone. Without a GPU only the gate runs,
+on Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from machine import commit
+from rows import spread, write_rows
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+import triton  # noqa: E402
+
+from sglang_dynasor_kernels import row_stats, row_stats_ref  # noqa: E402
+
+BATCH_SIZES = [1, 8, 32, 64, 256, 1024]
+VOCAB_SIZES = [32_000, 128_256, 151_936, 262_144]  # Llama 2, Llama 3, Qwen 3, Gemma 3
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REPLAYS = 50
+MIN_BYTES = 256 << 20  # of a graph's buffers: so that its time is long against an event's resolution
+TOP_K = 20
+TOLERANCE = 1e-5  # kernels/README.md
+
+
+def gate(device: str, shapes: list[tuple[int, int]]) -> None:
+    """End the program if a path differs from the twin, or from itself in a second run."""
+    for (batch_size, vocab_size), dtype, path in product(shapes, DTYPES.values(), ("split", "row")):
+        logits = (3 * torch.randn(batch_size, vocab_size)).to(dtype)
+        logits[0, ::3] = -torch.inf
+        logits[-1, vocab_size // 2] = torch.nan
+        labels = torch.tensor([1, vocab_size - 1])
+        got, again = (row_stats(logits.to(device), labels.to(device), path=path) for _ in range(2))
+        for name, part, other, expected in zip(got._fields[:-1], got, again, row_stats_ref(logits, labels), strict=False):
+            if not torch.equal(part.nan_to_num(), other.nan_to_num()):
+                raise SystemExit(f"{path} {batch_size}x{vocab_size} {dtype}: {name} differs between two runs")
+            part = part.cpu().to(expected.dtype)
+            if not torch.allclose(part, expected, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+                error = (part - expected).abs().nan_to_num().max()
+                raise SystemExit(f"{path} {batch_size}x{vocab_size} {dtype}: {name} is off by {error:.1e}")
+    print(f"gate passed on {device}: both paths at {shapes}, {list(DTYPES)}")
+
+
+def replay_us(function: Callable[[Tensor], Any], buffers: Tensor, flush: Tensor) -> list[float]:
+    """Microseconds of a call, one value per replay of a graph that calls `function` on each of the buffers."""
+    for _ in range(3):
+        function(buffers[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for buffer in buffers:
+            function(buffer)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times: list[float] = []
+    for i in range(REPLAYS + 1):
+        flush.fill_(i)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / len(buffers))
+    return times[1:]
+
+
+def log_softmax_reduce(logits: Tensor) -> Tensor:
+    logprobs = logits.float().log_softmax(1)
+    return -(logprobs.exp() * logprobs).sum(1)
+
+
+def eager(logits: Tensor) -> tuple[Tensor, ...]:
+    logprobs = logits.float().log_softmax(1)
+    top = logprobs.topk(TOP_K)
+    return -(logprobs.exp() * logprobs).sum(1), top.values, top.indices, -top.values.mean(1)
+
+
+def ways() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
+    """Names and functions to time."""
+    yield "split us", partial(row_stats, top_k=TOP_K, path="split")
+    yield "row us", partial(row_stats, top_k=TOP_K, path="row")
+    yield "eager us", eager
+    torch.compiler.reset()  # else the ninth shape is not compiled any more
+    yield "compile us", torch.compile(eager, dynamic=False)
+    yield "log-softmax us", log_softmax_reduce
+    if find_spec("flashinfer"):
+        from flashinfer.sampling import softmax
+
+        yield "flashinfer us", softmax
+
+
+def measure(batch_size: int, vocab_size: int, dtype: str, copy_gb_s: float, flush: Tensor) -> dict[str, Any]:
+    num_bytes = batch_size * vocab_size * DTYPES[dtype].itemsize
+    num_buffers = min(64, max(4, MIN_BYTES // num_bytes))
+    buffers = 3 * torch.randn(num_buffers, batch_size, vocab_size, dtype=DTYPES[dtype], device="cuda")
+    ours = replay_us(partial(row_stats, top_k=TOP_K), buffers, flush)
+    gb_s = num_bytes / median(ours) / 1000
+    row: dict[str, Any] = {
+        "B": batch_size, "V": vocab_size, "dtype": dtype, "path": row_stats(buffers[0]).path, "us": spread(ours, 1),
+        "GB/s": f"{gb_s:.0f}", "of copy": f"{gb_s / copy_gb_s:.0%}",
+    }  # fmt: skip
+    return row | {name: f"{median(replay_us(function, buffers, flush)):.1f}" for name, function in ways()}
+
+
+def facts(copy_gb_s: float, commit_name: str) -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "copy GB/s": f"{copy_gb_s:.0f}",
+        "gpu": torch.cuda.get_device_name(),
+        "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": commit_name,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
+    parser.add_argument("--vocab-sizes", type=int, nargs="+", default=VOCAB_SIZES)
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--commit", help="what to write in the CSV, where the code is not in a git checkout")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    if not HAS_GPU:
+        gate("cpu", [(2, 5), (2, 508), (2, 8193)])
+        print("no GPU: nothing to time, no table written")
+        return
+    half = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # several times the L2 cache
+    target = torch.empty_like(half)
+    copy_gb_s = 2 * half.numel() / median(replay_us(target.copy_, half[None], flush)) / 1000
+    del half, target
+    print(f"copy: {copy_gb_s:.0f} GB/s read and written")
+    gate("cuda", [(3, 508), (8, 151_936), (600, 8193)])
+    closing = facts(copy_gb_s, args.commit or commit())
+    rows: list[dict[str, Any]] = []
+    for batch_size, vocab_size, dtype in product(args.batch_sizes, args.vocab_sizes, args.dtypes):
+        rows.append(measure(batch_size, vocab_size, dtype, copy_gb_s, flush) | closing)
+        print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if key not in closing), flush=True)
+        if args.csv:
+            write_rows(args.csv, rows)  # after each row: a machine lent for minutes may go
+
+
+if __name__ == "__main__":
+    main()
