@@ -1,4 +1,4 @@
-"""Statistics next to the logits: kernels in a process of their own, twins against definitions, and the package itself."""
+"""Statistics next to the logits: kernels in a process of their own, twins against definitions, the package itself."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ def test_kernels_equal_their_twins(mode: str) -> None:
     if mode == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     environment = {**os.environ, "TRITON_INTERPRET": "1" if mode == "interpreter" else "0"}
+    options = ["--noconftest", "-p", "no:cacheprovider", "-W", "error"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-W", "error", "tests/kernel_cases.py"],
+        [sys.executable, "-m", "pytest", *options, "tests/kernel_cases.py"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -79,6 +80,7 @@ def test_row_stats_by_definition() -> None:
     logits = normal(8, 97).round()  # many ties
     logits[3, ::2] = -inf
     stats = row_stats_ref(logits, torch.tensor([2, -1, 96]), top_k=5)
+    assert {part.dtype for part in stats[:-1]} == {torch.float64, torch.int32}
     expected = Categorical(logits=logits.double())
     logprobs = logits.double().log_softmax(1)
     torch.testing.assert_close(stats.lse, logits.double().logsumexp(1))
@@ -135,6 +137,7 @@ def test_program_stats_by_definition() -> None:
     stats = program_stats_ref(
         program, answer, rewards, 3, logits=logits, lse=rows.lse, entropy=rows.entropy, at_answer=at_answer
     )
+    assert {part.dtype for part in stats[:-1]} == {torch.float64, torch.int32}
     counts = [[2, 1], [1, 1], []]
     assert stats.num_votes.tolist() == [3, 2, 0]
     assert stats.vote_entropy.tolist() == pytest.approx([answer_entropy(c) for c in counts])
@@ -214,7 +217,7 @@ def test_the_package_imports_torch_and_triton_only() -> None:
 
 
 def test_hugging_face_kernels_is_the_same_everywhere(tmp_path: Path) -> None:
-    """Our folder `kernels/` does not shadow the package of that name: started at the root, Python finds the same one."""
+    """Our folder `kernels/` does not shadow the package of that name: at the root Python finds the same one."""
     code = "import inspect; from kernels import get_kernel; print(inspect.getfile(get_kernel))"
     found = [
         subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True).stdout

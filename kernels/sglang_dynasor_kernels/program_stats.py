@@ -72,16 +72,14 @@ def program_stats(
     A row that `row_stats` reports makes the last three statistics of its own program NaN, and no other's.
     Error: README.md, "Tolerances". Source: Dynasor, arXiv 2412.20993 (certaindex); Rebase, arXiv 2408.00724 (weights).
     """
-    _check(program_index, answer_index, rewards, logits, lse, entropy, at_answer, temperature)
-    if path is None:
-        path = "ref" if program_index.device.type == "cpu" else "kernel"
-    if path == "ref":
+    if path == "ref" or (path is None and program_index.device.type == "cpu"):
         stats = program_stats_ref(
             program_index, answer_index, rewards, num_programs,
             logits=logits, lse=lse, entropy=entropy, at_answer=at_answer, temperature=temperature,
         )  # fmt: skip
         return ProgramStats(*(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in stats))
 
+    _check(program_index, answer_index, rewards, logits, lse, entropy, at_answer, temperature)
     num_rows = len(program_index)
     new = partial(torch.empty, dtype=torch.float32, device=program_index.device)
     num_votes = new(num_programs, dtype=torch.int32)
@@ -130,7 +128,7 @@ def program_stats_ref(
     rewards = rewards.double()
 
     voted = of_program & (answer_index >= 0)
-    num_votes = voted.sum(1)
+    num_votes = voted.sum(1).double()
     is_same = (program_index == program_index[:, None]) & (answer_index == answer_index[:, None])
     share = is_same.sum(1) / num_votes.clamp_min(1)[:, None]  # [P, B] of the votes, for the row's answer
     vote_entropy = -share.log().where(voted, 0).sum(1) / num_votes.clamp_min(1)
@@ -176,9 +174,8 @@ def _check(
     given = {"program_index": program_index, "answer_index": answer_index, "rewards": rewards}
     if logits is not None:
         if logits.ndim != 2 or len(logits) != num_rows or logits.stride(1) != 1:
-            raise ValueError(
-                f"logits of shape {tuple(logits.shape)}, strides {logits.stride()}: give [{num_rows}, V], contiguous along V"
-            )
+            shape, strides = tuple(logits.shape), logits.stride()
+            raise ValueError(f"logits of shape {shape}, strides {strides}: give [{num_rows}, V], contiguous along V")
         if lse is None or entropy is None:
             raise ValueError("logits without lse or entropy: give those of row_stats(logits)")
         given |= {"lse": lse, "entropy": entropy}

@@ -76,13 +76,12 @@ def row_stats(
     A GPU would have to synchronise to check ids: there such a label counts as -1, such a row as a row of NaN.
     Error: README.md, "Tolerances". Source: DeepConf, arXiv 2508.15260 (confidence).
     """
+    if path == "ref" or (path is None and logits.device.type == "cpu"):
+        return row_stats_ref(logits, label_ids, rows=rows, top_k=top_k, dtype=torch.float32)
     _check(logits, label_ids, rows, top_k)
     batch_size, vocab_size = logits.shape
     num_rows = batch_size if rows is None else len(rows)
-    if path is None:
-        path = "ref" if logits.device.type == "cpu" else choose_path(num_rows, vocab_size, _num_sms(logits.device))
-    if path == "ref":
-        return row_stats_ref(logits, label_ids, rows=rows, top_k=top_k, dtype=torch.float32)
+    path = path or choose_path(num_rows, vocab_size, _num_sms(logits.device))
 
     num_labels, stride_label = 0, 0
     if label_ids is not None:
@@ -297,10 +296,10 @@ def _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS: tl.constexpr, GROUP: tl.con
 
 @triton.jit
 def _exp_terms(x, m):
-    """e = exp(x - m) and e * (x - m): 0 and 0 for -inf."""
+    """e = exp(x - m) and e * (x - m); both 0 for -inf."""
     d = x - tl.where(m > float("-inf"), m, 0.0)
     e = tl.exp(d)
-    return e, e * tl.maximum(d, -100.0)  # below, e is 0
+    return e, e * tl.maximum(d, -100.0)  # e is as good as 0 below that
 
 
 @triton.jit
