@@ -37,7 +37,7 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/bench_self_consistency.py --csv benchmarks/results/self_consistency.csv
 	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
-	$(BIN)/python benchmarks/bench_online.py --processes poisson --csv benchmarks/results/online --plot docs/online.png
+	$(BIN)/python benchmarks/bench_online.py --processes poisson --csv benchmarks/results/online_ways --plot docs/online_ways.png
 	$(BIN)/python benchmarks/bench_online.py --processes bursty --ways "+gang +certainty" all --csv benchmarks/results/online_bursty
 	$(BIN)/python benchmarks/bench_statistics.py --csv benchmarks/results/statistics.csv
 	$(BIN)/python benchmarks/bench_statistics_overhead.py --csv benchmarks/results/statistics_overhead.csv

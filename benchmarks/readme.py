@@ -13,7 +13,8 @@ COMMANDS = {
     "passthrough": "make bench",
     "statistics": "make bench",
     "statistics_overhead": "make bench",
-    "online": "make bench",
+    "online": 'python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8 --ways "+gang +certainty" all',
+    "online_ways": "make bench",
     "online_bursty": "make bench",
     "starvation": "make bench",
     "policy_overhead": "make bench",
@@ -61,5 +62,5 @@ def write(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for file in (ROOT / "README.md", ROOT / "docs" / "stopping.md", ROOT / "docs" / "statistics.md"):
+    for file in (ROOT / "README.md", ROOT / "docs" / "stopping.md", ROOT / "docs" / "statistics.md", ROOT / "docs" / "online.md"):
         write(file)

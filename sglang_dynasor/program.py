@@ -69,6 +69,8 @@ class Program:
     overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
     reason: StopReason | None = None
     _mixture: Mixture | None = None  # of `answering`, until that changes
+    _num_seen: int = 0  # changes of `answering`
+    _gathered: tuple[tuple[int, ...], Evidence] | None = None  # the evidence, and what it was gathered of
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -112,6 +114,13 @@ class Program:
 
     @property
     def evidence(self) -> Evidence:
+        """What the rule may look at. Gathered once per change: order, width and gang ask for it many times."""
+        key = (len(self.recent), self.num_failed, self.num_in_flight if self.is_closed else -1, self._num_seen)
+        if self._gathered is None or self._gathered[0] != key:
+            self._gathered = key, self._gather()
+        return self._gathered[1]
+
+    def _gather(self) -> Evidence:
         num_left = self.spec.branches - self.num_failed - len(self.recent)
         if self.is_closed:
             num_left = self.num_in_flight
@@ -140,6 +149,7 @@ class Program:
         else:
             self.answering.pop(index, None)
         self._mixture = None
+        self._num_seen += 1
 
     def _weight(self, who: list[int]) -> float:
         """What the votes of these branches weigh together. A branch that nobody rewarded weighs nothing by reward."""

@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -203,3 +204,28 @@ def test_check_fails_with_the_remedy() -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "add dynasor" in done.stdout
+
+
+CONFIGURED = """
+import sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+from sglang_dynasor.engine.flag import config_of
+print(config_of(prepare_server_args(["--config", sys.argv[1], "--dynasor-width", "3"])))
+"""
+
+
+def test_a_config_file_carries_our_options(tmp_path: Path) -> None:
+    """SGLang's `--config` YAML: ours are read like SGLang's own, and the command line wins."""
+    config = tmp_path / "server.yaml"
+    config.write_text(
+        f"model-path: {CHECKPOINT}\nscheduler: dynasor\ndynasor-width: 5\ndynasor-strict: true\n"
+        "dynasor-tenant-weights: gold=4\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", CONFIGURED, str(config)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for part in ("scheduler='dynasor'", "dynasor_width=3", "dynasor_strict=True", "dynasor_tenant_weights='gold=4'"):
+        assert part in done.stdout

@@ -16,6 +16,7 @@ from fastapi import HTTPException
 from questions import held_out, prompt
 from sglang.srt.managers import scheduler
 
+from sglang_dynasor.engine import admission
 from sglang_dynasor.engine.admission import Admission
 from sglang_dynasor.engine.branch import tag_of
 
@@ -159,6 +160,38 @@ def test_wide_when_idle_narrow_when_loaded(start_engine: Any) -> None:
     assert narrow[0]["gang"] == 3
 
 
+@pytest.mark.parametrize("widens", [True, False])
+def test_a_narrow_program_widens_when_the_load_is_gone(
+    start_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, widens: bool
+) -> None:
+    """Started narrow in a crowd, it gets the rest of its branches when the crowd has gone, long before one of its own ends."""
+    log = tmp_path / "steps"
+    note = Admission.note_admitted
+
+    def noting(self: Admission, batch: Any) -> None:
+        note(self, batch)
+        tags = [tag_of(req) for req in batch.reqs] if batch is not None else []
+        if any(tag and tag.live.program.id == "long" for tag in tags):
+            with log.open("a") as out:
+                out.write(f"{self.scheduler.forward_ct}\n")
+
+    monkeypatch.setattr(Admission, "note_admitted", noting)
+    if not widens:
+        monkeypatch.setattr(admission, "LOOK_EVERY", 10**9)
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_patience_tokens=0, max_running_requests=16
+    )  # fmt: skip
+    filler = {"temperature": 1.7, "max_new_tokens": 40, "ignore_eos": True, "n": 16}
+    long = {**params(400, branches=16, stop="never"), "ignore_eos": True}
+    requests = [("filler", filler), ("long", long)]
+    requests += [(f"short{i}", params(20, branches=4, stop="beta")) for i in range(20)]
+    outs = run(engine, requests)
+    assert outs[1]["meta_info"]["dynasor"]["gang"] < 8
+    steps = [int(line) for line in log.read_text().splitlines()]
+    assert (steps[-1] - steps[0] < 390) is widens, steps
+    assert_nothing_left(engine)
+
+
 def test_shortest_remaining_first_and_patience(start_engine: Any, admitted: Any) -> None:
     """While a long program fills the engine, a short one that came last goes first; with no patience it does not."""
     requests = [
@@ -232,10 +265,14 @@ def test_siblings_follow_though_the_batch_was_full_for_others(
         if batch is not None:
             with log.open("a") as out:
                 out.write(f"{self.scheduler.forward_ct} {len(batch.reqs)}\n")
-        self.scheduler.running_batch.batch_is_full = True  # as after a request that did not fit
+
+    def opening(self: Admission, running_batch: Any) -> None:
+        running_batch.batch_is_full = not running_batch.is_empty()  # as after a request that did not fit
+        if is_opened:
+            real(self, running_batch)
 
     monkeypatch.setattr(Admission, "note_admitted", noting)
-    monkeypatch.setattr(Admission, "open_batch", real if is_opened else lambda self, batch: None)
+    monkeypatch.setattr(Admission, "open_batch", opening)
     engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4)
     run(engine, [("p", {**params(60, branches=4, stop="beta"), "ignore_eos": True})])
     (first, _), (second, num_siblings) = (map(int, line.split()) for line in log.read_text().splitlines()[:2])

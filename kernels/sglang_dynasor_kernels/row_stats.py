@@ -100,6 +100,7 @@ def row_stats(
         tile = {"NUM_GROUPS": NUM_GROUPS, "GROUP": GROUP, "num_warps": NUM_WARPS}
         sizes = tile | {
             "NUM_LABELS": num_labels,
+            "BLOCK_L": triton.next_power_of_2(max(1, num_labels)),
             "TOP_K": top_k,
             "BLOCK_K": max(2, triton.next_power_of_2(top_k)),
             "BLOCK_S": triton.next_power_of_2(num_chunks),
@@ -199,7 +200,7 @@ def _num_sms(device: torch.device) -> int:
 def _row_stats_kernel(
     logits_ptr, rows_ptr, batch_size, vocab_size, stride_row,
     label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_LABELS: tl.constexpr, BLOCK_L: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program per row reads its chunks one after the other."""
@@ -218,7 +219,7 @@ def _row_stats_kernel(
     _write_row(
         row_ptr, num_ids, m, s, t, groups,
         label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-        NUM_LABELS, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
+        NUM_LABELS, BLOCK_L, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
     )  # fmt: skip
 
 
@@ -243,7 +244,7 @@ def _row_stats_split_kernel(
 def _row_stats_merge_kernel(
     logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
     label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_LABELS: tl.constexpr, BLOCK_L: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One program per row merges what its chunks left."""
@@ -262,7 +263,7 @@ def _row_stats_merge_kernel(
     _write_row(
         row_ptr, num_ids, m, s, t, groups,
         label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-        NUM_LABELS, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
+        NUM_LABELS, BLOCK_L, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
     )  # fmt: skip
 
 
@@ -306,7 +307,7 @@ def _exp_terms(x, m):
 def _write_row(
     row_ptr, num_ids, chunk_m, chunk_s, chunk_t, groups,
     label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_LABELS: tl.constexpr, BLOCK_L: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Merge a row's chunks [S] and find the top k in the k groups [S, G] with the largest logits."""
@@ -342,7 +343,7 @@ def _write_row(
     tl.store(stats_ptr + 3 * num_rows + i, confidence)
 
     if NUM_LABELS > 0:
-        offs_l = tl.arange(0, triton.next_power_of_2(NUM_LABELS))
+        offs_l = tl.arange(0, BLOCK_L)
         mask_l = offs_l < NUM_LABELS
         label = tl.load(label_ids_ptr + i * stride_label + offs_l, mask_l, other=-1)
         is_label = (label >= 0) & (label < num_ids)
