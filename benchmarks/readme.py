@@ -62,5 +62,10 @@ def write(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for file in (ROOT / "README.md", ROOT / "docs" / "stopping.md", ROOT / "docs" / "statistics.md", ROOT / "docs" / "online.md"):
+    for file in (
+        ROOT / "README.md",
+        ROOT / "docs" / "stopping.md",
+        ROOT / "docs" / "statistics.md",
+        ROOT / "docs" / "online.md",
+    ):
         write(file)

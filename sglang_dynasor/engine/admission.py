@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from sglang_dynasor.engine.controller import LiveProgram
 
-LOOK_EVERY = 16  # steps after which the line is looked at though nothing finished: room and load change
+LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
 
 
 class Admission:
@@ -46,7 +46,6 @@ class Admission:
         self.engine = Room(scheduler.max_running_requests, pool_tokens)  # as if it were empty
         self.cheap_rows = self.engine.rows  # that a step carries nearly for free (pace.py): the first rank tells
         self.front: dict[Req, None] = {}  # our branches in SGLang's waiting_queue: always its first
-        self.narrow: dict[LiveProgram, None] = {}  # run with fewer branches than they may, and do not wait for more
         self.promised: dict[LiveProgram, int] = {}  # siblings that follow once their leader has cached the prompt
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
         self.num_expected = 0  # branches, of all live programs
@@ -61,7 +60,6 @@ class Admission:
 
     def wait(self, live: LiveProgram) -> None:
         """Let a program that wants branches stand in line, or move in it."""
-        self.narrow.pop(live, None)
         self._expect(live, round(self.forecast.branches(live.program)))
         progress = sum(len(req.output_ids) for req in live.in_flight())
         self.order.wait(live.ticket, self.forecast.remaining_tokens(live.program, progress))
@@ -72,12 +70,9 @@ class Admission:
         num_branches = min(self.promised.pop(live, 0), live.program.num_unused)
         if num_branches:
             self.start(live, num_branches)
-        if live.program.num_unused:
-            self.narrow[live] = None
 
     def leave(self, live: LiveProgram) -> None:
         """The program is over."""
-        self.narrow.pop(live, None)
         self.promised.pop(live, None)
         self._expect(live, 0)
         self.order.end(live.ticket)
@@ -162,13 +157,10 @@ class Admission:
 
     def look(self, running_batch: ScheduleBatch) -> None:
         """Start the waiting programs that fit, in order. Called once per step, before SGLang fills its prefill batch."""
-        self._num_steps += 1
         if not self.order.num_waiting:
             self.is_plain_due = True
-            if self._num_steps < LOOK_EVERY or not self.narrow:
-                return
-            for live in list(self.narrow):  # nobody else wants the room: the load may allow them more now
-                self.wait(live)
+            return
+        self._num_steps += 1
         is_empty = running_batch.is_empty() and not self.front and self.scheduler.chunked_req is None
         if not (self._is_stale or is_empty or self._num_steps >= LOOK_EVERY):
             return
@@ -192,8 +184,6 @@ class Admission:
 
     def _offer(self, live: LiveProgram, num_rows: int) -> Offer:
         wanted, least = live.program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
-        if not wanted:
-            self.narrow[live] = None
         return Offer(wanted, least, self._gang_cost(live))
 
     def _admit(self, live: LiveProgram, num: int) -> None:
@@ -211,8 +201,6 @@ class Admission:
             if num > 1:
                 self.promised[live] = num - 1
             self.start(live, 1)
-        if program.num_unused and live not in self.promised:
-            self.narrow[live] = None
 
     def _width(self, live: LiveProgram, num_rows: int) -> int:
         """Branches that one program may have in flight under the present load."""
