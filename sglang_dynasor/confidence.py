@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 MOST_WARMUP_BRANCHES = 16
 FEWEST_WARMUP_BRANCHES = 3
@@ -22,44 +23,42 @@ class Confidence:
     """
 
     group_tokens: int
-    num_tokens: int = 0
-    total: float = 0.0
-    lowest_group: float | None = None  # of the full groups so far
     _recent: deque[float] = field(default_factory=deque[float])
-    _recent_total: float = 0.0
+    _total: float = 0.0  # of the recent ones
+    _lowest_total: float = inf  # of the full groups so far
+    _score: float | None = None  # of a branch that has ended
 
     def add(self, confidence: float) -> None:
         """Take in the next token. One without a number (its logits were not finite) is left out."""
         if confidence != confidence:
             return
-        self.num_tokens += 1
-        self.total += confidence
-        self._recent.append(confidence)
-        self._recent_total += confidence
-        if len(self._recent) > self.group_tokens:
-            self._recent_total -= self._recent.popleft()
-        group = self.group
-        if group is not None and (self.lowest_group is None or group < self.lowest_group):
-            self.lowest_group = group
+        recent = self._recent  # runs for every branch in every step
+        recent.append(confidence)
+        self._total += confidence
+        if len(recent) >= self.group_tokens:
+            if len(recent) > self.group_tokens:
+                self._total -= recent.popleft()
+            if self._total < self._lowest_total:
+                self._lowest_total = self._total
 
     def close(self) -> None:
-        """No more tokens come: keep the scores, not the tokens."""
+        """No more tokens come: keep the score, not the tokens."""
+        self._score = self.lowest
         self._recent.clear()
 
     @property
     def group(self) -> float | None:
         """Mean over the last `group_tokens`; None until there are that many."""
-        return self._recent_total / self.group_tokens if len(self._recent) == self.group_tokens else None
-
-    @property
-    def mean(self) -> float:
-        """Mean over the whole branch; 0 without tokens."""
-        return self.total / self.num_tokens if self.num_tokens else 0.0
+        return self._total / self.group_tokens if len(self._recent) == self.group_tokens else None
 
     @property
     def lowest(self) -> float:
-        """The branch's score: its lowest group, or the mean of a branch shorter than a group."""
-        return self.mean if self.lowest_group is None else self.lowest_group
+        """The branch's score: its lowest group, or the mean of a branch shorter than a group; 0 without tokens."""
+        if self._score is not None:
+            return self._score
+        if self._lowest_total < inf:
+            return self._lowest_total / self.group_tokens
+        return self._total / len(self._recent) if self._recent else 0.0
 
 
 def warmup_branches(cap: int) -> int:

@@ -212,7 +212,7 @@ class Program:
     def see_answer(self, index: int, distribution: Distribution) -> None:
         """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
         self._see(index, distribution)
-        if self.reason is None:
+        if self.reason is None and self.spec.stop.uses("mixture"):
             self._stop_if_certain()
 
     def weaken(self, index: int, num_tokens: int) -> None:

@@ -21,7 +21,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from sglang_dynasor.certaindex import answer_entropy, entropy_certaindex
-from sglang_dynasor_kernels import choose_path, program_stats, program_stats_ref, row_stats, row_stats_ref
+from sglang_dynasor_kernels import (
+    choose_path,
+    program_stats,
+    program_stats_ref,
+    row_confidence,
+    row_stats,
+    row_stats_ref,
+)
 
 PACKAGE = ROOT / "kernels" / "sglang_dynasor_kernels"
 
@@ -71,6 +78,29 @@ def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> No
     row_kernels = ["_row_stats_split_kernel", "_row_stats_merge_kernel"] * 2, ["_row_stats_kernel"] * 2
     program_kernels = ["_mixture_kernel", "_program_stats_kernel", "_program_stats_kernel"]
     assert compiled == row_kernels[0] + program_kernels + row_kernels[1] + program_kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [2, 19, 20, 21, 768, 5003])
+def test_row_confidence_equals_the_twin(vocab_size: int, dtype: torch.dtype) -> None:
+    """On random, masked, flat and broken rows; rows short of top_k tokens too."""
+    logits = normal(9, vocab_size)
+    logits[1, 1:] = -inf
+    logits[2, ::2] = -inf
+    logits[3] = 0.0
+    logits[4] = -inf
+    logits[5, 0] = nan
+    logits[6, 1] = inf
+    logits = logits.to(dtype)
+    before = logits.clone()
+    confidence, logprobs = row_confidence(logits)
+    twin = row_stats_ref(logits)
+    assert torch.equal(logits.nan_to_num(), before.nan_to_num())
+    torch.testing.assert_close(confidence.double(), twin.confidence, rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(logprobs.double(), logits.double().log_softmax(1), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert row_confidence(logits[:0])[0].shape == (0,)
+    with pytest.raises(ValueError, match="is for the CPU"):
+        row_confidence(torch.empty(1, 2, device="meta"))
 
 
 def test_row_stats_by_definition() -> None:

@@ -153,6 +153,30 @@ def row_stats_ref(
     )  # fmt: skip
 
 
+def row_confidence(logits: Tensor, *, top_k: int = 20) -> tuple[Tensor, Tensor]:
+    """What a CPU engine needs in every step: confidence [B] and the log-probabilities [B, V], both float32.
+
+    As `row_stats` defines them, in a third of its time: what else it tells is wanted of few rows, and can be read from
+    the log-probabilities then. On a GPU `row_stats` is one read and writes no [B, V].
+
+    Raises:
+        ValueError: logits that are not [B, V] on the CPU, or `top_k` outside 1 to 64.
+    """
+    _check(logits, None, None, top_k)
+    if logits.device.type != "cpu":
+        raise ValueError(f"logits are on {logits.device}: row_confidence is for the CPU; use row_stats")
+    logprobs = logits.float().log_softmax(1)
+    num_top = min(top_k, logits.shape[1])
+    scratch = logprobs.numpy().copy()  # numpy: its calls cost a third of torch's
+    scratch.partition(scratch.shape[1] - num_top, axis=1)  # NaN goes last: such a row stays NaN
+    top = scratch[:, -num_top:]
+    total, num_tokens = top.sum(1), num_top
+    if float("-inf") in total:  # masked tokens have no part in the mean
+        is_token = top != float("-inf")
+        total, num_tokens = top.sum(1, where=is_token), is_token.sum(1)
+    return torch.from_numpy(total / -num_tokens), logprobs
+
+
 def _top_ids(logits: Tensor, k: int) -> Tensor:
     """[N, k] int64: the ids of the k largest logits of each row, descending, the lowest id first among equals."""
     bits = (0.0 - logits.float()).view(torch.int32)  # ascending from here on; -0.0 and 0.0 become the same

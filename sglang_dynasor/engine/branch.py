@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
 from sglang.srt.mem_cache.common import release_kv_cache
 
 if TYPE_CHECKING:
+    from sglang_dynasor.confidence import Confidence
     from sglang_dynasor.engine.controller import LiveProgram
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: far apart for neighbouring indices
@@ -29,11 +30,16 @@ class BranchTag:
     labels: tuple[int, int] = (-1, -1)  # a judge's tokens for good and bad
     reward: float | None = None  # what a judge found
     is_at_answer: bool = False  # the branch's answer comes next (statistics.py)
+    # What every step asks, found once:
+    is_watched: bool = field(init=False)  # somebody reads the logits of this Req
+    confidence: Confidence | None = field(init=False)  # of the branch, where somebody asked
+    may_be_weak: bool = field(init=False)
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether somebody reads the logits of this Req."""
-        return self.is_judge or self.live.program.spec.needs_statistics
+    def __post_init__(self) -> None:
+        program = self.live.program
+        self.confidence = None if self.is_judge else program.branches[self.index].confidence
+        self.is_watched = self.is_judge or self.confidence is not None
+        self.may_be_weak = self.confidence is not None and program.spec.weak_frac > 0
 
 
 class FINISH_ENDED(BaseFinishReason):

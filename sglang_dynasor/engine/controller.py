@@ -22,7 +22,6 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_dynasor.answers import answer_marks
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.admission import Admission
 from sglang_dynasor.engine.branch import (
@@ -37,7 +36,7 @@ from sglang_dynasor.engine.branch import (
     tag_of,
 )
 from sglang_dynasor.engine.judge import branch_text, judge_tokens, make_judge
-from sglang_dynasor.engine.statistics import AnswerReader, Observer
+from sglang_dynasor.engine.statistics import AnswerReader, HostStatistics, Observer
 from sglang_dynasor.engine.teller import TOLD_RID, Teller
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
@@ -109,7 +108,8 @@ class Controller:
         return parallel.pp_rank == parallel.attn_tp_rank == parallel.attn_cp_rank == 0
 
     @cached_property
-    def _reader(self) -> AnswerReader:
+    def reader(self) -> AnswerReader:
+        """Finds answers in running branches."""
         return AnswerReader(self.scheduler.tokenizer)
 
     def holds(self, live: LiveProgram) -> bool:
@@ -355,25 +355,22 @@ class Controller:
 
     # Statistics and rewards
 
-    def see(
-        self, req: Req, tag: BranchTag, confidence: float, token: int, distribution: Callable[[], Distribution]
-    ) -> None:
-        """Take in one token of a running branch: how confident the model was, and what else it might have said."""
-        self.guarded(tag.live, lambda _: self._see(req, tag, confidence, token, distribution))
+    def see(self, req: Req, tag: BranchTag, token: int, step: HostStatistics, row: int) -> None:
+        """Take in a token of a running branch that may be weak, or may stand at its answer."""
+        self.guarded(tag.live, lambda live: self._see(live, req, tag, token, step, row))
 
-    def _see(
-        self, req: Req, tag: BranchTag, confidence: float, token: int, distribution: Callable[[], Distribution]
-    ) -> None:
-        program = tag.live.program
-        branch = program.branches[tag.index]
-        if branch.state is not BranchState.IN_FLIGHT or branch.confidence is None:
+    def _see(self, live: LiveProgram, req: Req, tag: BranchTag, token: int, step: HostStatistics, row: int) -> None:
+        program = live.program
+        if program.branches[tag.index].state is not BranchState.IN_FLIGHT:
             return
-        branch.confidence.add(confidence)
-        level, group = program.weak_level, branch.confidence.group
-        if level is not None and group is not None and group < level and not req.finished():
-            self._weaken(tag.live, tag.index, req)
-        elif answer_marks(program.spec.answer) and self._reader.begins(req, tag, token):
-            self._see_answer(tag.live, tag.index, distribution())
+        if tag.may_be_weak and self._is_weak(program, tag) and not req.finished():
+            self._weaken(live, tag.index, req)
+        elif self.reader.begins(req, tag, token):
+            self._see_answer(live, tag.index, step.distribution(row))
+
+    def _is_weak(self, program: Program, tag: BranchTag) -> bool:
+        level, group = program.weak_level, tag.confidence and tag.confidence.group
+        return level is not None and group is not None and group < level
 
     def _weaken(self, live: LiveProgram, index: int, req: Req) -> None:
         assert_same("dynasor finds %s weak", req.rid)

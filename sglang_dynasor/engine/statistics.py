@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from math import nan
+from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from sglang_dynasor.answers import answer_marks
 from sglang_dynasor.engine.branch import BranchTag, tag_of
 from sglang_dynasor.mixture import Distribution
 from sglang_dynasor.reward import sigmoid
-from sglang_dynasor_kernels import row_stats
+from sglang_dynasor_kernels import row_confidence, row_stats
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
     from sglang_dynasor.engine.controller import Controller
 
 TOP_K = 20  # DeepConf's (arXiv 2508.15260, section 3.1)
-TAIL_TOKENS = 8  # decoded to see whether an answer begins
+TAIL_TOKENS = 8  # looked at to see whether an answer begins
+SPACES = "\u0120\u2581\u010a \n\t"  # also as vocabularies write a space or a new line
 # The columns of the tensor that goes to the host; then TOP_K log-probabilities and as many token ids.
 CONFIDENCE, GOOD, BAD, NUM_COLUMNS = 0, 1, 2, 3
 
@@ -41,6 +41,7 @@ class Watched:
 
     rows: list[int]
     reqs: list[Req]
+    tags: list[BranchTag]
     labels: list[tuple[int, int]] | None  # of a judge's rows; -1 elsewhere
     is_whole: bool  # every row of the batch
 
@@ -58,17 +59,12 @@ class Observer:
         self.watched = None
         if not self.controller.num_watched:
             return
-        rows, labels, has_judges = list[int](), list[tuple[int, int]](), False
-        for row, req in enumerate(batch.reqs):
-            tag = tag_of(req)
-            if tag is not None and tag.is_watched:
-                rows.append(row)
-                labels.append(tag.labels)
-                has_judges |= tag.is_judge
-        if rows:
+        seen = [(row, req, tag) for row, req in enumerate(batch.reqs) if (tag := tag_of(req)) and tag.is_watched]
+        if seen:
             self.num_steps += 1
-            reqs = [batch.reqs[row] for row in rows]
-            self.watched = Watched(rows, reqs, labels if has_judges else None, len(rows) == len(batch.reqs))
+            rows, reqs, tags = (list(column) for column in zip(*seen, strict=True))
+            labels = [tag.labels for tag in tags] if any(tag.is_judge for tag in tags) else None
+            self.watched = Watched(rows, reqs, tags, labels, is_whole=len(rows) == len(batch.reqs))
 
     def is_active(self, sampling_info: Any) -> bool:
         return self.watched is not None
@@ -78,16 +74,22 @@ class Observer:
         if watched is None or watched.rows[-1] >= logits.shape[0]:  # not a step that samples a token for each request
             return None
         group = get_parallel().tp_group
+        if logits.device.type == "cpu" and group.world_size == 1:
+            try:
+                return DeviceStatistics(*compute_on_cpu(logits, watched), watched, self.controller)
+            except Exception as error:
+                self.controller.fall_back("statistics", error)
+                return None
+        shape = (len(watched.rows), NUM_COLUMNS + 2 * TOP_K)
         if group.rank_in_group == 0:
             try:
                 table = compute(logits, watched)
             except Exception as error:  # the other ranks wait for a table
                 self.controller.fall_back("statistics", error)
-                table = torch.full((len(watched.rows), NUM_COLUMNS + 2 * TOP_K), nan, device=logits.device)
+                table = torch.full(shape, nan, device=logits.device)
         else:
-            shape = (len(watched.rows), NUM_COLUMNS + 2 * TOP_K)
             table = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        return DeviceStatistics(group.broadcast(table), watched, self.controller)
+        return DeviceStatistics(group.broadcast(table), None, watched, self.controller)
 
     def after_sample(self, state: DeviceStatistics, token_ids: Tensor) -> DeviceStatistics:
         return state
@@ -103,6 +105,18 @@ def compute(logits: Tensor, watched: Watched) -> Tensor:
     return torch.cat([stats.confidence[:, None], of_labels, stats.top_logprobs, stats.top_ids.float()], dim=1)
 
 
+def compute_on_cpu(logits: Tensor, watched: Watched) -> tuple[Tensor, Tensor]:
+    """The columns [rows, NUM_COLUMNS] of the watched rows, and their log-probabilities [rows, V], float32."""
+    if not watched.is_whole:
+        logits = logits[torch.tensor(watched.rows)]
+    confidence, logprobs = row_confidence(logits, top_k=TOP_K)
+    columns = confidence[:, None].expand(-1, NUM_COLUMNS)
+    if watched.labels is not None:
+        of_labels = logprobs.gather(1, torch.tensor(watched.labels).clamp_min(0))  # -1, of no judge, is read by nobody
+        columns = torch.cat([confidence[:, None], of_labels], dim=1)
+    return columns, logprobs
+
+
 def _to_device(values: Sequence[Any], device: torch.device) -> Tensor:
     tensor = torch.tensor(values, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
@@ -113,11 +127,13 @@ class DeviceStatistics:
     """SGLang's DeviceAuxiliaryOutput."""
 
     table: Tensor
+    logprobs: Tensor | None  # of all tokens, where they are on the host already
     watched: Watched
     controller: Controller
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> HostStatistics:
-        return HostStatistics(copy_tensor(self.table), self.watched, self.controller)
+        table = self.table if self.logprobs is not None else copy_tensor(self.table)
+        return HostStatistics(table, self.logprobs, self.watched, self.controller)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,26 +141,40 @@ class HostStatistics:
     """SGLang's HostAuxiliaryOutput: a step's table, read once its tokens are known."""
 
     table: Tensor
+    logprobs: Tensor | None
     watched: Watched
     controller: Controller
 
     def consume(self, batch: ScheduleBatch, commits: Sequence[Any]) -> None:
-        watched = self.watched
-        columns = self.table[:, :NUM_COLUMNS].tolist()
-        for i, (row, req) in enumerate(zip(watched.rows, watched.reqs, strict=True)):
-            commit, tag = commits[row], tag_of(req)
-            if commit is None or tag is None:  # a chunk of a prompt, or a branch that had ended
-                continue
-            if tag.is_judge:
-                tag.reward = reward(columns[i][GOOD], columns[i][BAD])
-            else:
-                self.controller.see(req, tag, columns[i][CONFIDENCE], commit.token_ids[-1], partial(self._answer, i))
+        # Once per row and step: what is rarely wanted, `see` is called for.
+        watched, controller = self.watched, self.controller
+        ends = controller.reader.ends
+        columns = self.table[:, :NUM_COLUMNS].numpy()  # whose tolist takes a tenth of torch's
+        confidences: list[float] = columns[:, CONFIDENCE].tolist()
+        try:
+            for i, (row, tag) in enumerate(zip(watched.rows, watched.tags, strict=True)):
+                commit = commits[row]
+                if commit is None:  # a chunk of a prompt, or a branch that had ended
+                    continue
+                if tag.confidence is None:
+                    tag.reward = reward(float(columns[i, GOOD]), float(columns[i, BAD]))
+                    continue
+                tag.confidence.add(confidences[i])
+                token = commit.token_ids[-1]
+                if tag.may_be_weak or tag.is_at_answer or token in ends:
+                    controller.see(watched.reqs[i], tag, token, self, i)
+        except Exception as error:
+            controller.fall_back("statistics", error)
 
-    def _answer(self, i: int) -> Distribution:
-        """The most likely tokens of a row."""
-        logprobs = self.table[i, NUM_COLUMNS : NUM_COLUMNS + TOP_K].tolist()
-        ids = self.table[i, NUM_COLUMNS + TOP_K :].tolist()
-        return {int(token): logprob for token, logprob in zip(ids, logprobs, strict=True) if token >= 0}
+    def distribution(self, i: int) -> Distribution:
+        """The most likely tokens of the i-th watched row."""
+        if self.logprobs is not None:
+            top = self.logprobs[i].topk(min(TOP_K, self.logprobs.shape[1]))
+            logprobs, ids = top.values.tolist(), top.indices.tolist()
+        else:
+            logprobs = self.table[i, NUM_COLUMNS : NUM_COLUMNS + TOP_K].tolist()
+            ids = self.table[i, NUM_COLUMNS + TOP_K :].tolist()
+        return {int(token): logprob for token, logprob in zip(ids, logprobs, strict=True) if logprob > -inf}
 
 
 def reward(good_logprob: float, bad_logprob: float) -> float | None:
@@ -157,19 +187,19 @@ class AnswerReader:
     """Finds where a running branch's answer begins, from its tokens as they come."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+        self.tokens = {i: token for token, i in vocabulary(tokenizer)}
         # Looking closer is for tokens that could end a mark; a space may belong to the same token.
-        self.ends = {i for token, i in vocabulary(tokenizer) if token.rstrip("\u0120\u2581 ").endswith(("#", "{"))}
+        self.ends = {i for i, token in self.tokens.items() if token.rstrip(SPACES).endswith(("#", "{"))}
 
     def begins(self, req: Req, tag: BranchTag, token: int) -> bool:
         """Whether the distribution that `token` was drawn from is that of the answer's first token."""
         if tag.is_at_answer:
-            if not self.tokenizer.decode([token]).strip():
+            if not self.tokens.get(token, "").strip(SPACES):
                 return False  # a space before the answer
             tag.is_at_answer = False
             return True
-        if token in self.ends:
-            text = self.tokenizer.decode(list(req.output_ids[-TAIL_TOKENS:])).rstrip()
+        if token in self.ends:  # a mark is ASCII, which vocabularies spell as it is: nothing need be decoded
+            text = "".join(self.tokens.get(i, "") for i in req.output_ids[-TAIL_TOKENS:]).rstrip(SPACES)
             tag.is_at_answer = text.endswith(answer_marks(tag.live.program.spec.answer))
         return False
 
