@@ -1,0 +1,174 @@
+"""Every algorithm on held-out questions against uniform allocation at equal cap, on the real engine.
+
+    python benchmarks/bench_algorithms.py --csv benchmarks/results/algorithms.csv
+
+Uniform is the same algorithm told never to stop (Rebase: its whole width in one tree, as published), in the same engine on the
+same questions, CONCURRENCY at a time. Tokens are those generated; what judging computed has a column of its own. Rewards come
+from the model's own judge token, or, in the rows "checked", from a verifier that checks each line's arithmetic against the
+question: what a program gains with rewards that can be relied on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from forked import forked_engine
+from machine import machine
+from rows import percentile, write_rows
+
+from sglang_dynasor.answers import answer_key
+from sglang_dynasor.demo import read_questions, show
+from sglang_dynasor.frontend import LocalEngine
+from sglang_dynasor.offline import Results, solve
+
+REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
+sys.path.append(str(REASONER))
+from questions import held_out, prompt  # noqa: E402 - the generator is no package
+
+CONCURRENCY = 8
+SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
+JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
+
+
+class Way(NamedTuple):
+    """One row: an algorithm with its field; `group` is what it is compared within, its first way being uniform."""
+
+    group: str
+    name: str
+    algorithm: str
+    field: dict[str, Any]
+    is_checked: bool = False
+
+
+def ways() -> list[Way]:
+    found = [
+        Way("self-consistency 16", "uniform", "self_consistency", {"stop": "never"}),
+        Way("self-consistency 16", "stopped", "self_consistency", {}),
+        Way("best-of-16", "uniform", "best_of_n", {"stop": "never", **JUDGE}),
+        Way("best-of-16", "stopped (best:0.95)", "best_of_n", JUDGE),
+        Way("best-of-16, votes by reward", "uniform", "best_of_n", {"stop": "never", "vote": "reward", **JUDGE}),
+        Way("best-of-16, votes by reward", "stopped", "best_of_n", {"stop": "predictive", "vote": "reward", **JUDGE}),
+    ]
+    for width in (16, 32):
+        for is_checked in (False, True):
+            group, judge = f"Rebase {width}" + (", checked" if is_checked else ""), {} if is_checked else JUDGE
+            found += [
+                Way(group, "uniform", "rebase", {"branches": width, "round_width": width, "stop": "never", **judge}, is_checked),
+                Way(group, "stopped", "rebase", {"branches": width, **judge}, is_checked),
+            ]  # fmt: skip
+    for cap in (3, 7, 10, 15, 20):
+        base = {"branches": cap, "width": min(4, cap), **JUDGE}
+        found += [
+            Way(f"MCTS {cap}", "uniform", "mcts", {"stop": "never", **base}),
+            Way(f"MCTS {cap}", "stopped", "mcts", base),
+        ]
+    found += [
+        Way("beam 16", "uniform", "beam", {"stop": "never", **JUDGE}),
+        Way("beam 16", "stopped", "beam", JUDGE),
+    ]
+    return found
+
+
+def checker(lines: dict[str, list[str]]) -> Callable[[str, str], float]:
+    """A verifier: 1 while every line of a solution is right, then less with every wrong one."""
+
+    def reward(question: str, text: str) -> float:
+        truth = lines[question]
+        said = [line for line in text.splitlines() if line and not line.startswith("####")]
+        wrong = sum(a != b for a, b in zip(said, truth, strict=False)) + max(0, len(said) - len(truth))
+        return max(0.0, 1.0 - 0.25 * wrong)
+
+    return reward
+
+
+def solve_way(backend: LocalEngine, way: Way, questions: list[dict[str, Any]], progress: bool) -> Results:
+    """All questions one way."""
+    prompts = [question["prompt"] for question in questions]
+    options = {"sampling": SAMPLING, "answer": "hash", "concurrency": CONCURRENCY, **way.field}
+    if not way.is_checked:
+        return solve(backend, prompts, way.algorithm, progress=progress, **options)
+    # A verifier needs to know the question; `reward` is told the text only, so each question is a batch of its own.
+    known = {prompt(q.text): [line.strip() for line in q.lines] for q in held_out(len(questions))}
+    check = checker(known)
+
+    def one(text: str) -> Any:
+        return solve(
+            backend, [text], way.algorithm, progress=False, reward=lambda said: check(text, said), **options
+        )[0]  # fmt: skip
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        return Results(way.algorithm, list(pool.map(one, prompts)), time.perf_counter() - started)
+
+
+def row(way: Way, runs: list[Results], base: list[Results], questions: list[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table; savings against uniform."""
+
+    def tokens(of: list[Results]) -> float:
+        return mean(results.num_tokens for results in of) / len(questions)
+
+    def accuracy(results: Results) -> float:
+        right = (
+            result.answer is not None and answer_key(result.answer) == str(question["answer"])
+            for result, question in zip(results, questions, strict=True)
+        )
+        return 100 * mean(right)
+
+    found = [accuracy(results) for results in runs]
+    wall_s = mean(results.wall_s for results in runs)
+    judged = [r.record.get("num_judge_tokens", 0) for results in runs for r in results]
+    return {
+        "algorithm": way.group,
+        "way": way.name,
+        "accuracy %": f"{mean(found):.1f}" + (f" ({min(found):.1f} to {max(found):.1f})" if len(found) > 1 else ""),
+        "tokens per question": round(tokens(runs)),
+        "tokens saved %": round(100 * (1 - tokens(runs) / tokens(base)), 1),
+        "judge tokens per question": round(mean(judged)),
+        "wall-clock s": round(wall_s, 1),
+        "wall-clock saved %": round(100 * (1 - wall_s / mean(results.wall_s for results in base)), 1),
+        "p90 latency s": round(percentile([r.latency_s for results in runs for r in results], 0.9), 2),
+        "solutions per question": round(mean(r.num_branches for results in runs for r in results), 1),
+        "questions": len(questions),
+        "repeats": len(runs),
+        "model": "tiny reasoner",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-questions", type=int, default=160)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], help="groups whose name begins so")
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    questions = read_questions(REASONER, args.num_questions)
+    chosen = [way for way in ways() if not args.only or way.group.startswith(tuple(args.only))]
+    facts = machine()
+    uniform: dict[str, list[Results]] = {}
+    rows: list[dict[str, Any]] = []
+    with (
+        forked_engine(scheduler="dynasor", max_total_tokens=65_536, max_running_requests=128) as engine,
+        LocalEngine(engine, rows=128) as backend,
+    ):
+        for way in chosen[:1]:  # warm up
+            solve_way(backend, way, questions[:8], progress=False)
+        for place, way in enumerate(chosen):
+            results = [solve_way(backend, way, questions, progress=True) for _ in range(args.repeats)]
+            rows.append({**row(way, results, uniform.setdefault(way.group, results), questions), **facts})
+            if args.csv:  # what was measured stays, whatever happens to the rest
+                write_rows(args.csv, rows)
+            print(f"{place + 1} of {len(chosen)}", flush=True)
+    show([{key: value for key, value in r.items() if key not in facts} for r in rows])
+
+
+if __name__ == "__main__":
+    multiprocessing.freeze_support()
+    main()

@@ -1,0 +1,110 @@
+"""Best-of-N: independent branches, each rewarded by a judge or a reward model.
+
+Source: Cobbe et al., arXiv 2110.14168; weighted: Li et al., arXiv 2206.02336.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
+from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole, num_to_start
+from sglang_dynasor.stopping import Evidence, StopRule
+
+
+class BestOfN:
+    """Branches that answer by reward; `certaindex` is the best reward so far, in [0, 1].
+
+    The rule `best:LEVEL` ends it with one good branch; where the best branch and the majority disagree no vote rule fires.
+
+    Args:
+        cap: most branches.
+        stop: when to end early.
+        width: most in flight; None: as many as the load allows.
+        vote: "reward" (votes weigh their reward), "best" (the highest reward decides) or "majority".
+        hopeless: give up after three branches if all rewards are below this; None: never (the default).
+
+    Raises:
+        FieldError: a value out of range.
+    """
+
+    is_stepwise = False
+    is_judged = True
+
+    def __init__(
+        self, cap: int, stop: StopRule, *, width: int | None = None, vote: str = "best", hopeless: float | None = None
+    ):  # fmt: skip
+        check_whole("branches", cap)
+        check_vote(vote)
+        check_reward("hopeless", hopeless)
+        self.cap, self.stop, self.width, self.hopeless = cap, stop, width, hopeless
+        self._tree = Tree()
+        self._votes = Votes(self._tree, vote)
+        self._num_in_flight = 0
+        self._num_failed = 0
+        self._num_tokens = 0
+        self._reason: Reason | None = None
+
+    @property
+    def state(self) -> Tree:
+        return self._tree
+
+    @property
+    def certaindex(self) -> float:
+        return self._votes.best_reward
+
+    @property
+    def budget(self) -> int:
+        """Branches that may still start."""
+        if self._reason is not None:
+            return 0
+        return self.cap - self._num_failed - len(self._votes) - self._num_in_flight
+
+    @property
+    def reason(self) -> Reason | None:
+        return self._reason
+
+    @property
+    def _evidence(self) -> Evidence:
+        return self._votes.evidence(self.cap - self._num_failed - len(self._votes))
+
+    def expand(self, room: int) -> list[Expansion]:
+        if self._reason is not None:
+            return []
+        num = min(self.budget, num_to_start(self._evidence, self.stop, self._num_in_flight, self.width, room))
+        self._num_in_flight += num
+        return [Expansion(ROOT, num)] if num else []
+
+    def report(self, node: int, sample: Sample) -> None:
+        self._num_in_flight -= 1
+        self._num_tokens += sample.num_tokens
+        if self._reason is not None:
+            return
+        self._votes.add(self._tree.add(node, sample._replace(is_terminal=True)))
+        if self.stop.stops(self._evidence):
+            self._reason = Reason.CERTAIN
+        elif self._votes.is_hopeless(self.hopeless, self._votes.rewards):
+            self._reason = Reason.HOPELESS
+        self._stop_if_used_up()
+
+    def lose(self, node: int) -> None:
+        self._num_in_flight -= 1
+        self._num_failed += 1
+        self._stop_if_used_up()
+
+    def _stop_if_used_up(self) -> None:
+        if self._reason is None and self.budget == 0 and self._num_in_flight == 0:
+            self._reason = Reason.CAP if len(self._votes) else Reason.FAILED
+
+    def aggregate(self) -> Choice:
+        return self._votes.answer()
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "algorithm": "best_of_n",
+            "certaindex": round(self.certaindex, 6),
+            **self._votes.record(self._evidence, self._reason, self.stop),
+            "cap": self.cap,
+            "num_failed": self._num_failed,
+            "num_tokens": self._num_tokens,
+        }

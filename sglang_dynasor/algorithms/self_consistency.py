@@ -1,0 +1,70 @@
+"""Self-consistency: independent branches, one vote each. The engine's own program, for a driver outside it.
+
+Source: Wang et al., arXiv 2203.11171; stopping: docs/architecture.md, "Predictive stopping".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
+from sglang_dynasor.program import Program
+from sglang_dynasor.spec import ProgramSpec
+
+
+class SelfConsistency:
+    """`Program` in the shape of the searches: the same policy code, whoever samples.
+
+    A branch's text is read by the program itself, so that `Sample.answer` is not used. `certaindex` is 1 - risk.
+    """
+
+    is_stepwise = False
+
+    def __init__(self, spec: ProgramSpec):
+        self.is_judged = spec.judge is not None
+        self.program = Program("search", spec)
+        self._tree = Tree()
+        self._seats: list[int] = []  # branches in flight, the longest first
+        self._nodes: dict[int, int] = {}  # node of each finished branch
+
+    @property
+    def state(self) -> Tree:
+        return self._tree
+
+    @property
+    def certaindex(self) -> float:
+        return self.program.record()["certaindex"]
+
+    @property
+    def budget(self) -> int:
+        """Branches that may still start."""
+        return self.program.num_unused
+
+    @property
+    def reason(self) -> Reason | None:
+        return None if self.program.reason is None else Reason(str(self.program.reason))
+
+    def expand(self, room: int) -> list[Expansion]:
+        wanted, _ = self.program.num_to_start(room + len(self._seats))
+        self._seats += [self.program.start_branch() for _ in range(wanted)]
+        return [Expansion(ROOT, wanted)] if wanted else []
+
+    def report(self, node: int, sample: Sample) -> None:
+        index = self._seats.pop(0)
+        self._nodes[index] = self._tree.add(node, sample._replace(is_terminal=True))
+        if self.program.reason is None:
+            self.program.finish(index, sample.text, sample.num_tokens, sample.reward)
+        else:
+            self.program.end(index, sample.num_tokens)
+
+    def lose(self, node: int) -> None:
+        self.program.fail(self._seats.pop(0), 0, closes=False)
+
+    def aggregate(self) -> Choice:
+        winner = self.program.winner
+        if winner is None:
+            return Choice(None, None)
+        return Choice(self.program.branches[winner].answer, self._nodes[winner])
+
+    def record(self) -> dict[str, Any]:
+        return self.program.record()

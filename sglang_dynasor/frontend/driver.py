@@ -1,0 +1,205 @@
+"""Runs algorithms on a backend: samples what they ask for, many at once, and reports what came."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from sglang_dynasor.algorithms.tree import Algorithm, Sample
+from sglang_dynasor.answers import extract_answer
+from sglang_dynasor.frontend.backend import Backend
+from sglang_dynasor.frontend.judge import Judge, OwnJudge, model_judge
+from sglang_dynasor.frontend.plan import Plan
+from sglang_dynasor.program import StopReason
+
+DEFAULT_ROWS = 64
+
+
+class Driven(NamedTuple):
+    """A finished run."""
+
+    record: dict[str, Any]
+    text: str  # of the path that gave the answer; empty where nothing finished
+
+
+class Sampled(NamedTuple):
+    """One request's outcome; without a sample it was ended or given up."""
+
+    sample: Sample | None
+    num_tokens: int = 0
+    num_judge_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Run:
+    """One search under way."""
+
+    prompt: str
+    plan: Plan
+    sampling: dict[str, Any]
+    judge: Judge | None
+    seed: int | None
+    algorithm: Algorithm
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    num_asked: int = 0
+    num_tokens: int = 0
+    num_judge_tokens: int = 0
+    in_flight: dict[Future[Sampled], tuple[int, str]] = field(default_factory=dict[Future[Sampled], tuple[int, str]])
+
+
+class Driver:
+    """At most `rows` requests at once on one backend, shared evenly by the searches under way.
+
+    When a search ends, the others may have more in flight.
+    """
+
+    def __init__(self, backend: Backend, rows: int = DEFAULT_ROWS):
+        self.backend = backend
+        self.rows = rows
+        self._pool = ThreadPoolExecutor(rows, thread_name_prefix="dynasor")
+        self._num_live = 0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Wait for what is in flight and let the threads go."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(
+        self,
+        prompt: str,
+        plan: Plan,
+        sampling: dict[str, Any],
+        *,
+        reward: Callable[[str], float | None] | None = None,
+        seed: int | None = None,
+    ) -> Driven:
+        """Run `plan` on one question to its end.
+
+        Args:
+            prompt: what the samples continue.
+            sampling: SGLang's sampling parameters; `max_new_tokens` holds for a whole solution.
+            reward: the author's rewards, from what was sampled to [0, 1]; None: the plan's judge.
+            seed: of the first sample; the others count on from it. Samples are then reported in the order in which they
+                were asked for, so that an engine that reads seeds gives the same search again. None: as they come.
+
+        Raises:
+            FieldError: the server refuses a request, or a reward is outside [0, 1].
+        """
+        judge: Judge | None = None
+        if reward is not None:
+            judge = OwnJudge(reward)
+        elif plan.spec.judge is not None:
+            judge = model_judge(self.backend, plan.spec.judge)
+        run = Run(prompt, plan, sampling, judge, seed, plan.start())
+        deadline_s = plan.spec.deadline_s
+        until = None if deadline_s is None else time.monotonic() + deadline_s
+        with self._share():
+            try:
+                is_late = self._drive(run, until)
+            finally:
+                self._end_rest(run)
+        return self._outcome(run, is_late)
+
+    @contextmanager
+    def _share(self) -> Iterator[None]:
+        with self._lock:
+            self._num_live += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_live -= 1
+
+    def _room(self, run: Run) -> int:
+        return max(0, max(1, self.rows // max(1, self._num_live)) - len(run.in_flight))
+
+    def _drive(self, run: Run, until: float | None) -> bool:
+        """Returns whether its deadline came first."""
+        algorithm = run.algorithm
+        while algorithm.reason is None:
+            for node, num in algorithm.expand(self._room(run)):
+                for _ in range(num):
+                    self._ask(run, node)
+            if not run.in_flight:
+                return False  # it has ended by asking for nothing
+            left_s = None if until is None else max(0.0, until - time.monotonic())
+            # With a seed all that is in flight is waited for: what is asked next must not depend on who is faster.
+            done, _ = wait(run.in_flight, left_s, FIRST_COMPLETED if run.seed is None else ALL_COMPLETED)
+            for future in [future for future in run.in_flight if future in done]:
+                self._take(run, future)
+            if until is not None and time.monotonic() >= until:
+                return algorithm.reason is None
+        return False
+
+    def _ask(self, run: Run, node: int) -> None:
+        rid = f"dynasor-{run.id}-{run.num_asked}."
+        tree = run.algorithm.state
+        seed = None if run.seed is None else run.seed + run.num_asked
+        run.num_asked += 1
+        spent = sum(tree[i].num_tokens for i in tree.path(node))
+        future = self._pool.submit(self._sample, run, tree.text(node), spent, rid, seed)
+        run.in_flight[future] = node, rid
+
+    def _take(self, run: Run, future: Future[Sampled]) -> None:
+        node, _ = run.in_flight.pop(future)
+        try:
+            sample, num_tokens, num_judge_tokens = future.result()
+        except CancelledError:
+            sample, num_tokens, num_judge_tokens = None, 0, 0
+        run.num_tokens += num_tokens
+        run.num_judge_tokens += num_judge_tokens
+        if sample is None:
+            run.algorithm.lose(node)
+        else:
+            run.algorithm.report(node, sample)
+
+    def _end_rest(self, run: Run) -> None:
+        """The search is over: end what is in flight, and count what it has cost."""
+        for future, (_, rid) in run.in_flight.items():
+            if not future.cancel() and not future.done():
+                self.backend.abort(rid)
+        wait(run.in_flight)
+        for future in list(run.in_flight):
+            if future.cancelled() or future.exception() is None:
+                self._take(run, future)
+
+    def _sample(self, run: Run, before: str, spent: int, rid: str, seed: int | None) -> Sampled:
+        params: dict[str, Any] = {"max_new_tokens": 128, **run.sampling}
+        if seed is not None:
+            params["sampling_seed"] = seed
+        step = run.plan.step if run.algorithm.is_stepwise else None
+        if step is not None:
+            stop = params.get("stop") or []
+            params["stop"] = [step, *([stop] if isinstance(stop, str) else stop)]
+            params["max_new_tokens"] = max(1, params["max_new_tokens"] - spent)
+        out = self.backend.post({"text": run.prompt + before, "sampling_params": params, "rid": rid})
+        if out is None:
+            return Sampled(None)
+        finish: dict[str, Any] = out["meta_info"]["finish_reason"] or {}
+        num_tokens: int = out["meta_info"].get("completion_tokens", 0)
+        if finish.get("type") == "abort":
+            return Sampled(None, num_tokens)
+        goes_on = step is not None and finish.get("matched") == step
+        text: str = out["text"] + (run.plan.step if goes_on else "")
+        reward, num_judge_tokens = None, 0
+        if run.judge is not None and run.algorithm.is_judged and run.algorithm.reason is None:
+            reward, num_judge_tokens = run.judge(run.prompt, before + text)
+        answer = None if goes_on else extract_answer(before + text, run.plan.spec.answer)
+        sample = Sample(text, num_tokens, not goes_on, reward, answer)
+        return Sampled(sample, num_tokens, num_judge_tokens)
+
+    def _outcome(self, run: Run, is_late: bool) -> Driven:
+        algorithm = run.algorithm
+        record = {"program": run.id, **algorithm.record(), "num_tokens": run.num_tokens}
+        if run.judge is not None:
+            record["num_judge_tokens"] = run.num_judge_tokens
+        if is_late:
+            record["stop_reason"] = str(StopReason.DEADLINE)
+        node = algorithm.aggregate().node
+        return Driven(record, "" if node is None else algorithm.state.text(node))

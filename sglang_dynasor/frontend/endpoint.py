@@ -1,0 +1,77 @@
+"""SGLang's remote endpoint, for programs that declare branches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from http import HTTPStatus
+from typing import Any
+
+from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
+from sglang.utils import http_request
+
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.frontend import seat
+from sglang_dynasor.frontend.driver import DEFAULT_ROWS, Driver
+
+
+class Endpoint(RuntimeEndpoint):
+    """A server at an address, with or without our scheduler: `sgl.set_default_backend(Endpoint(url))`.
+
+    Args:
+        base_url: http://HOST:PORT of an SGLang server.
+        rows: most requests at once of searches that run here.
+        options: of SGLang's RuntimeEndpoint: api_key, verify, chat_template_name.
+    """
+
+    def __init__(self, base_url: str, *, rows: int = DEFAULT_ROWS, **options: Any):
+        super().__init__(base_url.rstrip("/"), **options)
+        self.driver = Driver(self, rows)
+
+    @property
+    def name(self) -> str:
+        return f"the server at {self.base_url}"
+
+    @cached_property
+    def has_scheduler(self) -> bool:
+        return self._request("/dynasor/status").status_code == HTTPStatus.OK
+
+    def _request(self, path: str, data: dict[str, Any] | None = None) -> Any:
+        return http_request(self.base_url + path, json=data, api_key=self.api_key, verify=self.verify)
+
+    def post(self, data: dict[str, Any]) -> dict[str, Any] | None:
+        response = self._request("/generate", data)
+        if response.status_code == HTTPStatus.OK:
+            return response.json()
+        if response.status_code == HTTPStatus.BAD_REQUEST:
+            raise FieldError(_message(response.json()))
+        return None
+
+    def tokenize(self, text: str) -> list[int]:
+        response = self._request("/tokenize", {"prompt": text, "add_special_tokens": False})
+        self._assert_success(response)
+        return response.json()["tokens"]
+
+    def abort(self, rid: str) -> None:
+        self._request("/abort_request", {"rid": rid})
+
+    def close(self) -> None:
+        """Let the threads of searches go."""
+        self.driver.close()
+
+    # The seam: SGLang calls this with the payload of every request that an executor makes.
+    def _add_images(self, s: Any, data: dict[str, Any]) -> None:
+        super()._add_images(s, data)
+        seat.attach(s, data)
+
+    def generate(self, s: Any, sampling_params: Any) -> seat.Said:
+        return seat.generate(s, lambda: super(Endpoint, self).generate(s, sampling_params))
+
+    def generate_stream(self, s: Any, sampling_params: Any) -> Iterator[seat.Said]:
+        return seat.generate_stream(s, lambda: super(Endpoint, self).generate_stream(s, sampling_params))
+
+
+def _message(answer: Any) -> str:
+    """What a refusal says."""
+    error = answer.get("error", answer) if isinstance(answer, dict) else answer
+    return str(error.get("message", error) if isinstance(error, dict) else error)

@@ -1,0 +1,89 @@
+"""Rewards for sampled texts: one token of the model itself, or the author's own code. Works on stock SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp
+from typing import Any, NamedTuple
+
+from sglang_dynasor.algorithms.votes import check_reward
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.frontend.backend import Backend
+from sglang_dynasor.spec import JudgeSpec
+
+
+class Verdict(NamedTuple):
+    """A reward, None where none was to be had, and the tokens computed for it."""
+
+    reward: float | None
+    num_tokens: int = 0
+
+
+Judge = Callable[[str, str], Verdict]  # of the question and of what was sampled after it
+
+
+@dataclass(frozen=True, slots=True)
+class OwnJudge:
+    """The author's function from the sampled text to a reward in [0, 1], or None."""
+
+    reward: Callable[[str], float | None]
+
+    def __call__(self, prompt: str, text: str) -> Verdict:
+        value = self.reward(text)
+        check_reward("reward", value)
+        return Verdict(value)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelJudge:
+    """p(good) / (p(good) + p(bad)) of the token that follows prompt, text and suffix."""
+
+    backend: Backend
+    suffix: str
+    good: int
+    bad: int
+
+    def __call__(self, prompt: str, text: str) -> Verdict:
+        out = self.backend.post(
+            {
+                "text": prompt + text + self.suffix,
+                "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+                "return_logprob": True,
+                "token_ids_logprob": [self.good, self.bad],
+            }
+        )
+        if out is None or not out["meta_info"].get("output_token_ids_logprobs"):
+            return Verdict(None)
+        meta: dict[str, Any] = out["meta_info"]
+        logprobs = {token: logprob for logprob, token, *_ in meta["output_token_ids_logprobs"][0]}
+        computed = meta["prompt_tokens"] - meta.get("cached_tokens", 0) + meta["completion_tokens"]
+        return Verdict(reward_of(logprobs[self.good], logprobs[self.bad]), computed)
+
+
+def reward_of(good: float, bad: float) -> float:
+    """p(good) / (p(good) + p(bad)) of two log-probabilities, in [0, 1]; 1/2 where both are impossible."""
+    if max(good, bad) < -700:
+        return 0.5
+    return 1.0 / (1.0 + exp(max(-700.0, min(700.0, bad - good))))
+
+
+def model_judge(backend: Backend, judge: JudgeSpec) -> ModelJudge:
+    """The judge that `judge` describes.
+
+    Raises:
+        FieldError: a label that is not exactly one token, or both the same.
+    """
+    ids: list[int] = []
+    for key, text in (("good", judge.good), ("bad", judge.bad)):
+        tokens = backend.tokenize(text)
+        if len(tokens) != 1:
+            raise FieldError(
+                f"dynasor.judge_{key}={text!r} is {len(tokens)} tokens of this model; send a text that is one (mind a leading space)"
+            )
+        ids += tokens
+    if ids[0] == ids[1]:
+        raise FieldError(
+            f"dynasor.judge_good={judge.good!r} and judge_bad={judge.bad!r} are the same token; send two different ones"
+        )
+    return ModelJudge(backend, judge.suffix, ids[0], ids[1])

@@ -1,0 +1,94 @@
+"""What ties a generation of SGLang's frontend to a declared program: the one seam through which a field is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+_SEAT = "_dynasor_seat"
+_EXTRA = "_dynasor_extra"
+
+Said = tuple[str, dict[str, Any]]  # text and meta_info of one generation
+
+
+class Seat(Protocol):
+    """A branch's place in its program, told what its executor generates."""
+
+    def start(self, executor: Any) -> dict[str, Any] | None:
+        """What to send with the generation that begins; None: nothing is to be generated any more. May wait.
+
+        Raises:
+            FieldError: the branch may not generate this.
+        """
+        ...
+
+    def finish(self, text: str, meta_info: dict[str, Any]) -> None:
+        """The generation has come to an end."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """The generation has failed."""
+        ...
+
+
+def take_seat(executor: Any, seat: Seat) -> None:
+    """Let what `executor` generates belong to a branch."""
+    setattr(executor, _SEAT, seat)
+
+
+def set_extra(executor: Any, extra: dict[str, Any] | None) -> None:
+    """Send `extra` with the next generation of `executor` (None: no longer), as no branch."""
+    setattr(executor, _EXTRA, extra)
+
+
+def attach(executor: Any, data: dict[str, Any]) -> None:
+    """Put what is to be sent into the payload of a request; nothing for a warm-up of the cache."""
+    extra: dict[str, Any] | None = getattr(executor, _EXTRA, None)
+    if extra is None or data["sampling_params"].get("max_new_tokens") == 0:
+        return
+    data.update({key: value for key, value in extra.items() if key != "sampling_params"})
+    data["sampling_params"] = {**data["sampling_params"], **extra.get("sampling_params", {})}
+
+
+def generate(executor: Any, send: Callable[[], Said]) -> Said:
+    """Generate by `send`, as the branch's seat allows; an empty text where the program no longer needs it."""
+    seat: Seat | None = getattr(executor, _SEAT, None)
+    if seat is None or getattr(executor, _EXTRA, None) is not None:
+        return send()
+    extra = seat.start(executor)
+    if extra is None:
+        return "", {}
+    set_extra(executor, extra)
+    try:
+        text, meta_info = send()
+    except Exception as error:
+        seat.fail(error)
+        raise
+    finally:
+        set_extra(executor, None)
+    seat.finish(text, meta_info)
+    return text, meta_info
+
+
+def generate_stream(executor: Any, send: Callable[[], Iterator[Said]]) -> Iterator[Said]:
+    """As `generate`, in pieces."""
+    seat: Seat | None = getattr(executor, _SEAT, None)
+    if seat is None or getattr(executor, _EXTRA, None) is not None:
+        yield from send()
+        return
+    extra = seat.start(executor)
+    if extra is None:
+        yield "", {}
+        return
+    set_extra(executor, extra)
+    said, meta_info = "", {}
+    try:
+        for text, meta_info in send():
+            said += text
+            yield text, meta_info
+    except Exception as error:
+        seat.fail(error)
+        raise
+    finally:
+        set_extra(executor, None)
+    seat.finish(said, meta_info)

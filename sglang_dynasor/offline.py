@@ -1,0 +1,221 @@
+"""Batches: `sglang_dynasor.solve(engine, questions, algorithm="rebase", ...)`, with progress and a table of results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.frontend.driver import DEFAULT_ROWS
+from sglang_dynasor.frontend.endpoint import Endpoint
+from sglang_dynasor.frontend.local import LocalEngine
+from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
+from sglang_dynasor.frontend.reasoning import warn_once
+from sglang_dynasor.spec import parse_field
+
+_SHOWN_CHARS = 40  # of a question in the table
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One question's outcome."""
+
+    question: str
+    answer: str | None
+    certaindex: float  # in [0, 1]
+    num_tokens: int  # generated, all branches together
+    num_branches: int
+    stop_reason: str
+    text: str  # the winning branch's
+    latency_s: float  # from its first request to its answer
+    record: dict[str, Any]  # docs/record.md
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """The outcomes of a batch, in the order of its questions."""
+
+    algorithm: str
+    results: list[Result]
+    wall_s: float
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    def __iter__(self) -> Iterator[Result]:
+        return iter(self.results)
+
+    def __getitem__(self, index: int) -> Result:
+        return self.results[index]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(result.num_tokens for result in self.results)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per question; for a CSV or a data frame."""
+        return [
+            {
+                "question": result.question,
+                "answer": result.answer,
+                "certaindex": round(result.certaindex, 3),
+                "branches": result.num_branches,
+                "tokens": result.num_tokens,
+                "stop": result.stop_reason,
+                "latency_s": round(result.latency_s, 3),
+            }
+            for result in self.results
+        ]
+
+    def table(self) -> str:
+        """The rows as text, the totals below."""
+        rows = self.rows()
+        for row in rows:
+            line = " ".join(row["question"].split())
+            row["question"] = line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "..."
+        if not rows:
+            return f"{self.algorithm}: no questions"
+        widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+        lines = ["  ".join(f"{key:>{width}}" for key, width in widths.items())]
+        lines += ["  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()) for row in rows]
+        num_certain = sum(result.stop_reason == "certain" for result in self.results)
+        lines.append(
+            f"{self.algorithm}: {len(rows)} questions, {self.num_tokens} tokens, "
+            f"{mean(result.num_branches for result in self.results):.1f} branches per question, "
+            f"{num_certain} certain early, {self.wall_s:.1f} s"
+        )
+        return "\n".join(lines)
+
+
+@contextmanager
+def _backend(engine: Any, rows: int) -> Iterator[Endpoint | LocalEngine]:
+    """The backend given, or one made for an engine or an address."""
+    if isinstance(engine, Endpoint | LocalEngine):
+        yield engine
+        return
+    made = Endpoint(engine, rows=rows) if isinstance(engine, str) else LocalEngine(engine, rows=rows)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def solve(
+    engine: Any,
+    questions: Sequence[str],
+    algorithm: str = "self_consistency",
+    *,
+    sampling: dict[str, Any] | None = None,
+    reward: Callable[[str], float | None] | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+    concurrency: int | None = None,
+    rows: int = DEFAULT_ROWS,
+    **field: Any,
+) -> Results:
+    """Solve a batch of questions, each as a reasoning program.
+
+    Args:
+        engine: an `sgl.Engine`, the address of a server, or a backend of `sglang_dynasor.frontend`.
+        questions: prompts, as the model reads them.
+        algorithm: self_consistency, best_of_n, long_cot, rebase, mcts or beam.
+        sampling: SGLang's sampling parameters; max_new_tokens holds for a whole solution.
+        reward: a function from a sampled text to its reward in [0, 1], or None where it cannot say; in place of a judge.
+        seed: question i samples from `seed + 1000 * i` on, for an engine that reads seeds.
+        progress: show a bar.
+        concurrency: questions under way at once, 1 or more; None: 64 where the server makes the branches, else 8.
+        rows: most requests at once where the algorithm is driven from here (searches, plain SGLang, `reward`).
+        field: the other keys of the `dynasor` field and of the algorithm (docs/frontend.md).
+
+    Returns:
+        One result per question, in order; none for no questions.
+
+    Raises:
+        FieldError: a wrong key or value, named; or an algorithm that this server cannot run.
+    """
+    if isinstance(questions, str):
+        raise FieldError("questions is one string; send a list of prompts")
+    if concurrency is not None and (isinstance(concurrency, bool) or concurrency < 1):
+        raise FieldError(f"concurrency={concurrency!r} is outside its range; send 1 or more")
+    asked = {"algorithm": algorithm, **field}
+    with _backend(engine, rows) as backend:
+        one = _solver(backend, asked, sampling or {}, reward)
+        if concurrency is None:
+            is_driven = not (backend.has_scheduler and runs_on_server(asked, has_reward=reward is not None))
+            concurrency = 8 if is_driven else 64
+        started = time.perf_counter()
+        with ThreadPoolExecutor(max(1, min(concurrency, len(questions)))) as pool:
+            futures = [
+                pool.submit(one, question, None if seed is None else seed + 1000 * i)
+                for i, question in enumerate(questions)
+            ]
+            try:
+                for future in _shown(futures, algorithm, progress):
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return Results(algorithm, [future.result() for future in futures], time.perf_counter() - started)
+
+
+def _shown(futures: list[Future[Result]], name: str, progress: bool) -> Iterator[Future[Result]]:
+    """Futures as they complete, with a bar."""
+    done = as_completed(futures)
+    if not progress:
+        yield from done
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(done, total=len(futures), desc=name, ncols=100, unit="question")
+
+
+def _solver(
+    backend: Endpoint | LocalEngine,
+    field: dict[str, Any],
+    sampling: dict[str, Any],
+    reward: Callable[[str], float | None] | None,
+) -> Callable[[str, int | None], Result]:
+    """How one question is solved."""
+    algorithm: str = field["algorithm"]
+    is_server_s = runs_on_server(field, has_reward=reward is not None)
+    if is_server_s and backend.has_scheduler:
+        parse_field(field, MOST_BRANCHES)
+
+        def on_server(question: str, seed: int | None) -> Result:
+            started = time.perf_counter()
+            params = {**sampling, "custom_params": {"dynasor": field}}
+            if seed is not None:
+                params["sampling_seed"] = seed
+            out = backend.post({"text": question, "sampling_params": params})
+            if out is None:
+                raise RuntimeError(f"{backend.name} gave up a question; see its log")
+            return _result(question, out["meta_info"]["dynasor"], out["text"], started)
+
+        return on_server
+    if algorithm == "long_cot":
+        raise FieldError(
+            f"dynasor.algorithm='long_cot' needs --scheduler dynasor, which {backend.name} does not run: a running thought is "
+            "probed inside the engine only"
+        )
+    plan = parse_plan(field, has_reward=reward is not None)
+    if is_server_s:
+        warn_once(backend)
+
+    def driven(question: str, seed: int | None) -> Result:
+        started = time.perf_counter()
+        record, text = backend.driver.run(question, plan, sampling, reward=reward, seed=seed)
+        return _result(question, record, text, started)
+
+    return driven
+
+
+def _result(question: str, record: dict[str, Any], text: str, started: float) -> Result:
+    return Result(
+        question, record["answer"], record["certaindex"], record["num_tokens"], record["num_branches"],
+        record["stop_reason"], text, time.perf_counter() - started, record,
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Every example runs as its reader would run it, and prints what was recorded."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from engines import ROOT
+
+pytestmark = pytest.mark.engine
+OUTPUT = ROOT / "examples" / "output"
+# Sampled hot: which branch ends first depends on the machine's load, so numbers are compared in kind, not in value.
+SAMPLED = ("self_consistency", "best_of_n", "rebase", "mcts", "beam")
+NUMBER = re.compile(r"\d+(?:\.\d+)?|None")
+
+
+def shape(text: str) -> list[str]:
+    """The lines with every number (or missing answer) left open."""
+    return [NUMBER.sub("N", line) for line in text.strip().splitlines()]
+
+
+def facts(text: str) -> list[str]:
+    """What must be equal all the same: the questions, with their true answers."""
+    return re.findall(r"\d+ steps, the answer is \d+", text)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_an_example_prints_what_was_recorded(name: str) -> None:
+    """The same lines about the same questions; at least half of the answers are right."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py")],
+        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    recorded = (OUTPUT / f"{name}.txt").read_text()
+    assert shape(done.stdout) == shape(recorded)
+    assert facts(done.stdout) == facts(recorded)
+    answers = re.findall(r"the answer is (\d+): .* says (\w+)", done.stdout)
+    assert sum(true == said for true, said in answers) >= len(answers) / 2
+
+
+def test_every_example_has_its_record() -> None:
+    """No example without one, no record without its example."""
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert {path.stem for path in OUTPUT.glob("*.txt")} <= names
+    assert set(SAMPLED) <= names

@@ -1,0 +1,570 @@
+"""Declared programs in SGLang's frontend language, on the real engine: with our scheduler, without it, and over HTTP."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sglang as sgl
+from questions import held_out, prompt
+from server import Server
+
+from sglang_dynasor.answers import answer_key
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.frontend import Endpoint, LocalEngine, Reasoning, reason
+from sglang_dynasor.frontend.judge import reward_of
+from sglang_dynasor.frontend.plan import parse_plan
+
+pytestmark = pytest.mark.engine
+QUESTIONS = held_out(40)
+EASY = [q for q in QUESTIONS if q.num_steps <= 2]
+JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
+HOT: dict[str, Any] = {"max_tokens": 200, "temperature": 1.7}
+
+
+@pytest.fixture(scope="module")
+def backend(start_shared_engine: Any) -> Iterator[LocalEngine]:
+    with LocalEngine(start_shared_engine(scheduler="dynasor", dynasor_strict=True)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(start_shared_engine: Any) -> Iterator[LocalEngine]:
+    """Stock SGLang; the one warning has been given."""
+    with LocalEngine(start_shared_engine()) as running:
+        running._dynasor_warned = True  # type: ignore[attr-defined]
+        yield running
+
+
+@sgl.function
+def self_consistency(s: Any, question: str, field: dict[str, Any]) -> Reasoning:
+    s += prompt(question)
+    with reason(s, answer="hash", **field) as p:
+        for branch in p.fork():
+            branch += sgl.gen("steps", max_tokens=200, temperature=1.7)
+    s["answer"] = p.answer
+    return p
+
+
+def run(function: Any, backend: Any, *args: Any, **kwargs: Any) -> Any:
+    """The function's return value; its own errors are raised, SGLang's warnings about them left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function.run(*args, backend=backend, **kwargs).ret_value
+
+
+def vote(backend: Any, question: str, **field: Any) -> Reasoning:
+    """Self-consistency by forks. SGLang's `run` has a `stop` of its own, so the field is one argument."""
+    return run(self_consistency, backend, question, field)
+
+
+def check(p: Reasoning) -> None:
+    """What every finished program with branches says."""
+    assert p.stop_reason in ("certain", "cap")
+    assert p.stopped is (p.stop_reason == "certain")
+    assert 0 <= p.certaindex <= 1
+    assert max(p.votes, key=lambda answer: p.votes[answer]) == p.answer
+    assert p.num_tokens == sum(branch.num_tokens for branch in p.branches)
+    for branch in p.branches:
+        if branch.ended:
+            assert branch.num_tokens == 0 or branch.output
+        else:
+            assert "####" in branch.output or branch.answer is None
+    assert sum(p.votes.values()) <= sum(not branch.ended for branch in p.branches)
+    assert p.answer is not None
+    assert any(b.answer is not None and answer_key(b.answer) == answer_key(p.answer) for b in p.branches if not b.ended)
+
+
+# Self-consistency by forks
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+def test_self_consistency_stops_early_and_never_does_not(where: str, request: pytest.FixtureRequest) -> None:
+    """The gate fires on easy questions, ended branches keep what they had; with `never` all sixteen finish."""
+    running = request.getfixturevalue(where)
+    early = [vote(running, q.text) for q in EASY[:4]]
+    whole = vote(running, EASY[0].text, stop="never")
+    for p in early:
+        check(p)
+    assert any(p.stopped and p.saved > 0 for p in early)
+    assert all(any(branch.ended for branch in p.branches) for p in early if p.stopped)
+    assert whole.stop_reason == "cap"
+    assert not whole.stopped
+    assert whole.saved == 0
+    assert not any(branch.ended for branch in whole.branches)
+    assert sum(whole.votes.values()) + whole.record["num_abstentions"] == 16
+
+
+def test_the_same_seed_gives_the_same_votes_with_and_without_our_scheduler(backend: Any, plain: Any) -> None:
+    """It degrades to plain SGLang: the same policy counts the same texts."""
+    for question in QUESTIONS[2:5]:
+        ours, theirs = (vote(b, question.text, seed=3, stop="never") for b in (backend, plain))
+        assert sorted(branch.output for branch in ours.branches) == sorted(branch.output for branch in theirs.branches)
+        assert ours.votes == theirs.votes
+        assert ours.answer == theirs.answer
+        assert ours.certaindex == theirs.certaindex
+
+
+def test_without_our_scheduler_there_is_one_warning(plain: Any) -> None:
+    """Once per backend; none with the scheduler."""
+    del plain._dynasor_warned
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            self_consistency.run(EASY[0].text, {}, backend=plain)
+    ours = [w for w in seen if "does not run --scheduler dynasor" in str(w.message)]
+    assert len(ours) == 1
+
+
+def test_with_our_scheduler_there_is_no_warning(backend: Any) -> None:
+    """Nor does a search warn, which is driven from here anyway."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        self_consistency.run(EASY[0].text, {}, backend=backend)
+    assert not [w for w in seen if "dynasor" in str(w.message)]
+
+
+def test_width_bounds_the_branches_in_flight(backend: Any) -> None:
+    """One at a time: nothing is ever cut off, and what was not needed was never sent."""
+    p = vote(backend, EASY[1].text, width=1)
+    check(p)
+    assert all(branch.num_tokens == 0 for branch in p.branches if branch.ended)
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == sum(not b.ended for b in p.branches)
+
+
+def test_run_batch_keeps_programs_apart(backend: Any) -> None:
+    """Many programs of several authors at once, with SGLang's progress bar: each has its own votes."""
+    states = self_consistency.run_batch(
+        [{"question": q.text, "field": {}} for q in EASY[:6]], backend=backend, progress_bar=True, num_threads=6
+    )
+    programs = [state.ret_value for state in states]
+    assert len({p.id for p in programs}) == 6
+    for p, state in zip(programs, states, strict=True):
+        check(p)
+        assert state["answer"] == p.answer
+        assert len(state["steps"]) == 16
+    right = sum(p.answer == str(q.answer) for p, q in zip(programs, EASY, strict=False))
+    assert right >= 4
+
+
+def test_nested_programs(backend: Any) -> None:
+    """A branch may itself be a program: the outer one counts only the generation that it names."""
+
+    @sgl.function
+    def outer(s: Any, question: str) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", branches=2, stop="never", final="steps") as p:
+            inner = []
+            for branch in p.fork():
+                with reason(branch, answer="hash", branches=3, stop="never") as q:
+                    for twig in q.fork():
+                        twig += sgl.gen("steps", **HOT)
+                inner.append(q)
+                branch += sgl.gen("steps", **HOT)
+        return p, inner
+
+    p, inner = run(outer, backend, EASY[2].text)
+    assert len({p.id, *(q.id for q in inner)}) == 3
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == 2
+    for q in inner:
+        assert sum(q.votes.values()) + q.record["num_abstentions"] == 3
+
+
+def test_the_answering_generation_may_come_last(backend: Any) -> None:
+    """With `final` earlier generations are thoughts that do not vote; without it a second generation is an error."""
+
+    @sgl.function
+    def two(s: Any, question: str, final: str | None) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", branches=4, stop="never", final=final) as p:
+            for branch in p.fork():
+                branch += sgl.gen("first", max_tokens=200, temperature=1.7, stop="####")
+                branch += "####"
+                branch += sgl.gen("last", max_tokens=8, temperature=0)
+        return p
+
+    p = run(two, backend, EASY[3].text, final="last")
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == 4
+    with pytest.raises(FieldError, match="after the generation that answered"):
+        run(two, backend, EASY[3].text, final=None)
+
+
+# Reports
+
+
+def test_rewards_of_the_author_decide(backend: Any) -> None:
+    """Votes weigh what the author's code says, and a good one ends the program; unreported branches abstain from it."""
+
+    @sgl.function
+    def verified(s: Any, question: str, truth: int, rule: str) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", vote="reward", stop=rule, reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", **HOT)
+            for branch in p.as_completed():
+                p.report(branch, reward=float(branch.answer == str(truth)))
+        return p
+
+    question = QUESTIONS[7]
+    p = run(verified, backend, question.text, question.answer, "best:1")
+    if p.stopped:
+        assert p.answer == str(question.answer)
+        assert max(reward for reward in p.record["rewards"] if reward is not None) == 1
+    p = run(verified, backend, question.text, question.answer, "never")
+    assert p.stop_reason == "cap"
+    assert len([reward for reward in p.record["rewards"] if reward is not None]) == 16
+
+
+def test_clusters_of_the_author_are_the_votes(backend: Any) -> None:
+    """Answers that the extractor calls different may be the same to the author."""
+
+    @sgl.function
+    def clustered(s: Any, question: str) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", branches=8, stop="never", reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", **HOT)
+            for branch in p.as_completed():
+                p.report(branch, cluster="all the same")
+        return p
+
+    p = run(clustered, backend, QUESTIONS[7].text)
+    assert p.votes == {"all the same": 8}
+    assert p.certaindex == 1
+
+
+def test_a_rule_of_the_author_s_own(backend: Any) -> None:
+    """`stop()` ends the others; what they had is kept."""
+
+    @sgl.function
+    def first_two(s: Any, question: str) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", stop="never", reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", **HOT)
+            for num, branch in enumerate(p.as_completed(), 1):
+                p.report(branch)
+                if num == 2:
+                    p.stop()
+        return p
+
+    p = run(first_two, backend, QUESTIONS[7].text)
+    assert p.stop_reason == "certain"
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p.report(p.branches[0], reward=1.5), "dynasor.reward=1.5 is outside [0, 1]"),
+        (lambda p: p.report(p.branches[0], reward="good"), "dynasor.reward='good' is a str"),
+        (lambda p: p.report(p.branches[0], reward=float("nan")), "dynasor.reward=nan is outside"),
+        (lambda p: p.report(99, reward=0.5), "branch 99 is not known; the program has 2"),
+        (lambda p: p.report(p.branches[0], cluster=" "), "cluster=' ' is no name"),
+        (lambda p: [p.report(0), p.report(0)], "branch 0 has voted already"),
+        (lambda p: p.fork(1), "fork(1) is outside [1, 0]"),
+    ],
+)
+def test_a_wrong_report_is_named(backend: Any, call: Any, message: str) -> None:
+    """Each names what is wrong, and the program goes on."""
+
+    @sgl.function
+    def program(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=2, stop="never", reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", **HOT)
+            for branch in p.branches:
+                branch.sync()
+            with pytest.raises(FieldError) as error:
+                call(p)
+            assert message in str(error.value)
+        return p
+
+    p = run(program, backend)
+    assert p.stop_reason == "cap"
+    with pytest.raises(FieldError, match=r"voted already|has ended"):
+        p.report(1, reward=0.5)
+    with pytest.raises(FieldError, match="has ended"):
+        p.fork(1)
+
+
+def test_a_branch_of_another_program_is_refused(backend: Any) -> None:
+    """Ids are ours, so only a mix-up in the author's code can bring it."""
+    one = vote(backend, EASY[0].text, branches=2, reports=True)
+    other = vote(backend, EASY[0].text, branches=2, reports=True)
+    with pytest.raises(FieldError, match=f"is of program {other.id}"):
+        one.report(other.branches[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"branches": 0}, "dynasor.branches=0 is outside"),
+        ({"widht": 4}, "dynasor.widht is not a key"),
+        ({"algorithm": "oracle"}, "dynasor.algorithm='oracle' is not known"),
+        ({"program": "mine"}, "ids are made for you"),
+        ({"tenant": "a"}, "dynasor.tenant='a' with fork()"),
+        ({"algorithm": "rebase", "reward": len}, "samples by itself; use gen()"),
+        ({"algorithm": "rebase"}, "without rewards"),
+        ({**JUDGE}, "dynasor.judge with fork()"),
+        ({"reward": len}, "`reward` with fork()"),
+    ],
+)
+def test_a_wrong_declaration_is_named(backend: Any, field: dict[str, Any], message: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(FieldError) as error:
+        vote(backend, EASY[0].text, **field)
+    assert message in str(error.value)
+
+
+def test_what_only_the_server_knows_comes_back_as_an_error(backend: Any) -> None:
+    """More branches than the operator allows: the server's own words."""
+    with pytest.raises(FieldError, match=r"dynasor.branches=100 is outside \[1, 64\]"):
+        vote(backend, EASY[0].text, branches=100)
+
+
+def test_another_backend_is_refused() -> None:
+    """SGLang's own endpoint carries no field."""
+
+    class Executor:
+        backend = object()
+
+    class State:
+        stream_executor = Executor()
+
+    with pytest.raises(FieldError, match="backend is object"):
+        reason(State())
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+def test_a_deadline_gives_the_best_so_far(where: str, request: pytest.FixtureRequest) -> None:
+    """What runs is ended with what it has; a deadline far away changes nothing."""
+    running = request.getfixturevalue(where)
+
+    @sgl.function
+    def endless(s: Any, deadline_s: float, most: int) -> Any:
+        s += prompt(QUESTIONS[7].text)
+        with reason(s, answer="hash", stop="never", branches=4, deadline_s=deadline_s) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", max_tokens=most, temperature=1.0, ignore_eos=True)
+        return p
+
+    started = time.monotonic()
+    p = run(endless, running, 1.0, 4000)
+    assert time.monotonic() - started < 15
+    assert p.stop_reason == "deadline"
+    assert any(branch.ended and branch.num_tokens for branch in p.branches)
+    p = run(endless, running, 600.0, 20)
+    assert p.stop_reason == "cap"
+    assert not any(branch.ended for branch in p.branches)
+
+
+# One generation
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"algorithm": "self_consistency"},
+        {"algorithm": "best_of_n", **JUDGE},
+        {"algorithm": "rebase", **JUDGE},
+        {"algorithm": "mcts", **JUDGE},
+        {"algorithm": "beam", **JUDGE},
+    ],
+    ids=lambda field: field["algorithm"],
+)
+def test_a_whole_program_in_one_generation(where: str, field: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """`gen` writes the winning path into the state, on either server, whoever makes the branches."""
+
+    @sgl.function
+    def whole(s: Any, question: str) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", branches=8, **field) as p:
+            p.gen("steps", **HOT)
+        s["answer"] = p.answer
+        return p
+
+    state = whole.run(EASY[1].text, backend=request.getfixturevalue(where))
+    p = state.ret_value
+    assert state["answer"] == p.answer
+    assert state.text() == prompt(EASY[1].text) + state["steps"]
+    assert p.answer is None or f"#### {p.answer}" in state["steps"]
+    assert p.stop_reason in ("certain", "cap")
+    assert 0 <= p.certaindex <= 1
+    assert p.num_tokens > 0
+
+
+def test_rewards_of_a_function_guide_a_search(backend: Any) -> None:
+    """Rebase with the author's own process reward; one outside [0, 1] is named."""
+
+    @sgl.function
+    def rebase(s: Any, question: Any, reward: Any) -> Any:
+        s += prompt(question.text)
+        with reason(s, "rebase", answer="hash", branches=8, round_width=8, stop="never", reward=reward) as p:
+            p.gen("steps", **HOT)
+        return p
+
+    question = QUESTIONS[5]
+    lines = question.lines
+
+    def knows(text: str) -> float:
+        """The share of steps that are right."""
+        return sum(a == b for a, b in zip(text.splitlines(), [line.strip() for line in lines], strict=False)) / 8
+
+    p = run(rebase, backend, question, knows)
+    assert p.answer == str(question.answer)
+    assert p.record["num_judge_tokens"] == 0
+    with pytest.raises(FieldError, match=r"dynasor.reward=2 is outside \[0, 1\]"):
+        run(rebase, backend, question, lambda text: 2)
+
+
+def test_a_search_is_reproducible(backend: Any) -> None:
+    """On an engine that reads seeds the same seed gives the same tree; another seed another one."""
+
+    @sgl.function
+    def rebase(s: Any, seed: int) -> Any:
+        s += prompt(QUESTIONS[5].text)
+        with reason(s, "rebase", answer="hash", branches=6, stop="never", seed=seed, **JUDGE) as p:
+            p.gen("steps", **HOT)
+        return p
+
+    one, two, other = (run(rebase, backend, seed).record for seed in (1, 1, 2))
+    assert one["votes"] == two["votes"]
+    assert one["num_tokens"] == two["num_tokens"]
+    assert (one["votes"], one["num_tokens"]) != (other["votes"], other["num_tokens"])
+
+
+def test_labels_must_be_one_token_each(backend: Any) -> None:
+    """A judge that cannot be read is named before anything is judged."""
+
+    @sgl.function
+    def rebase(s: Any) -> Any:
+        s += prompt(QUESTIONS[5].text)
+        with reason(s, "rebase", answer="hash", **{**JUDGE, "judge_bad": " not so good"}) as p:
+            p.gen("steps", **HOT)
+
+    with pytest.raises(FieldError, match=r"dynasor.judge_bad=' not so good' is"):
+        run(rebase, backend)
+
+
+def test_selects_and_plain_generations_are_untouched(backend: Any) -> None:
+    """What belongs to no program runs as in SGLang."""
+
+    @sgl.function
+    def ordinary(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        s += sgl.gen("steps", max_tokens=200, temperature=0)
+        s += sgl.select("verdict", choices=[" good", " bad"])
+        forks = s.fork(2)
+        forks += sgl.gen("more", max_tokens=4, temperature=0)
+        forks.join()
+        return s["steps"], s["verdict"], s["more"], s.get_meta_info("steps")
+
+    steps, verdict, more, meta = run(ordinary, backend)
+    assert f"#### {EASY[0].answer}" in steps
+    assert verdict in (" good", " bad")
+    assert len(more) == 2
+    assert "dynasor" not in meta
+
+
+def test_streaming_a_program(backend: Any) -> None:
+    """Branches of a streamed function are counted all the same."""
+    state = self_consistency.run(EASY[0].text, {"branches": 4}, backend=backend, stream=True)
+    "".join(state.text_iter())
+    for _ in range(100):
+        if state.stream_executor.is_finished and hasattr(state, "ret_value"):
+            break
+        time.sleep(0.1)
+    assert sum(state.ret_value.votes.values()) >= 3
+
+
+def test_the_engine_is_usable_again(start_engine: Any) -> None:
+    """After `close` the loop is the engine's; two backends share it meanwhile."""
+    engine = start_engine(scheduler="dynasor")
+    with LocalEngine(engine) as one, LocalEngine(engine) as two:
+        assert one.tokenize(" good") == two.tokenize(" good")
+        assert vote(two, EASY[0].text, branches=3).answer is not None
+    assert engine.generate("Q", {"max_new_tokens": 2})["meta_info"]["completion_tokens"] <= 2
+    assert not [t for t in threading.enumerate() if t.name.startswith("dynasor_")]
+
+
+# Over HTTP
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    server = Server(tmp_path_factory.mktemp("server") / "log", "--scheduler", "dynasor")
+    try:
+        server.wait()
+        running = Endpoint(server.url + "/")
+        yield running
+        running.close()
+    finally:
+        server.stop()
+
+
+def test_over_http(endpoint: Endpoint) -> None:
+    """A remote endpoint does the same: forks, a search, and errors by name."""
+    assert endpoint.has_scheduler
+    assert len(endpoint.tokenize(" good")) == 1
+    early = [vote(endpoint, q.text) for q in EASY[:3]]
+    for p in early:
+        check(p)
+    assert any(p.stopped for p in early)
+
+    @sgl.function
+    def rebase(s: Any) -> Any:
+        s += prompt(EASY[1].text)
+        with reason(s, "rebase", answer="hash", branches=8, **JUDGE) as p:
+            p.gen("steps", **HOT)
+        return p
+
+    assert run(rebase, endpoint).num_tokens > 0
+    with pytest.raises(FieldError, match=r"dynasor.branches=100 is outside \[1, 64\]"):
+        vote(endpoint, EASY[0].text, branches=100)
+
+
+# Plans
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"algorithm": "rebase", "step": ""}, "dynasor.step='' is no step mark"),
+        ({"algorithm": "rebase", "reward_temperature": 0}, "dynasor.reward_temperature=0 is outside"),
+        ({"algorithm": "mcts", "beams": 4}, "dynasor.beams is not a key of mcts"),
+        ({"algorithm": "mcts", "tenant": "a"}, "dynasor.tenant is not a key of mcts"),
+        ({"algorithm": "rebase", "stop": "confidence"}, "confidences are read next to the logits"),
+        ({"algorithm": "rebase", "judge": "model"}, "with rewards of your own code"),
+    ],
+)
+def test_a_wrong_plan_is_named(field: dict[str, Any], message: str) -> None:
+    """Key, value, what is allowed."""
+    with pytest.raises(FieldError) as error:
+        parse_plan(field, has_reward=True)
+    assert message in str(error.value)
+
+
+def test_a_judge_on_the_server_is_no_judge_here() -> None:
+    """The operator's reward model is asked by our scheduler only."""
+    with pytest.raises(FieldError, match="judge='model' outside the engine"):
+        parse_plan({"algorithm": "mcts", "judge": "model"}, has_reward=False)
+
+
+def test_keys_that_change_no_answer_are_left_out_on_plain_sglang() -> None:
+    """A tenant has no meaning where nobody shares by tenants."""
+    assert parse_plan({"tenant": "a", "statistics": True}, has_reward=False).spec.tenant == ""
+
+
+def test_reward_of_log_probabilities() -> None:
+    """p(good) / (p(good) + p(bad)), also where both are nearly impossible."""
+    assert reward_of(-1.0, -1.0) == 0.5
+    assert reward_of(0.0, -2000.0) == 1.0
+    assert reward_of(-float("inf"), 0.0) == pytest.approx(0.0)
+    assert reward_of(-float("inf"), -float("inf")) == 0.5

@@ -1,0 +1,138 @@
+"""Batches by `sglang_dynasor.solve` on the real engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from questions import held_out, prompt
+
+import sglang_dynasor
+from sglang_dynasor.errors import FieldError
+
+pytestmark = pytest.mark.engine
+QUESTIONS = held_out(16)
+PROMPTS = [prompt(q.text) for q in QUESTIONS]
+SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
+JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
+
+
+@pytest.fixture(scope="module")
+def engine(start_shared_engine: Any) -> Any:
+    return start_shared_engine(scheduler="dynasor", dynasor_strict=True)
+
+
+@pytest.fixture(scope="module")
+def plain(start_shared_engine: Any) -> Any:
+    return start_shared_engine()
+
+
+def solve(engine: Any, num: int, algorithm: str, **options: Any) -> Any:
+    return sglang_dynasor.solve(
+        engine, PROMPTS[:num], algorithm, sampling=SAMPLING, answer="hash", progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["self_consistency", "best_of_n", "rebase", "mcts", "beam"])
+def test_every_algorithm_solves_a_batch(engine: Any, algorithm: str) -> None:
+    """One result per question, in order, with its text and a table."""
+    judge = {} if algorithm == "self_consistency" else JUDGE
+    results = solve(engine, 4, algorithm, branches=8, **judge)
+    assert [result.question for result in results] == PROMPTS[:4]
+    for result in results:
+        assert result.answer is None or f"#### {result.answer}" in result.text
+        assert 0 <= result.certaindex <= 1
+        assert result.num_tokens > 0
+        assert result.stop_reason in ("certain", "cap")
+        assert result.num_branches <= 8
+    assert results.num_tokens == sum(row["tokens"] for row in results.rows())
+    lines = results.table().splitlines()
+    assert len(lines) == 6
+    assert lines[-1].startswith(f"{algorithm}: 4 questions, {results.num_tokens} tokens")
+
+
+@pytest.mark.parametrize("algorithm", ["self_consistency", "rebase", "mcts"])
+def test_certain_questions_cost_less(engine: Any, algorithm: str) -> None:
+    """The gate fires, and with `never` it does not: then the whole cap is used."""
+    judge = {} if algorithm == "self_consistency" else JUDGE
+    more = {"width": 4} if algorithm == "mcts" else {}
+    early = solve(engine, 8, algorithm, **judge, **more)
+    whole = solve(engine, 8, algorithm, stop="never", **judge, **more)
+    assert any(result.stop_reason == "certain" for result in early)
+    assert all(result.stop_reason == "cap" for result in whole)
+    assert early.num_tokens < 0.8 * whole.num_tokens
+
+
+@pytest.mark.parametrize("algorithm", ["self_consistency", "best_of_n", "rebase"])
+def test_it_degrades_to_plain_sglang(plain: Any, algorithm: str) -> None:
+    """The same on a stock engine, with one warning where the server would have made the branches."""
+    judge = {} if algorithm == "self_consistency" else JUDGE
+    if algorithm == "rebase":
+        results = solve(plain, 3, algorithm, **judge)
+    else:
+        with pytest.warns(UserWarning, match="does not run --scheduler dynasor"):
+            results = solve(plain, 3, algorithm, **judge)
+    assert len(results) == 3
+    assert all(result.answer is not None for result in results)
+    # The engine is the caller's again.
+    assert plain.generate("Q", {"max_new_tokens": 1})["text"] is not None
+
+
+def test_long_cot_needs_the_scheduler(plain: Any) -> None:
+    """It cannot degrade: a running thought is probed inside the engine."""
+    with pytest.raises(FieldError, match="needs --scheduler dynasor"):
+        solve(plain, 1, "long_cot")
+
+
+def test_a_deadline_ends_a_search(engine: Any) -> None:
+    """The best so far; a deadline far away changes nothing."""
+    (late,) = solve(engine, 1, "mcts", deadline_s=0.05, stop="never", branches=64, width=1, **JUDGE)
+    (early,) = solve(engine, 1, "mcts", deadline_s=600, stop="never", branches=2, **JUDGE)
+    assert late.stop_reason == "deadline"
+    assert late.num_branches < 64
+    assert early.stop_reason == "cap"
+
+
+def test_rewards_of_a_function(engine: Any) -> None:
+    """In place of a judge; best-of-N is then driven from here."""
+    right = f"#### {QUESTIONS[0].answer}"
+    (result,) = solve(engine, 1, "best_of_n", stop="best:1", reward=lambda text: float(right in text))
+    assert result.answer == str(QUESTIONS[0].answer)
+    assert result.certaindex == 1
+
+
+def test_no_questions(engine: Any) -> None:
+    """An empty batch is an empty result."""
+    results = solve(engine, 0, "self_consistency")
+    assert len(results) == 0
+    assert results.table() == "self_consistency: no questions"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda e: sglang_dynasor.solve(e, "Q"), "questions is one string"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], concurrency=0), "concurrency=0"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], "oracle"), "dynasor.algorithm='oracle'"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], branchs=2), "dynasor.branchs is not a key"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], "rebase"), "without rewards"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"temperature": 0}, progress=False), "greedy"),
+    ],
+)
+def test_bad_input_is_named(engine: Any, call: Any, message: str) -> None:
+    """To the caller, at once; the engine goes on."""
+    with pytest.raises(FieldError) as error:
+        call(engine)
+    assert message in str(error.value)
+    assert len(solve(engine, 1, "self_consistency", branches=1)) == 1
+
+
+def test_importing_the_package_stays_light() -> None:
+    """Every process of the engine imports it: neither SGLang nor torch comes with it."""
+    code = "import sys, sglang_dynasor; sys.exit('torch' in sys.modules or 'sglang' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert callable(sglang_dynasor.solve)
+    with pytest.raises(AttributeError, match="no attribute 'resolve'"):
+        _ = sglang_dynasor.resolve
