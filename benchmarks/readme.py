@@ -19,6 +19,9 @@ COMMANDS = {
     "starvation": "make bench",
     "policy_overhead": "make bench",
     "soak": "make soak",
+    "long_cot": "make bench",
+    "algorithms": "make bench",
+    "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
 CLOSING = (
@@ -67,5 +70,6 @@ if __name__ == "__main__":
         ROOT / "docs" / "stopping.md",
         ROOT / "docs" / "statistics.md",
         ROOT / "docs" / "online.md",
+        ROOT / "docs" / "long_cot.md",
     ):
         write(file)

@@ -146,6 +146,15 @@ def extract_answer(text: str, extractor: str) -> str | None:
     return found or None
 
 
+def is_complete(lead: str, text: str, extractor: str) -> bool:
+    """Whether the answer that `text` gives after `lead` has come to its end: its braces are closed, or its line is over."""
+    if extractor == "boxed" or (extractor == "auto" and "\\boxed{" in lead + text):
+        return _boxed(lead + text) is not None
+    if extractor == "choice":
+        return _choice(lead + text) is not None
+    return "\n" in text.lstrip()
+
+
 def as_number(text: str) -> Fraction | None:
     """The exact rational that `text` writes (`1,234`, `-3/4`, `0.75`, `2e3`, LaTeX fractions); None if it is none."""
     text = _FRAC.sub(r"\1/\2", text).replace(" ", "")

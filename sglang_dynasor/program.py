@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from sglang_dynasor.algorithms.long_cot import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled
 from sglang_dynasor.allocation import votes_needed
 from sglang_dynasor.answers import answer_key, extract_answer
 from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.mixture import Distribution, Mixture, mix
-from sglang_dynasor.spec import ProgramSpec
+from sglang_dynasor.spec import ProgramSpec, ThoughtSpec
 from sglang_dynasor.stopping import NO_MIXTURE, Evidence
 
 
@@ -42,6 +43,8 @@ class Branch:
     key: str | None = None  # as counted
     reward: float | None = None  # in [0, 1], of its judge
     confidence: Confidence | None = None  # of its tokens, where somebody asked
+    trials: list[Trial] = field(default_factory=list[Trial])  # what its thought would have answered, asked in turn
+    closed_at: int | None = None  # tokens of its thought when that was closed
 
 
 @dataclass(slots=True)
@@ -64,6 +67,9 @@ class Program:
     num_in_flight: int = 0
     num_failed: int = 0
     num_judge_tokens: int = 0  # that its judges computed
+    num_probes: int = 0
+    num_probe_tokens: int = 0  # that its probes computed
+    speaker: int | None = None  # the branch whose thought was closed to give the program's answer
     is_closed: bool = False  # no branch is started any more: the engine gave one up
     gang: int = 0  # branches admitted together at first
     overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
@@ -82,7 +88,7 @@ class Program:
     @property
     def num_unused(self) -> int:
         """Branches that may still be started; none once decided or closed."""
-        if self.reason is not None or self.is_closed:
+        if self.reason is not None or self.is_closed or self.speaker is not None:
             return 0
         return self.spec.branches - len(self.branches)
 
@@ -157,6 +163,8 @@ class Program:
             return sum(branch.confidence.lowest for i in who if (branch := self.branches[i]).confidence)
         if self.spec.vote == "reward":
             return sum(self.branches[i].reward or 0.0 for i in who)
+        if self.spec.vote == "best":
+            return max(self.branches[i].reward or 0.0 for i in who)
         return float(len(who))
 
     @property
@@ -180,9 +188,14 @@ class Program:
     def winner(self) -> int | None:
         """The earliest branch that gave the leading answer; of tied answers, that of the earliest branch.
 
+        With vote "best" the branch of the highest reward; of a long chain of thought the one that was closed to answer.
         Not the first to finish, which would depend on the load. Where nobody voted, the earliest finished branch; None
         where none finished.
         """
+        if self.speaker is not None and self.branches[self.speaker].state is BranchState.FINISHED:
+            return self.speaker
+        if self.votes and self.spec.vote == "best":
+            return max(self._ranking[0], key=lambda i: (self.branches[i].reward or 0.0, -i))
         if self.votes:
             return min(self._ranking[0])
         finished = (i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED)
@@ -206,8 +219,51 @@ class Program:
             if branch.key is not None:
                 self.votes.setdefault(branch.key, []).append(index)
             self.recent.append(branch.key)
-            self._stop_if_used_up()
-        self._stop_if_certain()
+            if index == self.speaker:
+                self.reason = StopReason.CERTAIN
+            else:
+                self._stop_if_used_up()
+        if index != self.speaker:
+            self._stop_if_certain()
+
+    def see_trial(self, index: int, trial: Trial) -> bool:
+        """Branch `index` was asked for its answer. Returns whether its thought is to be closed now.
+
+        If so and `speaker` is set, it answers for the program and the other branches are no longer needed: it is the only
+        chain, or the votes together with the latest confident trials of running chains satisfy the stopping rule, and its
+        answer leads.
+        """
+        branch, thought = self.branches[index], self.spec.thought
+        if thought is None or self.reason is not None or self.speaker is not None or branch.closed_at is not None:
+            return False
+        branch.trials.append(trial)
+        closes = is_settled(branch.trials, thought)
+        if (closes and self.spec.branches == 1) or self._is_settled_across(index, thought):
+            self.speaker, closes = index, True
+        if closes:
+            branch.closed_at = trial.num_tokens
+        return closes
+
+    def _is_settled_across(self, index: int, thought: ThoughtSpec) -> bool:
+        """Whether the rule would stop the program if running chains voted as they would answer now, `index` for the leader."""
+        if self.spec.branches == 1:
+            return False
+        votes = {key: len(who) for key, who in self.votes.items()}
+        num_trials = 0
+        for branch in self.branches:
+            if branch.state is BranchState.IN_FLIGHT and branch.trials and is_confident(branch.trials[-1], thought):
+                key = branch.trials[-1].key
+                assert key is not None
+                votes[key] = votes.get(key, 0) + 1
+                num_trials += 1
+        leader = self.branches[index].trials[-1].key
+        if leader is None or not is_confident(self.branches[index].trials[-1], thought):
+            return False
+        counts = tuple(sorted(votes.values(), reverse=True))
+        if votes[leader] != counts[0]:
+            return False
+        num_left = self.spec.branches - self.num_failed - len(self.recent) - num_trials
+        return self.spec.stop.stops(Evidence(counts, self.num_abstentions, num_left, tuple(self.recent)))
 
     def see_answer(self, index: int, distribution: Distribution) -> None:
         """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
@@ -285,7 +341,29 @@ class Program:
             "stop_rule": self.spec.stop.text,
             "stop_reason": None if self.reason is None else str(self.reason),
             **self._statistics(evidence),
+            **self._thoughts(),
         }
+
+    def _thoughts(self) -> dict[str, Any]:
+        """Keys that the record of a long chain of thought has."""
+        thought, winner = self.spec.thought, self.winner
+        if thought is None:
+            return {}
+        trials = [] if winner is None else self.branches[winner].trials
+        more: dict[str, Any] = {
+            "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely",
+            "num_probes": self.num_probes,
+            "num_probe_tokens": self.num_probe_tokens,
+            "closed_at_tokens": [branch.closed_at for branch in self.branches],
+            "trials": [
+                {"tokens": t.num_tokens, "answer": t.answer, "probability": round(t.probability, 6)} for t in trials
+            ],
+        }
+        if self.spec.branches == 1:
+            more["certaindex"] = round(agreement(trials, thought.agree), 6)
+        if thought.is_published:
+            more["warning"] = PUBLISHED_WARNING
+        return more
 
     def _statistics(self, evidence: Evidence) -> dict[str, Any]:
         """Keys that a record has where the client asked for a judge or for statistics."""

@@ -10,25 +10,32 @@ from sglang_dynasor.answers import answer_marks, check_extractor
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.stopping import StopRule, parse_stop
 
-ALGORITHMS = ("self_consistency",)
+ALGORITHMS = ("self_consistency", "best_of_n", "long_cot")
 DEFAULT_BRANCHES = 16
 MAX_DEADLINE_S = 86_400.0
 MAX_SUFFIX_CHARS = 1024
 JUDGES = ("self", "model")
-VOTES = ("majority", "confidence", "reward")
+VOTES = ("majority", "confidence", "reward", "best")
 DEFAULT_GROUP_TOKENS = 128
 MOST_GROUP_TOKENS = 8192
+DEFAULT_PROBE_TOKENS = 128
+MOST_PROBE_TOKENS = 65_536
+MOST_AGREE = 64
+MOST_MIN_TOKENS = 1_000_000
+# How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
+# docs/long_cot.md has the replay on recorded probes that these come from.
+EFFORTS = {"low": (3, 0.9, 256), "medium": (5, 0.95, 512), "high": (8, 0.99, 1024)}
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 FIELD_HELP = {
-    "algorithm": ("self_consistency", "how branches become an answer: by majority vote"),
-    "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use (default {DEFAULT_BRANCHES})"),
+    "algorithm": ("self_consistency, best_of_n, long_cot", "majority vote of branches; the branch that its judge likes best; one thought that is closed once its answer stands"),
+    "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use (default {DEFAULT_BRANCHES}; long_cot 1)"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
     "stop": ("NAME[:LEVEL], joined by and / or", "when to end early (default predictive:0.02)"),
     "answer": ("auto, hash, boxed, choice, number, last_line, regex:PATTERN", "where the answer stands in the text (default auto)"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
-    "vote": ("majority, confidence, reward", "what a branch's vote weighs (default majority; confidence with stop=confidence)"),
+    "vote": ("majority, confidence, reward, best", "what a branch's vote weighs (default majority; confidence with stop=confidence); best: the branch of the highest reward decides (default of best_of_n)"),
     "judge": ("self, model", "who gives each finished branch a reward in [0, 1]: the model itself, or the operator's reward model (default nobody)"),
     "judge_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what follows prompt and branch when they are judged; needed with judge=self"),
     "judge_good": ("one token", "with judge=self: what a good branch is followed by"),
@@ -36,6 +43,13 @@ FIELD_HELP = {
     "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
     "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
     "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
+    "exit": ("trial[:PROBABILITY], published", "long_cot: when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.95)"),
+    "agree": (f"1 to {MOST_AGREE}", "long_cot: probes in a row that must give the same answer (default 5)"),
+    "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "long_cot: tokens of a thought before it is probed (default 512)"),
+    "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", f"long_cot: tokens from one probe to the next (default {DEFAULT_PROBE_TOKENS})"),
+    "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
+    "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what ends a thought (default: the model's own)"),
+    "effort": ("low, medium, high", "long_cot: agree, probability and min_tokens together, as OpenAI's reasoning_effort (default medium)"),
     "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
 
@@ -55,6 +69,19 @@ class JudgeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ThoughtSpec:
+    """How a chain of thought is probed, and when it is closed (algorithms/long_cot.py)."""
+
+    agree: int
+    level: float  # of a trial answer's probability, in [0, 1]
+    min_tokens: int
+    every_tokens: int
+    suffix: str = ""  # empty: from the model and the extractor (engine/probe.py)
+    end: str = ""  # empty: the model's own
+    is_published: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramSpec:
     """What a client asked for, every value in range."""
 
@@ -71,6 +98,7 @@ class ProgramSpec:
     group_tokens: int = DEFAULT_GROUP_TOKENS
     weak_frac: float = 0.0
     statistics: bool = False
+    thought: ThoughtSpec | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -102,11 +130,12 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     algorithm = _text(options, "algorithm", ALGORITHMS[0])
     if algorithm not in ALGORITHMS:
         raise FieldError(f"dynasor.algorithm={algorithm!r} is not known; use one of {', '.join(ALGORITHMS)}")
-    branches = _whole(options, "branches", min(DEFAULT_BRANCHES, max_branches), max_branches, "--dynasor-max-branches")
+    default_branches = 1 if algorithm == "long_cot" else min(DEFAULT_BRANCHES, max_branches)
+    branches = _whole(options, "branches", default_branches, max_branches, "--dynasor-max-branches")
     width = _whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
-    stop = parse_stop(_text(options, "stop", "predictive"))
+    stop = parse_stop(_text(options, "stop", "best" if algorithm == "best_of_n" else "predictive"))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
     tenant = _id(options, "tenant")
@@ -117,11 +146,12 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
             "request; leave out one of the two"
         )
     judge = _judge(options)
-    vote = _text(options, "vote", "confidence" if stop.uses("confidence") else "majority")
+    default_vote = "best" if algorithm == "best_of_n" else "confidence" if stop.uses("confidence") else "majority"
+    vote = _text(options, "vote", default_vote)
     if vote not in VOTES:
         raise FieldError(f"dynasor.vote={vote!r} is not known; use one of {', '.join(VOTES)}")
-    if judge is None and (vote == "reward" or stop.uses("reward")):
-        key = "vote" if vote == "reward" else "stop"
+    if judge is None and (vote in ("reward", "best") or stop.uses("reward") or stop.uses("best")):
+        key = "algorithm" if algorithm == "best_of_n" else "vote" if vote in ("reward", "best") else "stop"
         raise FieldError(f"dynasor.{key}={options[key]!r} without dynasor.judge: nobody gives rewards; send a judge")
     if judge is not None and program is not None:
         raise FieldError(
@@ -132,10 +162,17 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
             f"dynasor.stop={stop.text!r} with dynasor.answer={answer!r}: nothing marks where such an answer begins; "
             "use answer hash, boxed or auto, or another rule"
         )
+    thought = _thought(options, algorithm)
+    if thought is not None and (
+        key := next((key for key in ("program", "judge", "weak_frac") if key in options), None)
+    ):
+        raise FieldError(
+            f"dynasor.{key}={options[key]!r} with algorithm 'long_cot' is not supported; leave out one of the two"
+        )
     group_tokens = _whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
     return ProgramSpec(
         algorithm, branches, width, stop, answer, program, deadline_s, tenant or "",
-        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"),
+        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought,
     )  # fmt: skip
 
 
@@ -160,6 +197,47 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
     if good == bad:
         raise FieldError(f"dynasor.judge_good={good!r} is also judge_bad; send two different tokens")
     return JudgeSpec(suffix, good, bad)
+
+
+def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
+    keys = ("exit", "agree", "min_tokens", "probe_tokens", "probe_suffix", "think_end", "effort")
+    if algorithm != "long_cot":
+        if key := next((key for key in keys if key in options), None):
+            raise FieldError(
+                f"dynasor.{key}={options[key]!r} is for algorithm 'long_cot'; leave it out, or ask for that"
+            )
+        return None
+    effort = _text(options, "effort", "medium")
+    if effort not in EFFORTS:
+        raise FieldError(f"dynasor.effort={effort!r} is not known; use one of {', '.join(EFFORTS)}")
+    agree, level, min_tokens = EFFORTS[effort]
+    every_tokens = DEFAULT_PROBE_TOKENS
+    rule, sep, text = _text(options, "exit", "trial").partition(":")
+    is_published = rule == "published" and not sep
+    if is_published:
+        agree, level, min_tokens, every_tokens = 3, 0.0, 0, 64
+    elif sep:
+        try:
+            level = float(text)
+        except ValueError:
+            level = -1.0
+    if rule not in ("trial", "published") or (rule == "published" and sep) or not 0 <= level <= 1:
+        raise FieldError(
+            f"dynasor.exit={options['exit']!r} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
+        )
+    suffix, end = _text(options, "probe_suffix", ""), _text(options, "think_end", "")
+    for key, value in (("probe_suffix", suffix), ("think_end", end)):
+        if len(value) > MAX_SUFFIX_CHARS:
+            raise FieldError(f"dynasor.{key} has {len(value)} characters; at most {MAX_SUFFIX_CHARS} are allowed")
+    return ThoughtSpec(
+        _whole(options, "agree", agree, MOST_AGREE, "the limit"),
+        level,
+        _whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
+        _whole(options, "probe_tokens", every_tokens, MOST_PROBE_TOKENS, "the limit"),
+        suffix,
+        end,
+        is_published,
+    )
 
 
 def _id(options: dict[str, Any], key: str) -> str | None:
@@ -203,10 +281,12 @@ def _text(options: dict[str, Any], key: str, default: str) -> str:
     return value
 
 
-def _whole(options: dict[str, Any], key: str, default: int, high: int, limit_name: str) -> int:
+def _whole(options: dict[str, Any], key: str, default: int, high: int, limit_name: str, low: int = 1) -> int:
     value = options.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a whole number, 1 to {high}")
-    if not 1 <= value <= high:
-        raise FieldError(f"dynasor.{key}={value} is outside [1, {high}] ({limit_name} is {high}); send a value inside")
+        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a whole number, {low} to {high}")
+    if not low <= value <= high:
+        raise FieldError(
+            f"dynasor.{key}={value} is outside [{low}, {high}] ({limit_name} is {high}); send a value inside"
+        )
     return value

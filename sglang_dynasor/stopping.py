@@ -90,6 +90,11 @@ def reward(evidence: Evidence, level: float) -> bool:
     return bool(evidence.rewards) and sum(evidence.rewards) / len(evidence.rewards) >= level
 
 
+def best(evidence: Evidence, level: float) -> bool:
+    """The best reward is at least `level`; never without rewards. Source: arXiv 2412.20993, section B.1 (Rebase)."""
+    return bool(evidence.rewards) and max(evidence.rewards) >= level
+
+
 def confidence(evidence: Evidence, level: float) -> bool:
     """The leading answer has a share of at least `level` of the votes, each weighted by its branch's confidence.
 
@@ -132,10 +137,11 @@ RULES = {
     "confidence": Rule(confidence, 0.95, 0.5, 1.0),
     "mixture": Rule(mixture, 0.9, 0.0, 1.0),
     "reward": Rule(reward, 0.8, 0.0, 1.0),
+    "best": Rule(best, 0.95, 0.0, 1.0),
     "never": Rule(never, 0, 0, 0),
 }
 # Rules that judge the vote: a tie never stops, nor an answer that leads by number but not by weight.
-_VOTE_RULES = frozenset(RULES) - {"reward", "never"}
+_VOTE_RULES = frozenset(RULES) - {"reward", "best", "never"}
 # Rules that read the logits of running branches (engine/statistics.py).
 _LOGIT_RULES = frozenset({"confidence", "mixture"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,24 @@ ENGINE_ARGS: dict[str, Any] = {
 def status_of(engine: Any) -> dict[str, Any]:
     """The scheduler's counters."""
     return engine.get_server_info()["internal_states"][0]["dynasor"]
+
+
+def assert_nothing_left(engine: Any) -> None:
+    """No branch, row or KV token is held any more, and nothing of ours fell back."""
+    for _ in range(100):
+        status = status_of(engine)
+        left = [
+            status[key]
+            for key in status
+            if key.startswith("num_") and key.split("_")[-1] in ("inside", "queued", "promised")
+        ]
+        if not any(left):
+            break
+        time.sleep(0.05)
+    assert not any(left), status
+    assert status["num_policy_errors"] == 0
+    for _ in range(20):
+        if engine.flush_cache().success:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the cache cannot be flushed: something still runs")

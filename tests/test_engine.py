@@ -169,7 +169,7 @@ def test_a_wrong_field_disturbs_nobody(engine: Any) -> None:
     with pytest.raises(ValueError, match="greedy"):
         engine.generate("Q", {**params(), "temperature": 0})
     with pytest.raises(ValueError, match="n=2"):
-        engine.generate("Q", {**params(), "n": 2})
+        engine.generate("Q", {**params(branches=3), "n": 2})
     assert status_of(engine) == before
 
 

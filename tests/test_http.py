@@ -92,6 +92,37 @@ def test_chat_returns_the_record_on_request(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
+    ("effort", "field", "agree"),
+    [("high", {}, 8), ("minimal", {}, 3), (None, {}, 5), ("none", {}, 5), ("high", {"effort": "low"}, 3)],
+)
+def test_reasoning_effort_says_how_soon_a_thought_may_close(
+    server: Server, effort: str | None, field: dict[str, Any], agree: int
+) -> None:
+    """OpenAI's own key reaches the field; the field's own `effort` wins, and "none" changes nothing."""
+    body = {
+        "model": "any", "messages": [{"role": "user", "content": QUESTION.text}], "max_tokens": 300,
+        "chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": effort,
+        "return_meta_info": True, "custom_params": {"dynasor": {"algorithm": "long_cot", "answer": "hash", **field}},
+    }  # fmt: skip
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["meta_info"]["dynasor"]["exit"].startswith(f"{agree} agreeing trials")
+
+
+def test_n_chat_choices_end_early_together(server: Server) -> None:
+    """Every choice comes back with a finish_reason of the API; those not needed cost less."""
+    body = {
+        "model": "any", "messages": [{"role": "user", "content": QUESTION.text}], "max_tokens": 200, "n": 16,
+        "temperature": 0.7, "return_meta_info": True, "custom_params": {"dynasor": {"answer": "hash"}},
+    }  # fmt: skip
+    choices = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()["choices"]
+    assert len(choices) == 16
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+    assert len({choice["meta_info"]["dynasor"]["program"] for choice in choices}) == 1
+    assert any("####" not in (choice["message"]["content"] or "") for choice in choices)
+
+
+@pytest.mark.parametrize(
     ("field", "message"),
     [
         ({"branches": 1000}, "dynasor.branches=1000 is outside [1, 64]"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import status_of
+from engines import assert_nothing_left, status_of
 from fastapi import HTTPException
 from questions import held_out, prompt
 from sglang.srt.managers import scheduler
@@ -73,25 +73,6 @@ def run(
         return await asyncio.gather(*calls, return_exceptions=True)
 
     return engine.loop.run_until_complete(send())
-
-
-def assert_nothing_left(engine: Any) -> None:
-    for _ in range(100):
-        status = status_of(engine)
-        left = [status[key] for key in status if key.startswith("num_") and key.split("_")[-1] in LEFT]
-        if not any(left):
-            break
-        time.sleep(0.05)
-    assert not any(left), status
-    assert status["num_policy_errors"] == 0
-    for _ in range(20):
-        if engine.flush_cache().success:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the cache cannot be flushed: something still runs")
-
-
-LEFT = ("inside", "queued", "promised")
 
 
 @pytest.mark.parametrize(
@@ -428,7 +409,8 @@ def test_a_program_that_started_narrow_widens_when_the_load_has_gone(
         return answer
 
     record = engine.loop.run_until_complete(play())["meta_info"]["dynasor"]
-    assert record["gang"] == 3 and record["branch_tokens"] == [600] * 8
+    assert record["gang"] == 3
+    assert record["branch_tokens"] == [600] * 8
     starts = [json.loads(line) for line in log.read_text().splitlines()]
     assert starts == [[9, 0, 0, 3], [0, 0, 3, 5]]
     assert_nothing_left(engine)

@@ -46,6 +46,12 @@ PATCHES: tuple[Patch, ...] = (
         "SGLang lets a plugin validate custom_params",
     ),
     Patch(
+        "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request", "after",
+        ("self", "request", "raw_request"), f"{_FRONT}.take_effort", "main",
+        "OpenAI's reasoning_effort says how soon a long thought may be closed",
+        "SGLang hands reasoning_effort to plugins",
+    ),
+    Patch(
         f"{_TOKENIZER}.update_request_meta_info", "around",
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),
         f"{_FRONT}.add_record", "main",

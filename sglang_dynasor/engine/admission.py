@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sglang_dynasor.engine.controller import LiveProgram
 
+THOUGHTS_PER_ROW = 8
 LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
 
 
@@ -50,6 +51,8 @@ class Admission:
         self.promised: dict[LiveProgram, int] = {}  # siblings that follow once their leader has cached the prompt
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
         self.num_expected = 0  # branches, of all live programs
+        self.num_thoughts = 0  # running branches that are asked for their answer now and then
+        self.num_probes = 0  # that ask one now
         self.max_overtaken_tokens = 0
         self._is_stale = False
         self._num_steps = 0
@@ -136,17 +139,22 @@ class Admission:
         """Plain requests that this pass may admit; None: as many as SGLang finds room for."""
         if not self.is_plain_due:
             return 0
-        if not self.promised:
+        if not (self.promised or self.probe_rows):
             return None
         scheduler = self.scheduler
         rows = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
-        return max(0, rows - len(self.front) - sum(self.promised.values()))
+        return max(0, rows - len(self.front) - sum(self.promised.values()) - self.probe_rows)
 
     def latest_plain(self) -> float:
         """The arrival up to which plain requests may start: that of the program they would overtake beyond patience."""
         order = self.order
         oldest = order.line("").oldest() if order.num_waiting else None
         return oldest.arrival if oldest is not None and order.is_overdue(oldest) else inf
+
+    @property
+    def probe_rows(self) -> int:
+        """Rows kept free for probes, which would starve in a full batch: one for every THOUGHTS_PER_ROW thoughts."""
+        return max(0, -(-self.num_thoughts // THOUGHTS_PER_ROW) - self.num_probes)
 
     @property
     def promised_tokens(self) -> int:
@@ -218,13 +226,15 @@ class Admission:
         if self.fixed_width:
             return self.fixed_width
         num_fitting = int(self.engine.tokens / max(1.0, self.forecast.length_tokens(live.program)))
+        if live.program.spec.thought is not None:  # some are left for its probes
+            num_rows = num_rows * THOUGHTS_PER_ROW // (THOUGHTS_PER_ROW + 1)
         return fair_share(min(num_rows, num_fitting, self.cheap_rows), live.num_expected, self.num_expected)
 
     def _room(self, running_batch: ScheduleBatch) -> Room:
         """Rows and KV tokens promised to nobody, counted as SGLang's PrefillAdder counts them."""
         scheduler = self.scheduler
         rows = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
-        rows -= len(self.front) + sum(self.promised.values())
+        rows -= len(self.front) + sum(self.promised.values()) + self.probe_rows
         if rows <= 0:
             return Room(0, 0)
         ratio = scheduler.new_token_ratio_tracker.current

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
 from sglang.srt.mem_cache.common import release_kv_cache
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from sglang_dynasor.confidence import Confidence
@@ -30,6 +32,13 @@ class BranchTag:
     labels: tuple[int, int] = (-1, -1)  # a judge's tokens for good and bad
     reward: float | None = None  # what a judge found
     is_at_answer: bool = False  # the branch's answer comes next (statistics.py)
+    is_probe: bool = False  # it asks what the branch would answer now, and is none itself
+    logprobs: list[float] = field(default_factory=list[float])  # of a probe's tokens, each the likeliest
+    num_thought_tokens: int = 0  # that a probe has read
+    probe_at: int = 0  # tokens at which its thought is asked next; 0: never
+    given_tokens: int = 0  # it began with: the thought of the Req it goes on for
+    spent_tokens: int = 0  # that Req generated
+    is_replaced: bool = False  # another Req goes on for it
     # What every step asks, found once:
     is_watched: bool = field(init=False)  # somebody reads the logits of this Req
     confidence: Confidence | None = field(init=False)  # of the branch, where somebody asked
@@ -37,9 +46,18 @@ class BranchTag:
 
     def __post_init__(self) -> None:
         program = self.live.program
-        self.confidence = None if self.is_judge else program.branches[self.index].confidence
-        self.is_watched = self.is_judge or self.confidence is not None
+        self.confidence = None if self.is_aside else program.branches[self.index].confidence
+        self.is_watched = self.is_aside or self.confidence is not None
         self.may_be_weak = self.confidence is not None and program.spec.weak_frac > 0
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether the Req is no branch, but asks something about one."""
+        return self.is_judge or self.is_probe
+
+    def generated(self, num_tokens: int) -> int:
+        """Tokens that the model generated for the branch, `num_tokens` being in its output."""
+        return num_tokens - self.given_tokens + self.spent_tokens
 
 
 class FINISH_ENDED(BaseFinishReason):
@@ -133,6 +151,32 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
     if parent.grammar is not None:
         req.grammar = parent.grammar.copy()
         req.grammar_key = parent.grammar_key
+    set_tag(req, tag)
+    return req
+
+
+def make_side(scheduler: Any, branch: Any, ids: list[int], rid: str, tag: BranchTag, max_new_tokens: int) -> Req | None:
+    """An internal greedy Req over `ids` that asks something about `branch`; None where they are too many for the model."""
+    if len(ids) + max_new_tokens >= scheduler.max_req_input_len:
+        return None
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
+    params.normalize(scheduler.tokenizer)
+    req = Req(
+        rid,
+        "",
+        array("q", ids),
+        params,
+        eos_token_ids=branch.eos_token_ids,
+        vocab_size=branch.vocab_size,
+        priority=branch.priority,
+        extra_key=branch.extra_key,
+        cache_salt=branch.cache_salt,
+        disagg_mode=scheduler.disaggregation_mode,
+        time_stats=branch.time_stats,
+    )
+    req.tokenizer = scheduler.tokenizer
+    req.logprob_start_len = -1
+    scheduler.init_req_max_new_tokens(req)
     set_tag(req, tag)
     return req
 

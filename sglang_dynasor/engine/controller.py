@@ -36,6 +36,14 @@ from sglang_dynasor.engine.branch import (
     tag_of,
 )
 from sglang_dynasor.engine.judge import branch_text, judge_tokens, make_judge
+from sglang_dynasor.engine.probe import (
+    ThoughtTokens,
+    closed,
+    is_answered,
+    make_probe,
+    read_trial,
+    thought_tokens,
+)
 from sglang_dynasor.engine.statistics import AnswerReader, HostStatistics, Observer
 from sglang_dynasor.engine.teller import TOLD_RID, Teller
 from sglang_dynasor.errors import ConfigError
@@ -47,6 +55,7 @@ from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
 
+MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
 BRANCH_RID = (
     "\0dynasor-"  # followed by a number and a dot; the front process refuses clients' rids with a NUL (front.py)
@@ -65,6 +74,7 @@ class LiveProgram:
     judges: dict[int, Req | None] = field(
         default_factory=dict[int, Req | None]
     )  # by branch judged; None: the reward model
+    probes: dict[int, Req] = field(default_factory=dict[int, Req])  # by branch asked
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
     num_expected: int = 0  # branches it is expected to need still (forecast.py)
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
@@ -92,6 +102,9 @@ class Controller:
         self.num_started = 0
         self.num_watched = 0  # of those inside: somebody reads their logits
         self.observer = Observer(self)
+        self.due_probes: list[BranchTag] = []  # to be made before the next prefill batch
+        self.num_probe_tokens_read = 0  # of the thoughts that probes have asked
+        self.num_probe_tokens_cached = 0  # of those, found in the radix cache
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
         self._teller = Teller(scheduler, config)  # of use on the first rank only
         self._logged: set[str] = set()
@@ -136,6 +149,8 @@ class Controller:
             "num_branches_watched": self.num_watched,
             "num_steps_watched": self.observer.num_steps,
             "num_reward_errors": self._teller.rewards.num_errors,
+            "num_probe_tokens_read": self.num_probe_tokens_read,
+            "num_probe_tokens_cached": self.num_probe_tokens_cached,
         }
 
     # Intake
@@ -233,6 +248,9 @@ class Controller:
 
     def admit(self, running_batch: Any) -> None:
         """Start what fits, before SGLang fills its next prefill batch."""
+        due, self.due_probes = self.due_probes, []
+        for tag in due:
+            self.guarded(tag.live, lambda live, tag=tag: self._probe(live, tag))
         try:
             self.admission.look(running_batch)
         except Exception as error:
@@ -253,21 +271,32 @@ class Controller:
         assert live.parent is not None
         assert_same("dynasor starts %d of program %s", num_branches, live.program.id)
         expected_tokens = int(self.admission.forecast.length_tokens(live.program))
+        thought = live.program.spec.thought
         for _ in range(num_branches):
             tag = BranchTag(live, live.program.start_branch(), is_internal=True)
-            self.num_started += 1
-            # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
-            req = make_branch(self.scheduler, live.parent, f"{BRANCH_RID}{self.num_started}.", tag)
-            live.reqs[tag.index] = req
-            self._enter(tag)
+            if thought is not None:
+                tag.probe_at = thought.min_tokens or thought.every_tokens
+                self.admission.num_thoughts += 1
+            live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
             self._charge(tag, expected_tokens)
-            queue_time(self.scheduler, req)
-            self.admission.put_in_front(req)
+            self._put_inside(live.reqs[tag.index], tag)
+
+    def _new_rid(self) -> str:
+        # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
+        self.num_started += 1
+        return f"{BRANCH_RID}{self.num_started}."
+
+    def _put_inside(self, req: Req, tag: BranchTag) -> None:
+        """Queue an internal Req."""
+        self._enter(tag)
+        queue_time(self.scheduler, req)
+        self.admission.put_in_front(req)
 
     def _enter(self, tag: BranchTag) -> None:
-        """A branch, or a judge of one, is SGLang's from here on."""
+        """A branch, or what asks something about one, is SGLang's from here on."""
         self.num_inside += 1
         self.num_watched += tag.is_watched
+        self.admission.num_probes += tag.is_probe
 
     def _charge(self, tag: BranchTag, tokens: int) -> None:
         """Let the service charged for a branch be `tokens`."""
@@ -290,9 +319,15 @@ class Controller:
                     tag.live.is_prompt_cached = True
                     if self.holds(tag.live):
                         self.guarded(tag.live, self.admission.follow)
+                if 0 < tag.probe_at <= len(req.output_ids) and self._is_place_to_ask(req, tag):
+                    self.due_probes.append(tag)
+                elif tag.is_probe and req.output_ids:
+                    self.guarded(tag.live, lambda live, req=req: self._end_answered(live, req))
             elif not req.finished_output:  # with overlap a finished request comes by twice
                 self._left(req, tag)
-                settle = self._settle_judge if tag.is_judge else self._settle
+                if tag.is_replaced:
+                    continue
+                settle = self._settle_judge if tag.is_judge else self._settle_probe if tag.is_probe else self._settle
                 self.guarded(tag.live, lambda live, req=req, tag=tag, settle=settle: settle(live, tag.index, req))
         return visible
 
@@ -302,11 +337,14 @@ class Controller:
             tag.is_inside = False
             self.num_inside -= 1
             self.num_watched -= tag.is_watched
+            self.admission.num_probes -= tag.is_probe
+            self.admission.num_thoughts -= tag.probe_at > 0
+            tag.probe_at = 0
             self.admission.note_change()
         if tag.is_internal:
             hide(req)
             self.admission.front.pop(req, None)
-            self._charge(tag, len(req.output_ids))
+            self._charge(tag, len(req.output_ids) - tag.given_tokens)
 
     def _settle(self, live: LiveProgram, index: int, req: Req) -> None:
         """A branch has finished, by itself or by force."""
@@ -314,6 +352,7 @@ class Controller:
         if req.finished_len is None:
             req.finished_len = len(req.output_ids)
         program.branches[index].num_cached_tokens = req.cached_tokens
+        self._end_probe(live, index)
         if program.branches[index].state is BranchState.IN_FLIGHT:
             if isinstance(req.finished_reason, FINISH_ABORT):
                 self._fail(live, index, req, req.finished_reason.to_json())
@@ -341,7 +380,7 @@ class Controller:
             text = self.scheduler.tokenizer.decode(list(ids[-TAIL_TOKENS:]), skip_special_tokens=True)
             if not isinstance(req.finished_reason, FINISH_ENDED):
                 self.admission.forecast.branch_tokens.learn(len(ids))
-            program.finish(index, text, len(ids), reward)
+            program.finish(index, text, self._generated(req, len(ids)), reward)
         except Exception as error:
             if program.branches[index].state is BranchState.IN_FLIGHT:
                 raise
@@ -350,7 +389,7 @@ class Controller:
     def _fail(self, live: LiveProgram, index: int, req: Req, why: dict[str, Any]) -> None:
         live.failure = why
         # A client that gives up one branch of its own has others to send; a branch of ours is not tried again.
-        live.program.fail(index, len(req.output_ids), closes=live.parent is not None)
+        live.program.fail(index, self._generated(req, len(req.output_ids)), closes=live.parent is not None)
         live.reqs.pop(index, None)
 
     # Statistics and rewards
@@ -389,6 +428,105 @@ class Controller:
         elif live.parent is None and live.program.reason is not None:
             self._end_rest(live)
 
+    # Thoughts
+
+    def _is_place_to_ask(self, req: Req, tag: BranchTag) -> bool:
+        """At the end of a line, where a thought may well end; somewhere in a line that is too long to wait for."""
+        return req.output_ids[-1] in self.reader.line_ends or len(req.output_ids) >= tag.probe_at + MOST_LINE_TOKENS
+
+    def _probe(self, live: LiveProgram, tag: BranchTag) -> None:
+        """Ask a running thought for its answer, unless it is over, was retracted, or is being asked."""
+        program, req = live.program, live.reqs.get(tag.index)
+        thought = program.spec.thought
+        if req is None or thought is None or tag_of(req) is not tag or not tag.probe_at or not self.holds(live):
+            return
+        if req.finished() or req.to_finish is not None or not req.kv.holds_kv or tag.index in live.probes:
+            return  # it comes by again with the next step
+        tokens, num_tokens = self._thought_tokens(live), len(req.output_ids)
+        recent = (
+            req.output_ids[-(thought.every_tokens + len(tokens.end)) :] if tag.num_thought_tokens else req.output_ids
+        )
+        tag.probe_at, tag.num_thought_tokens = num_tokens + thought.every_tokens, num_tokens
+        if tokens.mark in self.scheduler.tokenizer.decode(list(recent)):
+            self._stop_asking(tag)  # it is writing its answer
+            return
+        aside = BranchTag(live, tag.index, is_internal=True, is_probe=True, num_thought_tokens=num_tokens)
+        is_line_end = req.output_ids[-1] in self.reader.line_ends
+        probe = make_probe(self.scheduler, req, tokens, self._new_rid(), aside, is_line_end=is_line_end)
+        if probe is not None:
+            assert_same("dynasor asks %s at %d tokens", req.rid, num_tokens)
+            live.probes[tag.index] = probe
+            program.num_probes += 1
+            self._put_inside(probe, aside)
+
+    def _stop_asking(self, tag: BranchTag) -> None:
+        if tag.probe_at:
+            tag.probe_at = 0
+            self.admission.num_thoughts -= 1
+
+    def _end_answered(self, live: LiveProgram, req: Req) -> None:
+        if is_answered(req, self._thought_tokens(live), live.program.spec.answer):
+            self._end(req)
+
+    def _settle_probe(self, live: LiveProgram, index: int, req: Req) -> None:
+        """A probe has its answer: the thought goes on, or is closed where it was asked."""
+        program, tag = live.program, tag_of(req)
+        if live.probes.pop(index, None) is None or tag is None or live.parent is None:  # nobody waits for it
+            return
+        tokens = self._thought_tokens(live)
+        program.num_probe_tokens += len(req.origin_input_ids) - req.cached_tokens + len(req.output_ids)
+        num_read = len(live.parent.origin_input_ids) + tag.num_thought_tokens
+        self.num_probe_tokens_read += num_read
+        self.num_probe_tokens_cached += min(num_read, req.cached_tokens)
+        chain = live.reqs.get(index)
+        if chain is None or chain.finished() or chain.to_finish is not None or not self.holds(live):
+            return
+        if isinstance(req.finished_reason, FINISH_ABORT):
+            return
+        trial = read_trial(req, tag, tokens, program.spec.answer)
+        limit = chain.sampling_params.max_new_tokens
+        if trial.num_tokens + len(tokens.new_line) + len(tokens.end) >= (limit or 0):  # no room would be left for the answer
+            return
+        if program.see_trial(index, trial):
+            if program.speaker is not None:
+                self._end_rest(live, spared=index)
+            self._close(live, index, chain, trial.num_tokens)
+
+    def _thought_tokens(self, live: LiveProgram) -> ThoughtTokens:
+        spec = live.program.spec
+        assert spec.thought is not None
+        return thought_tokens(spec.thought, spec.answer, self.scheduler.tokenizer)
+
+    def _close(self, live: LiveProgram, index: int, chain: Req, num_tokens: int) -> None:
+        """End a thought as the model ends it: a new Req goes on from there and writes the answer.
+
+        What the chain generated since it was asked is dropped: the answer follows the text that the probe has read.
+        """
+        assert live.parent is not None
+        old = tag_of(chain)
+        assert old is not None
+        assert_same("dynasor closes the thought of %s at %d tokens", chain.rid, num_tokens)
+        tokens = self._thought_tokens(live)
+        old.is_replaced = True
+        is_line_end = chain.output_ids[num_tokens - 1] in self.reader.line_ends
+        given, spent = closed(chain.output_ids[:num_tokens], tokens, is_line_end=is_line_end), self._end(chain)
+        tag = BranchTag(live, index, is_internal=True, given_tokens=len(given), spent_tokens=spent)
+        req = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
+        req.output_ids = given
+        live.reqs[index] = req
+        self._put_inside(req, tag)
+
+    def _end_probe(self, live: LiveProgram, index: int) -> None:
+        if (probe := live.probes.pop(index, None)) is not None:
+            self._end(probe)
+
+    def _generated(self, req: Req, num_tokens: int) -> int:
+        """Tokens that the model generated for a branch, `num_tokens` being in its output."""
+        tag = tag_of(req)
+        return num_tokens if tag is None else tag.generated(num_tokens)
+
+    # Rewards
+
     def _ask_judge(self, live: LiveProgram, index: int, req: Req) -> bool:
         """Have a finished branch judged before it votes. Returns False where it cannot be."""
         judge = live.program.spec.judge
@@ -403,15 +541,12 @@ class Controller:
             return True
         tokens = judge_tokens(judge, self.scheduler.tokenizer)
         tag = BranchTag(live, index, is_internal=True, is_judge=True, labels=(tokens.good, tokens.bad))
-        self.num_started += 1
-        made = make_judge(self.scheduler, req, tokens, f"{BRANCH_RID}{self.num_started}.", tag)
+        made = make_judge(self.scheduler, req, tokens, self._new_rid(), tag)
         if made is None:
             return False
         live.judges[index] = made
         live.program.num_judge_tokens += len(tokens.suffix) + 1
-        self._enter(tag)
-        queue_time(self.scheduler, made)
-        self.admission.put_in_front(made)
+        self._put_inside(made, tag)
         return True
 
     def _settle_judge(self, live: LiveProgram, index: int, req: Req) -> None:
@@ -442,7 +577,12 @@ class Controller:
         return tag.is_internal
 
     def _lose(self, live: LiveProgram, index: int, req: Req, abort: AbortReq) -> None:
-        if (tag := tag_of(req)) is not None and tag.is_judge:
+        tag = tag_of(req)
+        if tag is not None and tag.is_replaced:
+            return
+        if tag is not None and tag.is_probe:
+            live.probes.pop(index, None)
+        elif tag is not None and tag.is_judge:
             self._judged(live, index, None)
         elif live.program.branches[index].state is BranchState.IN_FLIGHT:
             self._fail(live, index, req, abort.finished_reason or {"type": "abort", "message": "Aborted"})
@@ -456,6 +596,7 @@ class Controller:
         for index, req in list(live.reqs.items()):
             if live.program.branches[index].state is not BranchState.IN_FLIGHT or index == spared:
                 continue
+            self._end_probe(live, index)
             live.program.end(index, self._end(req))
             live.program.branches[index].num_cached_tokens = req.cached_tokens
             tag = tag_of(req)
@@ -476,9 +617,9 @@ class Controller:
     def _end(self, req: Req) -> int:
         """End one branch; return the tokens it will have cost."""
         if req.finished():
-            return len(req.output_ids)
+            return self._generated(req, len(req.output_ids))
         assert_same("dynasor ends %s at %d tokens", req.rid, len(req.output_ids))
-        num_tokens = end_branch(self.scheduler, req)
+        num_tokens = self._generated(req, end_branch(self.scheduler, req))
         tag = tag_of(req)
         if req.finished() and tag is not None:  # it left the queue: no step will show it
             self._left(req, tag)
@@ -508,6 +649,8 @@ class Controller:
         assert live.parent is not None
         self.admission.leave(live)
         self.numbered.pop(live.number, None)
+        for index in list(live.probes):
+            self._end_probe(live, index)
         if self.holds(live):
             del self.held[live.parent.rid]
         live.reqs.clear()
@@ -616,8 +759,9 @@ class Controller:
         self.numbered.pop(live.number, None)
         del self.held[parent.rid]
         program.reason = program.reason or StopReason.FAILED
-        for req in live.reqs.values():
+        for req in (*live.reqs.values(), *live.probes.values()):
             self._end(req)
+        live.probes.clear()
         self._end_judges(live)
         done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
         if done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.judge import judge_tokens
+from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError, PatchError
 from sglang_dynasor.ledger import RecordBook
-from sglang_dynasor.spec import JudgeSpec, parse_field
+from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
+# OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
+REASONING_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _UNSUPPORTED_INPUTS = (
     "image_data",
     "video_data",
@@ -49,12 +53,16 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
     if spec.judge is not None:
         _check_judge(spec.judge, tokenizer_manager, config)
+    if spec.thought is not None:
+        _check_thought(spec, obj, params, tokenizer_manager)
     if spec.program is not None:  # the client samples the branches itself
         return
-    if (params.get("n") or 1) != 1:
-        raise FieldError(
-            f"n={params['n']} with dynasor: the program makes its own branches; send n=1 and dynasor.branches"
-        )
+    num_choices = params.get("n") or 1
+    if num_choices != 1:
+        if spec.thought is not None:
+            raise FieldError(f"n={num_choices} with dynasor.algorithm='long_cot' is not supported; send n=1 and dynasor.branches")
+        obj.sampling_params = _as_choices(params, num_choices, custom["dynasor"], config)
+        return
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")
     temperature = params.get("temperature")
@@ -69,6 +77,48 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     for name in _UNSUPPORTED_INPUTS:
         if getattr(obj, name, None) is not None:
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
+
+
+def _as_choices(params: dict[str, Any], num_choices: int, field: Any, config: DynasorConfig) -> dict[str, Any]:
+    """`n` choices as a program whose branches they are: the client sees each, those not needed empty or cut short."""
+    options: dict[str, Any] = {"algorithm": field} if isinstance(field, str) else dict(field)
+    if options.get("branches", num_choices) != num_choices:
+        raise FieldError(
+            f"dynasor.branches={options['branches']} with n={num_choices}: the n choices are the branches; send one of the two"
+        )
+    # Looked at here, because SGLang makes n requests of it that nobody looks at again.
+    program = options | {"program": f"n-{uuid.uuid4().hex}", "branches": num_choices}
+    parse_field(program, config.dynasor_max_branches)
+    return params | {"custom_params": params["custom_params"] | {"dynasor": program}}
+
+
+def _check_thought(spec: ProgramSpec, obj: GenerateReqInput, params: dict[str, Any], tokenizer_manager: Any) -> None:
+    assert spec.thought is not None
+    thought_tokens(spec.thought, spec.answer, tokenizer_manager.tokenizer)
+    if tokenizer_manager.server_args.disable_radix_cache:
+        raise FieldError(
+            "dynasor.algorithm='long_cot' on a server started with --disable-radix-cache: probes would compute the whole "
+            "thought again; use another algorithm"
+        )
+    constraint = next((key for key in ("json_schema", "regex", "ebnf", "structural_tag") if params.get(key)), None)
+    if constraint is not None or obj.return_logprob:
+        raise FieldError(
+            f"{constraint or 'return_logprob'} with dynasor.algorithm='long_cot' is not supported: the end of a closed thought is "
+            "not sampled; leave out one of the two"
+        )
+
+
+def take_effort(result: Any, serving_chat: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """OpenAI's `reasoning_effort` becomes the field's `effort`, where a long_cot field has none."""
+    params: Any = result[0].sampling_params
+    custom = params.get("custom_params") if isinstance(params, dict) else None
+    field: Any = custom.get("dynasor") if isinstance(custom, dict) else None
+    effort = REASONING_EFFORTS.get(request.reasoning_effort) if isinstance(request.reasoning_effort, str) else None
+    if isinstance(field, str):
+        field = {"algorithm": field}
+    if effort is None or not isinstance(field, dict) or field.get("algorithm") != "long_cot" or "effort" in field:
+        return
+    result[0].sampling_params = params | {"custom_params": custom | {"dynasor": field | {"effort": effort}}}
 
 
 def _check_judge(judge: JudgeSpec, tokenizer_manager: Any, config: DynasorConfig) -> None:

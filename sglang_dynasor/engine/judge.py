@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
-from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_dynasor.engine.branch import BranchTag, set_tag
+from sglang_dynasor.engine.branch import BranchTag, make_side
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.spec import JudgeSpec
 
@@ -68,26 +66,5 @@ def make_judge(scheduler: Any, branch: Any, tokens: JudgeTokens, rid: str, tag: 
 
     Prompt and branch are in the radix cache, so that it computes little more than its suffix.
     """
-    params = SamplingParams(max_new_tokens=1, temperature=0.0)
-    params.normalize(scheduler.tokenizer)
     ids = [*branch.origin_input_ids, *branch_ids(branch), *tokens.suffix]
-    if len(ids) >= scheduler.max_req_input_len:
-        return None
-    req = Req(
-        rid,
-        "",
-        array("q", ids),
-        params,
-        eos_token_ids=branch.eos_token_ids,
-        vocab_size=branch.vocab_size,
-        priority=branch.priority,
-        extra_key=branch.extra_key,
-        cache_salt=branch.cache_salt,
-        disagg_mode=scheduler.disaggregation_mode,
-        time_stats=branch.time_stats,
-    )
-    req.tokenizer = scheduler.tokenizer
-    req.logprob_start_len = -1
-    scheduler.init_req_max_new_tokens(req)
-    set_tag(req, tag)
-    return req
+    return make_side(scheduler, branch, ids, rid, tag, max_new_tokens=1)

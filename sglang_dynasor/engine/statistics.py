@@ -156,6 +156,9 @@ class HostStatistics:
                 commit = commits[row]
                 if commit is None:  # a chunk of a prompt, or a branch that had ended
                     continue
+                if tag.is_probe:
+                    tag.logprobs.append(self._top_logprob(i))
+                    continue
                 if tag.confidence is None:
                     tag.reward = reward(float(columns[i, GOOD]), float(columns[i, BAD]))
                     continue
@@ -165,6 +168,9 @@ class HostStatistics:
                     controller.see(watched.reqs[i], tag, token, self, i)
         except Exception as error:
             controller.fall_back("statistics", error)
+
+    def _top_logprob(self, i: int) -> float:
+        return float(self.table[i, NUM_COLUMNS] if self.logprobs is None else self.logprobs[i].amax())
 
     def distribution(self, i: int) -> Distribution:
         """The most likely tokens of the i-th watched row."""
@@ -189,6 +195,7 @@ class AnswerReader:
     def __init__(self, tokenizer: Any):
         self.tokens = {i: token for token, i in vocabulary(tokenizer)}
         # Looking closer is for tokens that could end a mark; a space may belong to the same token.
+        self.line_ends = {i for i, token in self.tokens.items() if token.endswith(("\n", "\u010a", "<0x0A>"))}
         self.ends = {i for i, token in self.tokens.items() if token.rstrip(SPACES).endswith(("#", "{"))}
 
     def begins(self, req: Req, tag: BranchTag, token: int) -> bool:

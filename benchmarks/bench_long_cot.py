@@ -1,0 +1,191 @@
+"""Long chains of thought: the whole thought, thoughts probed inside the engine, and the same rule as a client-side loop.
+
+    python benchmarks/bench_long_cot.py --csv benchmarks/results/long_cot.csv
+
+The loop is what clients do without an engine that helps (the Dynasor repository's, for one): sample a chunk, send the text
+back with the probe's suffix, sample the next chunk. Ways take turns question by question on one engine, CONCURRENCY at a
+time, so that each sees the same machine. Tokens are all that were computed besides the prompt: thought, answer and probes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from bench_self_consistency import span
+from forked import REASONER, forked_engine
+from machine import machine
+from rows import write_rows
+
+from sglang_dynasor.algorithms.long_cot import Trial, hesitates, is_settled
+from sglang_dynasor.answers import answer_key, extract_answer
+from sglang_dynasor.demo import read_questions, show
+from sglang_dynasor.spec import parse_field
+
+CONCURRENCY = 8
+THINK, THINK_END = "<think>\n", "</think>\n####"
+SAMPLING = {"temperature": 1.3, "max_new_tokens": 400}
+TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
+RULES: dict[str, dict[str, Any]] = {
+    "trial:0.9, 2 agree": {"probe_tokens": 24, "min_tokens": 24, "agree": 2, "exit": "trial:0.9"},
+    "trial:0.99, 2 agree": {"probe_tokens": 24, "min_tokens": 24, "agree": 2, "exit": "trial:0.99"},
+    "trial:0.9, 3 agree": {"probe_tokens": 24, "min_tokens": 24, "agree": 3, "exit": "trial:0.9"},
+    "published": {"probe_tokens": 24, "exit": "published"},
+}
+LOOP = next(iter(RULES))  # the rule that the client-side loop follows
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One question solved one way."""
+
+    is_right: bool
+    num_tokens: int
+    num_probe_tokens: int
+    num_requests: int
+    latency_s: float
+
+
+Way = Callable[[Any, dict[str, Any]], Awaitable[tuple[str, int, int, int]]]
+
+
+async def whole(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
+    out = await engine.async_generate(question["prompt"] + THINK, SAMPLING)
+    return out["text"], out["meta_info"]["completion_tokens"], 0, 1
+
+
+def probed(rule: dict[str, Any]) -> Way:
+    async def way(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
+        params = SAMPLING | {"custom_params": {"dynasor": {**TEXTS, **rule}}}
+        out = await engine.async_generate(question["prompt"] + THINK, params)
+        record = out["meta_info"]["dynasor"]
+        return out["text"], record["num_tokens"], record["num_probe_tokens"], 1
+
+    return way
+
+
+def loop(rule: dict[str, Any]) -> Way:
+    """Chunk, probe, chunk: every request sends the whole text again."""
+    thought = parse_field({**TEXTS, **rule}, 1).thought
+    assert thought is not None
+
+    async def way(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
+        prompt, trials, text = question["prompt"] + THINK, list[Trial](), ""
+        num_tokens = num_probe_tokens = num_requests = 0
+        while num_tokens < SAMPLING["max_new_tokens"]:
+            left = int(SAMPLING["max_new_tokens"]) - num_tokens
+            chunk = await engine.async_generate(
+                prompt + text, SAMPLING | {"max_new_tokens": min(thought.every_tokens, left)}
+            )
+            num_requests += 1
+            text += chunk["text"]
+            num_tokens += chunk["meta_info"]["completion_tokens"]
+            if chunk["meta_info"]["finish_reason"]["type"] == "stop" or THINK_END.strip() in text:
+                if chunk["meta_info"]["finish_reason"]["type"] == "stop":
+                    return text, num_tokens, num_probe_tokens, num_requests
+                continue
+            trial, cost = await ask(engine, prompt + text + THINK_END, num_tokens)
+            num_requests += 1
+            num_probe_tokens += cost
+            trials.append(trial)
+            if is_settled(trials, thought):
+                rest = await engine.async_generate(prompt + text + THINK_END, SAMPLING)
+                num_tokens += rest["meta_info"]["completion_tokens"]
+                return text + THINK_END + rest["text"], num_tokens, num_probe_tokens, num_requests + 1
+        return text, num_tokens, num_probe_tokens, num_requests
+
+    return way
+
+
+async def ask(engine: Any, text: str, num_tokens: int) -> tuple[Trial, int]:
+    """A trial from outside, and the tokens it took: its own and those of its prompt that the cache did not have."""
+    params = {"temperature": 0.0, "max_new_tokens": 24, "stop": ["\n"]}
+    out = await engine.async_generate(text, params, return_logprob=True)
+    meta = out["meta_info"]
+    logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+    answer = None if hesitates(out["text"]) else extract_answer("####" + out["text"], "hash")
+    probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
+    trial = Trial(answer, None if answer is None else answer_key(answer), probability, num_tokens)
+    return trial, meta["completion_tokens"] + meta["prompt_tokens"] - meta["cached_tokens"]
+
+
+def run(engine: Any, way: Way, questions: list[dict[str, Any]]) -> tuple[list[Done], float]:
+    """All questions, CONCURRENCY at a time, and the wall-clock it took."""
+    gate = asyncio.Semaphore(CONCURRENCY)
+
+    async def one(question: dict[str, Any]) -> Done:
+        async with gate:
+            started = time.perf_counter()
+            text, num_tokens, num_probe_tokens, num_requests = await way(engine, question)
+            took_s = time.perf_counter() - started
+        answer = extract_answer(text, "hash")
+        is_right = answer is not None and answer_key(answer) == str(question["answer"])
+        return Done(is_right, num_tokens, num_probe_tokens, num_requests, took_s)
+
+    async def everything() -> list[Done]:
+        return await asyncio.gather(*(one(question) for question in questions))
+
+    engine.flush_cache()
+    started = time.perf_counter()
+    done = engine.loop.run_until_complete(everything())
+    return done, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-questions", type=int, default=160)
+    parser.add_argument("--max-steps", type=int, default=5, help="the long mode was trained on up to 5")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    questions = [q for q in read_questions(REASONER, 600) if q["num_steps"] <= args.max_steps][: args.num_questions]
+    ways: dict[str, Way] = {"whole thought": whole}
+    ways |= {f"long_cot, {name}": probed(rule) for name, rule in RULES.items()}
+    ways[f"client-side loop, {LOOP}"] = loop(RULES[LOOP])
+    runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
+    with forked_engine(scheduler="dynasor", max_running_requests=64, max_total_tokens=65_536) as engine:
+        for way in ways.values():
+            run(engine, way, questions[:8])  # warm up
+        for _ in range(args.repeats):
+            for name, way in ways.items():
+                runs[name].append(run(engine, way, questions))
+    base = runs["whole thought"]
+
+    def total(done: list[Done]) -> int:
+        return sum(d.num_tokens + d.num_probe_tokens for d in done)
+
+    base_tokens, base_s = mean(total(done) for done, _ in base), mean(took for _, took in base)
+    rows = [
+        {
+            "way": name,
+            "accuracy %": span([100 * mean(d.is_right for d in done) for done, _ in repeats], 1),
+            "tokens per question": round(mean(total(done) for done, _ in repeats) / len(questions)),
+            "of them probes %": round(
+                100 * mean(sum(d.num_probe_tokens for d in done) / total(done) for done, _ in repeats), 1
+            ),
+            "tokens saved %": span([100 * (1 - total(done) / base_tokens) for done, _ in repeats], 1),
+            "wall-clock s": span([took for _, took in repeats], 1),
+            "wall-clock saved %": round(100 * (1 - mean(took for _, took in repeats) / base_s), 1),
+            "mean latency s": round(mean(d.latency_s for done, _ in repeats for d in done), 2),
+            "requests per question": round(mean(d.num_requests for done, _ in repeats for d in done), 1),
+            "questions": len(questions),
+            "repeats": args.repeats,
+            "model": "tiny reasoner",
+            **machine(),
+        }
+        for name, repeats in runs.items()
+    ]
+    show(rows)
+    if args.csv:
+        write_rows(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main()

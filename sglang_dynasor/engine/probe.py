@@ -1,0 +1,118 @@
+"""Probes: a running thought is asked for its answer by a hidden child that reuses its KV and is gone.
+
+The parent is not interrupted. Its KV so far is published to the radix cache, the child computes a short suffix and a few
+tokens more, and nothing of it stays in the cache.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import lru_cache
+from math import exp
+from typing import Any, NamedTuple
+
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
+
+from sglang_dynasor.algorithms.long_cot import Trial, hesitates
+from sglang_dynasor.answers import answer_key, extract_answer, is_complete
+from sglang_dynasor.engine.branch import BranchTag, make_side
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.spec import ThoughtSpec
+
+MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer (the limit hardly matters, PEERS in the docs)
+# How models end a thought; the first that the tokenizer or its chat template knows.
+THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
+# What asks for an answer, by where the extractor will look for it.
+LEADS = {
+    "auto": "**Final Answer**\n\\boxed{",
+    "boxed": "**Final Answer**\n\\boxed{",
+    "hash": "####",
+    "choice": "The answer is (",
+    "number": "The answer is ",
+    "last_line": "The answer is ",
+}
+
+
+class ThoughtTokens(NamedTuple):
+    """A thought's texts as the model reads them."""
+
+    suffix: tuple[int, ...]
+    end: tuple[int, ...]
+    lead: str  # the suffix as text: trial answers are read after it
+    mark: str  # `end` without the space around it: where it is in the text, the thought is over
+    new_line: tuple[int, ...]  # comes first where a thought is cut in the middle of a line
+
+
+@lru_cache(maxsize=256)
+def thought_tokens(thought: ThoughtSpec, extractor: str, tokenizer: Any) -> ThoughtTokens:
+    """The tokens that probe and close a thought of this model.
+
+    Raises:
+        FieldError: nothing tells how the model ends a thought or what asks for the answer, or a text of no tokens.
+    """
+    end = thought.end
+    if not end:
+        template, vocabulary = str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.get_vocab()
+        mark = next((mark for mark in THINK_ENDS if mark in vocabulary or mark in template), None)
+        if mark is None:
+            raise FieldError(
+                "dynasor.algorithm='long_cot': neither the tokenizer nor its chat template tells how this model ends a thought; "
+                "send think_end, such as '</think>'"
+            )
+        end = f"{mark}\n\n"
+    suffix = thought.suffix
+    if not suffix:
+        if extractor not in LEADS:
+            raise FieldError(
+                f"dynasor.answer={extractor!r} with algorithm 'long_cot': nothing tells how to ask for such an answer; "
+                "send probe_suffix"
+            )
+        suffix = end + LEADS[extractor]
+    ids = {
+        key: tuple(tokenizer.encode(text, add_special_tokens=False))
+        for key, text in (("probe_suffix", suffix), ("think_end", end))
+    }
+    for key, tokens in ids.items():
+        if not tokens:
+            raise FieldError(f"dynasor.{key} is no token of this model; send a text that is")
+    new_line = tuple(tokenizer.encode("\n", add_special_tokens=False))
+    return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line)
+
+
+def make_probe(
+    scheduler: Any, parent: Req, tokens: ThoughtTokens, rid: str, tag: BranchTag, *, is_line_end: bool
+) -> Req | None:
+    """An internal Req that answers now what `parent` is thinking about; None where the text is too long for the model."""
+    # The KV of the last token is not written yet, or in flight: the probe computes it once more.
+    parent.refresh_fill_ids()
+    up_to = len(parent.origin_input_ids) + len(parent.output_ids) - 1
+    scheduler.tree_cache.checkpoint(parent, up_to=up_to)
+    new_line = () if is_line_end else tokens.new_line
+    ids = [*parent.origin_input_ids, *parent.output_ids, *new_line, *tokens.suffix]
+    req = make_side(scheduler, parent, ids, rid, tag, max_new_tokens=MOST_TRIAL_TOKENS)
+    if req is not None:
+        req.skip_radix_cache_insert = True  # nobody will ask for it again
+    return req
+
+
+def is_answered(req: Req, tokens: ThoughtTokens, extractor: str) -> bool:
+    """Whether a running probe has said what it was asked for."""
+    text = req.tokenizer.decode(list(req.output_ids), skip_special_tokens=True)
+    return is_complete(tokens.lead, text, extractor)
+
+
+def read_trial(req: Req, tag: BranchTag, tokens: ThoughtTokens, extractor: str) -> Trial:
+    """What a finished probe has found."""
+    ids = list(req.output_ids_through_stop)
+    logprobs = tag.logprobs[: len(ids)]
+    if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN):  # that it stops there is no part of the answer
+        logprobs = logprobs[:-1]
+    text = req.tokenizer.decode(ids, skip_special_tokens=True)
+    answer = None if hesitates(text) else extract_answer(tokens.lead + text, extractor)
+    probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
+    return Trial(answer, None if answer is None else answer_key(answer), probability, tag.num_thought_tokens)
+
+
+def closed(thought: array[int], tokens: ThoughtTokens, *, is_line_end: bool) -> array[int]:
+    """A thought with the end that the model would have given it."""
+    return array("q", [*thought, *(() if is_line_end else tokens.new_line), *tokens.end])

@@ -1,0 +1,403 @@
+"""A long chain of thought: when it may be closed, and what probing costs and changes in the real engine."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from engines import assert_nothing_left, status_of
+from fastapi import HTTPException
+from hypothesis import given
+from hypothesis import strategies as st
+from questions import held_out, prompt
+
+from sglang_dynasor.algorithms.long_cot import Trial, agreement, hesitates, is_settled
+from sglang_dynasor.answers import is_complete
+from sglang_dynasor.engine.probe import thought_tokens
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.program import BranchState, Program, StopReason
+from sglang_dynasor.spec import ThoughtSpec, parse_field
+
+QUESTIONS = [q for q in held_out(40) if q.num_steps <= 4]
+# The reasoner's long mode: a few drafts of some 50 tokens, then </think> and the answer.
+FIELD = {
+    "algorithm": "long_cot", "answer": "hash", "think_end": "</think>\n####", "probe_suffix": "</think>\n####",
+    "probe_tokens": 16, "min_tokens": 16, "agree": 2, "exit": "trial:0.9",
+}  # fmt: skip
+NEVER = {**FIELD, "agree": 64}
+THOUGHT = ThoughtSpec(agree=3, level=0.9, min_tokens=0, every_tokens=8)
+
+
+def trial(key: str | None, probability: float = 0.99, num_tokens: int = 10) -> Trial:
+    return Trial(key, key, probability, num_tokens)
+
+
+@pytest.mark.parametrize(
+    ("trials", "expected"),
+    [
+        ([], False),
+        ([("1", 0.99)] * 2, False),  # too few
+        ([("1", 0.99)] * 3, True),
+        ([("2", 0.99), *[("1", 0.99)] * 3], True),
+        ([("1", 0.99), ("2", 0.99), ("1", 0.99)], False),  # no agreement
+        ([("1", 0.99), ("1", 0.89), ("1", 0.99)], False),  # one of them unlikely
+        ([("1", 0.99), (None, 0.99), ("1", 0.99)], False),  # one gave no answer
+        ([(None, 0.99)] * 3, False),  # to agree on nothing is not to agree
+    ],
+)
+def test_a_thought_settles_by_agreement_and_probability(trials: Any, expected: bool) -> None:
+    """Both are needed; the authors' code returned True on every path."""
+    assert is_settled([trial(*t) for t in trials], THOUGHT) is expected
+
+
+@given(st.lists(st.sampled_from(["1", "2", None]), max_size=12), st.integers(1, 6))
+def test_agreement_is_a_share(keys: list[str | None], window: int) -> None:
+    """Within [0, 1]; 1 exactly where the whole window says the same."""
+    trials = [trial(key) for key in keys]
+    share = agreement(trials, window)
+    assert 0 <= share <= 1
+    last = keys[-window:]
+    assert (share == 1) == (len(last) == window and last[-1] is not None and len(set(last)) == 1)
+
+
+@pytest.mark.parametrize("text", ["wait, no", "Hmm.", "38 but", "No"])
+def test_hesitation(text: str) -> None:
+    """A trial that takes itself back is none."""
+    assert hesitates(text)
+
+
+@pytest.mark.parametrize("text", ["38", "button", "nothing", "know", "awaits", "holdings"])
+def test_hesitation_is_words(text: str) -> None:
+    """Not a part of other words."""
+    assert not hesitates(text)
+
+
+@pytest.mark.parametrize(
+    ("lead", "text", "extractor", "expected"),
+    [
+        ("####", " 3", "hash", False),
+        ("####", " 38\n", "hash", True),
+        ("####", "\n", "hash", False),  # a line that has not begun
+        ("\\boxed{", "\\frac{1}{2", "boxed", False),
+        ("\\boxed{", "\\frac{1}{2}}", "boxed", True),
+        ("x\n\\boxed{", "3\n", "auto", False),
+        ("The answer is (", "B", "choice", True),
+        ("The answer is (", "", "choice", False),
+        ("a\nThe answer is ", "12", "number", False),
+        ("a\nThe answer is ", "12\n", "number", True),
+    ],
+)
+def test_an_answer_is_complete_when_it_has_ended(lead: str, text: str, extractor: str, expected: bool) -> None:
+    """Digits may follow digits; braces must close."""
+    assert is_complete(lead, text, extractor) is expected
+
+
+def chains(num: int, **field: Any) -> Program:
+    program = Program("p", parse_field({**FIELD, "branches": num, "agree": 3, **field}, 64))
+    for _ in range(num):
+        program.start_branch()
+    return program
+
+
+def test_the_only_chain_speaks_once_it_has_settled() -> None:
+    """Its answer is the program's, and the program was certain."""
+    program = chains(1)
+    assert [program.see_trial(0, trial("7")) for _ in range(3)] == [False, False, True]
+    assert program.speaker == 0
+    assert program.branches[0].closed_at == 10
+    assert program.reason is None
+    assert not program.see_trial(0, trial("7"))  # once
+    program.finish(0, "#### 7", 30)
+    assert program.reason is StopReason.CERTAIN
+    assert program.winner == 0
+    record = program.record()
+    assert record["certaindex"] == 1.0
+    assert record["closed_at_tokens"] == [10]
+    assert len(record["trials"]) == 3
+
+
+def test_a_chain_that_never_settles_uses_its_length() -> None:
+    """Different trials close nothing."""
+    program = chains(1)
+    assert not any(program.see_trial(0, trial(str(i))) for i in range(20))
+    program.finish(0, "#### 7", 30)
+    assert program.speaker is None
+    assert program.reason is StopReason.CAP
+
+
+def test_chains_agree_across() -> None:
+    """Three of four chains that would say the same now decide; the one asked last speaks, no more are started."""
+    program = chains(4, stop="margin", branches=4)
+    assert not program.see_trial(0, trial("7"))
+    assert not program.see_trial(1, trial("7"))
+    assert program.see_trial(2, trial("7"))
+    assert program.speaker == 2
+    for index in (0, 1, 3):
+        program.end(index, 20)
+    program.finish(2, "#### 7", 40)
+    assert program.reason is StopReason.CERTAIN
+    assert program.winner == 2
+
+
+@pytest.mark.parametrize("last", [trial("8"), trial("7", 0.5), trial(None)])
+def test_chains_that_do_not_agree_go_on(last: Trial) -> None:
+    """Another answer, an unlikely one or none is no vote."""
+    program = chains(4, stop="margin", branches=4)
+    program.see_trial(0, trial("7"))
+    program.see_trial(1, trial("7"))
+    assert not program.see_trial(2, last)
+    assert program.speaker is None
+    assert program.reason is None
+
+
+def test_votes_and_trials_count_together() -> None:
+    """A chain that has finished is a vote; one that has settled is closed and goes on to vote."""
+    program = chains(4, stop="margin", branches=4)
+    program.finish(0, "#### 7", 30)
+    program.finish(1, "#### 7", 30)
+    assert program.see_trial(2, trial("7"))
+    assert program.speaker == 2
+    program = chains(8, stop="never")
+    assert [program.see_trial(3, trial("7")) for _ in range(3)] == [False, False, True]
+    assert program.speaker is None
+    assert program.branches[3].closed_at == 10
+    assert program.branches[3].state is BranchState.IN_FLIGHT
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"agree": 0}, "dynasor.agree=0 is outside"),
+        ({"exit": "trial:2"}, "dynasor.exit='trial:2' is no rule"),
+        ({"exit": "published:3"}, "is no rule"),
+        ({"exit": "soon"}, "is no rule"),
+        ({"effort": "huge"}, "dynasor.effort='huge' is not known"),
+        ({"probe_tokens": 0}, "dynasor.probe_tokens=0 is outside"),
+        ({"think_end": "x" * 2000}, "dynasor.think_end has 2000 characters"),
+        ({"program": "p"}, "dynasor.program='p' with algorithm 'long_cot' is not supported"),
+        ({"weak_frac": 0.1}, "is not supported"),
+        ({"algorithm": "self_consistency"}, "dynasor.exit='trial:0.9' is for algorithm 'long_cot'"),
+    ],
+)
+def test_wrong_fields_are_named(field: dict[str, Any], message: str) -> None:
+    """Each names the key, the value and what is allowed."""
+    with pytest.raises(FieldError, match=message.replace("(", r"\(")):
+        parse_field({**FIELD, **field}, 64)
+
+
+def test_effort_sets_what_is_not_set() -> None:
+    """More effort asks for more agreement; a key of its own wins; the published rule is what was published."""
+    low, high = (parse_field({"algorithm": "long_cot", "effort": effort}, 64).thought for effort in ("low", "high"))
+    assert low
+    assert high
+    assert low.agree < high.agree
+    assert low.level < high.level
+    assert low.min_tokens < high.min_tokens
+    own = parse_field({"algorithm": "long_cot", "effort": "high", "agree": 2}, 64).thought
+    assert own
+    assert own.agree == 2
+    assert own.level == high.level
+    published = parse_field({"algorithm": "long_cot", "exit": "published"}, 64).thought
+    assert published
+    assert (published.agree, published.level, published.min_tokens, published.every_tokens) == (3, 0, 0, 64)
+
+
+def tokenizer_of(vocabulary: set[str], template: str = "") -> Any:
+    encode = lambda text, add_special_tokens: [ord(c) for c in text]  # noqa: E731
+    return SimpleNamespace(get_vocab=lambda: dict.fromkeys(vocabulary, 0), chat_template=template, encode=encode)
+
+
+class Tokenizer(SimpleNamespace):
+    """A tokenizer may be hashed."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def test_the_end_of_a_thought_is_the_model_s_own() -> None:
+    """From its vocabulary or its chat template; a model without one is refused, unless the client says how."""
+
+    def made(vocabulary: set[str], template: str = "") -> Any:
+        return Tokenizer(**vars(tokenizer_of(vocabulary, template)))
+
+    bare = ThoughtSpec(3, 0.9, 0, 8)
+    assert thought_tokens(bare, "boxed", made({"</think>"})).lead.startswith("\n</think>\n\n**Final Answer**")
+    assert thought_tokens(bare, "hash", made(set(), "...[/THINK]")).mark == "[/THINK]"
+    with pytest.raises(FieldError, match="send think_end"):
+        thought_tokens(bare, "hash", made(set()))
+    with pytest.raises(FieldError, match="send probe_suffix"):
+        thought_tokens(bare, "regex:(.)", made({"</think>"}))
+    own = ThoughtSpec(3, 0.9, 0, 8, suffix="so:", end="done")
+    assert thought_tokens(own, "regex:(.)", made(set()))[2:4] == ("so:", "done")
+    silent = Tokenizer(**{**vars(tokenizer_of(set())), "encode": lambda text, add_special_tokens: []})
+    with pytest.raises(FieldError, match="probe_suffix is no token"):
+        thought_tokens(own, "hash", silent)
+
+
+# In the real engine
+
+
+def ask(engine: Any, question: Any, field: dict[str, Any] | None, **params: Any) -> dict[str, Any]:
+    sampling = {"temperature": 0.0, "max_new_tokens": 400, **params}
+    if field is not None:
+        sampling["custom_params"] = {"dynasor": field}
+    return engine.generate(prompt(question.text, think=True), sampling)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"disable_overlap_schedule": True}, {"page_size": 16}],
+    ids=["overlap", "no overlap", "pages"],
+)
+def engine(request: Any, start_shared_engine: Any) -> Any:
+    return start_shared_engine(scheduler="dynasor", dynasor_strict=True, **request.param)
+
+
+@pytest.mark.engine
+def test_a_probed_thought_is_the_same_thought(engine: Any, request: Any) -> None:
+    """Where the rule never fires the greedy output has not one token changed; probes read the parent's KV."""
+    before = status_of(engine)
+    for question in QUESTIONS[:6]:
+        plain, probed = ask(engine, question, None), ask(engine, question, NEVER)
+        assert probed["output_ids"] == plain["output_ids"]
+        assert probed["text"] == plain["text"]
+        record = probed["meta_info"]["dynasor"]
+        assert record["num_probes"] >= 2
+        assert record["closed_at_tokens"] == [None]
+        assert record["stop_reason"] == "cap"
+        assert record["num_tokens"] == len(plain["output_ids"])
+        assert probed["meta_info"]["finish_reason"] == plain["meta_info"]["finish_reason"]
+    status = status_of(engine)
+    read = status["num_probe_tokens_read"] - before["num_probe_tokens_read"]
+    cached = status["num_probe_tokens_cached"] - before["num_probe_tokens_cached"]
+    pages = request.node.callspec.id.endswith("pages")
+    assert cached / read >= (0.85 if pages else 0.985), (cached, read)  # all but the token under way, or its page
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_a_settled_thought_is_closed(engine: Any) -> None:
+    """It ends where it was asked, by the model's own words, and an answer follows as if the model had stopped there."""
+    num_closed = 0
+    for question in QUESTIONS[:8]:
+        plain, short = ask(engine, question, None), ask(engine, question, FIELD)
+        record = short["meta_info"]["dynasor"]
+        (closed_at,) = record["closed_at_tokens"]
+        if closed_at is None:
+            assert short["text"] == plain["text"]
+            continue
+        num_closed += 1
+        assert short["output_ids"][:closed_at] == plain["output_ids"][:closed_at]
+        thought, _, answer = short["text"].rpartition("</think>\n")
+        assert plain["text"].startswith(thought)
+        assert answer.startswith("#### ")
+        assert [t["answer"] for t in record["trials"][-2:]] == [record["answer"]] * 2
+        assert record["stop_reason"] == "certain"
+        assert record["certaindex"] == 1.0
+        assert short["meta_info"]["finish_reason"]["type"] == "stop"
+        assert closed_at < record["num_tokens"] < len(plain["output_ids"])
+        assert short["meta_info"]["completion_tokens"] == record["num_tokens"]
+    assert num_closed >= 4
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_chains_of_one_program_agree(engine: Any) -> None:
+    """Eight chains, sampled: most stop early, the answer is one whole text, and nothing is left."""
+    num_early = 0
+    for question in QUESTIONS[:4]:
+        out = ask(engine, question, {**FIELD, "branches": 8, "stop": "predictive:0.1"}, temperature=1.0)
+        record = out["meta_info"]["dynasor"]
+        assert record["answer"] is not None
+        assert out["text"].rstrip().endswith(record["answer"])
+        num_early += record["stop_reason"] == "certain"
+        assert sum(record["branch_tokens"]) == record["num_tokens"]
+    assert num_early >= 2
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_probes_do_not_starve_in_a_full_batch(start_engine: Any) -> None:
+    """Four rows, and plain requests that would fill them all: thoughts are asked nevertheless."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, max_running_requests=4)
+
+    async def play() -> list[Any]:
+        text = prompt(QUESTIONS[0].text, think=True)
+        field = {"temperature": 0.0, "max_new_tokens": 150, "ignore_eos": True}
+        probed = field | {"custom_params": {"dynasor": NEVER}}
+        thoughts = [engine.async_generate(text, probed) for _ in range(2)]
+        crowd = [engine.async_generate(text, field) for _ in range(12)]
+        return (await asyncio.gather(*thoughts, *crowd))[:2]
+
+    for out in engine.loop.run_until_complete(play()):
+        assert out["meta_info"]["dynasor"]["num_probes"] >= 2
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_a_thought_without_room_for_an_answer_is_not_closed(engine: Any) -> None:
+    """The limit on tokens holds: nothing is appended beyond it."""
+    out = ask(engine, QUESTIONS[3], {**FIELD, "agree": 1, "min_tokens": 30}, max_new_tokens=31)
+    assert len(out["output_ids"]) <= 31
+    assert out["meta_info"]["dynasor"]["closed_at_tokens"] == [None]
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_deadlines_and_aborts_leave_nothing(engine: Any) -> None:
+    """Also while a probe is under way."""
+
+    async def play() -> None:
+        calls = [
+            asyncio.ensure_future(
+                engine.async_generate(
+                    prompt(QUESTIONS[i % 8].text, think=True),
+                    {"temperature": 0.0, "max_new_tokens": 400, "ignore_eos": True,
+                     "custom_params": {"dynasor": {**NEVER, "probe_tokens": 4, "min_tokens": 1, "deadline_s": 0.3 + 0.1 * i}}},
+                    rid=f"thought{i}",
+                )
+            )
+            for i in range(6)
+        ]  # fmt: skip
+        await asyncio.sleep(0.4)
+        for i in (1, 3, 5):
+            engine.tokenizer_manager.abort_request(f"thought{i}")
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        for i in (0, 2, 4):
+            assert done[i]["meta_info"]["dynasor"]["stop_reason"] == "deadline"
+
+    engine.loop.run_until_complete(play())
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [({"regex": "a*"}, "regex with dynasor.algorithm='long_cot'"), ({"n": 2}, "is not supported")],
+)
+def test_what_cannot_be_closed_is_refused(engine: Any, params: dict[str, Any], message: str) -> None:
+    """Constrained output, and choices of the client's own."""
+    with pytest.raises((ValueError, HTTPException), match=message):
+        ask(engine, QUESTIONS[0], FIELD, temperature=1.0, **params)
+
+
+@pytest.mark.engine
+def test_n_choices_are_a_program(engine: Any) -> None:
+    """Choices that the vote no longer needs are cut short or empty; without agreement every choice is whole."""
+    text = prompt(QUESTIONS[1].text, think=True)  # whose lengths differ
+    field = {"answer": "hash", "stop": "predictive:0.05"}
+    params = {"temperature": 1.0, "max_new_tokens": 300, "n": 12, "custom_params": {"dynasor": field}}
+    outs = engine.generate(text, params)
+    records = [out["meta_info"]["dynasor"] for out in outs]
+    assert len(outs) == 12
+    assert len({record["program"] for record in records}) == 1
+    whole = [out for out in outs if out["meta_info"]["finish_reason"].get("matched") is not None]
+    assert 3 <= len(whole) < 12
+    assert all("####" in out["text"] for out in whole)
+    params["custom_params"] = {"dynasor": {**field, "stop": "never"}}
+    outs = engine.generate(text, params)
+    assert all(out["meta_info"]["finish_reason"].get("matched") is not None for out in outs)
+    with pytest.raises((ValueError, HTTPException), match="the n choices are the branches"):
+        engine.generate(text, params | {"custom_params": {"dynasor": {**field, "branches": 3}}})
+    assert_nothing_left(engine)
