@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class Results:
 
 
 @contextmanager
-def _backend(engine: Any, rows: int) -> Iterator[Endpoint | LocalEngine]:
+def _backend(engine: Any, rows: int) -> Generator[Endpoint | LocalEngine]:
     """The backend given, or one made for an engine or an address."""
     if isinstance(engine, Endpoint | LocalEngine):
         yield engine
@@ -126,7 +126,7 @@ def solve(
         algorithm: self_consistency, best_of_n, long_cot, rebase, mcts or beam.
         sampling: SGLang's sampling parameters; max_new_tokens holds for a whole solution.
         reward: a function from a sampled text to its reward in [0, 1], or None where it cannot say; in place of a judge.
-        seed: question i samples from `seed + 1000 * i` on, for an engine that reads seeds.
+        seed: question i samples by `seed + i`, for an engine that reads seeds.
         progress: show a bar.
         concurrency: questions under way at once, 1 or more; None: 64 where the server makes the branches, else 8.
         rows: most requests at once where the algorithm is driven from here (searches, plain SGLang, `reward`).
@@ -151,8 +151,7 @@ def solve(
         started = time.perf_counter()
         with ThreadPoolExecutor(max(1, min(concurrency, len(questions)))) as pool:
             futures = [
-                pool.submit(one, question, None if seed is None else seed + 1000 * i)
-                for i, question in enumerate(questions)
+                pool.submit(one, question, None if seed is None else seed + i) for i, question in enumerate(questions)
             ]
             try:
                 for future in _shown(futures, algorithm, progress):

@@ -11,6 +11,7 @@ from questions import held_out, prompt
 
 import sglang_dynasor
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.frontend import LocalEngine
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(16)
@@ -101,6 +102,15 @@ def test_rewards_of_a_function(engine: Any) -> None:
     (result,) = solve(engine, 1, "best_of_n", stop="best:1", reward=lambda text: float(right in text))
     assert result.answer == str(QUESTIONS[0].answer)
     assert result.certaindex == 1
+
+
+def test_the_engine_is_the_author_s_again(engine: Any) -> None:
+    """Two backends share an engine's loop; after `close` its own methods work."""
+    with LocalEngine(engine) as one, LocalEngine(engine) as two:
+        assert one.tokenize(" good") == two.tokenize(" good")
+        assert solve(two, 1, "self_consistency", branches=3)[0].answer is not None
+        assert solve(one, 1, "self_consistency", branches=3)[0].answer is not None
+    assert engine.generate("Q", {"max_new_tokens": 2})["meta_info"]["completion_tokens"] <= 2
 
 
 def test_no_questions(engine: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from sglang_dynasor.answers import extract_answer
 from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, model_judge
 from sglang_dynasor.frontend.plan import Plan
+from sglang_dynasor.frontend.seat import sample_seed
 from sglang_dynasor.program import StopReason
 
 DEFAULT_ROWS = 64
@@ -85,7 +86,7 @@ class Driver:
             prompt: what the samples continue.
             sampling: SGLang's sampling parameters; `max_new_tokens` holds for a whole solution.
             reward: the author's rewards, from what was sampled to [0, 1]; None: the plan's judge.
-            seed: of the first sample; the others count on from it. Samples are then reported in the order in which they
+            seed: of the sampling. Samples are then reported in the order in which they
                 were asked for, so that an engine that reads seeds gives the same search again. None: as they come.
 
         Raises:
@@ -107,7 +108,7 @@ class Driver:
         return self._outcome(run, is_late)
 
     @contextmanager
-    def _share(self) -> Iterator[None]:
+    def _share(self) -> Generator[None]:
         with self._lock:
             self._num_live += 1
         try:
@@ -140,7 +141,7 @@ class Driver:
     def _ask(self, run: Run, node: int) -> None:
         rid = f"dynasor-{run.id}-{run.num_asked}."
         tree = run.algorithm.state
-        seed = None if run.seed is None else run.seed + run.num_asked
+        seed = sample_seed(run.seed, run.id, run.num_asked)
         run.num_asked += 1
         spent = sum(tree[i].num_tokens for i in tree.path(node))
         future = self._pool.submit(self._sample, run, tree.text(node), spent, rid, seed)
@@ -169,10 +170,8 @@ class Driver:
             if future.cancelled() or future.exception() is None:
                 self._take(run, future)
 
-    def _sample(self, run: Run, before: str, spent: int, rid: str, seed: int | None) -> Sampled:
-        params: dict[str, Any] = {"max_new_tokens": 128, **run.sampling}
-        if seed is not None:
-            params["sampling_seed"] = seed
+    def _sample(self, run: Run, before: str, spent: int, rid: str, seed: int) -> Sampled:
+        params: dict[str, Any] = {"max_new_tokens": 128, **run.sampling, "sampling_seed": seed}
         step = run.plan.step if run.algorithm.is_stepwise else None
         if step is not None:
             stop = params.get("stop") or []

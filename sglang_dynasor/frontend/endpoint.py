@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any
@@ -32,8 +32,12 @@ class Endpoint(RuntimeEndpoint):
     def name(self) -> str:
         return f"the server at {self.base_url}"
 
-    @cached_property
+    @property
     def has_scheduler(self) -> bool:
+        return self._answers_status
+
+    @cached_property
+    def _answers_status(self) -> bool:
         return self._request("/dynasor/status").status_code == HTTPStatus.OK
 
     def _request(self, path: str, data: dict[str, Any] | None = None) -> Any:
@@ -67,7 +71,7 @@ class Endpoint(RuntimeEndpoint):
     def generate(self, s: Any, sampling_params: Any) -> seat.Said:
         return seat.generate(s, lambda: super(Endpoint, self).generate(s, sampling_params))
 
-    def generate_stream(self, s: Any, sampling_params: Any) -> Iterator[seat.Said]:
+    def generate_stream(self, s: Any, sampling_params: Any) -> Generator[seat.Said, Any, None]:
         return seat.generate_stream(s, lambda: super(Endpoint, self).generate_stream(s, sampling_params))
 
 

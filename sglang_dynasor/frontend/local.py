@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from fastapi import HTTPException
@@ -44,6 +44,9 @@ class LocalEngine(RuntimeEndpoint):
         if not engine.loop.is_running():  # else another backend on this engine, or the author, runs it
             self._thread = threading.Thread(target=engine.loop.run_forever, daemon=True)
             self._thread.start()
+            running = threading.Event()
+            engine.loop.call_soon_threadsafe(running.set)
+            running.wait()  # so that the next backend on this engine sees it run
         self.driver = Driver(self, rows)
 
     def __enter__(self) -> LocalEngine:
@@ -149,10 +152,10 @@ class LocalEngine(RuntimeEndpoint):
     def generate(self, s: Any, sampling_params: Any) -> seat.Said:
         return seat.generate(s, lambda: _said(self._request(self._payload(s, sampling_params))))
 
-    def generate_stream(self, s: Any, sampling_params: Any) -> Iterator[seat.Said]:
+    def generate_stream(self, s: Any, sampling_params: Any) -> Generator[seat.Said, Any, None]:
         return seat.generate_stream(s, lambda: self._stream(self._payload(s, sampling_params)))
 
-    def _stream(self, data: dict[str, Any]) -> Iterator[seat.Said]:
+    def _stream(self, data: dict[str, Any]) -> Generator[seat.Said, Any, None]:
         chunks = self._run(
             self.engine.async_generate(data["text"], data["sampling_params"], rid=data.get("rid"), stream=True)
         )

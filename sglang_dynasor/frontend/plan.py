@@ -50,7 +50,7 @@ class Plan:
             FieldError: an option out of range.
         """
         cap, stop, width = self.spec.branches, self.spec.stop, self.spec.width
-        options = {"vote": self.spec.vote, **self.options}
+        options: dict[str, Any] = {"vote": self.spec.vote, **self.options}
         match self.algorithm:
             case "best_of_n":
                 return BestOfN(cap, stop, width=width, **options)

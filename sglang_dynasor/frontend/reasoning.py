@@ -10,7 +10,7 @@ import threading
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, SEARCHES, parse_plan, runs_on_server
-from sglang_dynasor.frontend.seat import set_extra, take_seat
+from sglang_dynasor.frontend.seat import sample_seed, set_extra, take_seat
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
@@ -126,6 +126,7 @@ class Reasoning:
         self._error: Exception | None = None
         self._timer: threading.Timer | None = None
         self._is_joined = False
+        self._is_ended_here = False
 
     def __enter__(self) -> Reasoning:
         return self
@@ -215,7 +216,7 @@ class Reasoning:
             raise FieldError(f"program {self.id} has ended ({self._program.reason}); declare another")
         left = self.spec.branches - len(self.branches)
         num = left if num is None else num
-        if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= left:
+        if not 1 <= num <= left:
             raise FieldError(f"fork({num!r}) is outside [1, {left}], what dynasor.branches={self.spec.branches} leaves")
         fresh: list[Branch] = []
         for executor in self.state.stream_executor.fork(num):
@@ -229,7 +230,7 @@ class Reasoning:
             self._timer.start()
         return fresh
 
-    def as_completed(self) -> Iterator[Branch]:
+    def as_completed(self) -> Generator[Branch]:
         """Branches as they finish, until the program has decided; one that the author does not report abstains from rewards."""
         handed: Branch | None = None
         while True:
@@ -351,9 +352,8 @@ class Reasoning:
             if branch.index is None:
                 branch.index = self._program.start_branch()
         branch.is_answering = self.final is None or name == self.final
-        extra: dict[str, Any] = {"rid": branch.rid, "sampling_params": {}}
-        if self.seed is not None:
-            extra["sampling_params"]["sampling_seed"] = self.seed + branch.number
+        seed = sample_seed(self.seed, self.id, branch.number)
+        extra: dict[str, Any] = {"rid": branch.rid, "sampling_params": {"sampling_seed": seed}}
         if branch.is_answering and not self._is_counted_here:
             extra["sampling_params"]["custom_params"] = {"dynasor": self._branch_field()}
         return extra
@@ -401,7 +401,7 @@ class Reasoning:
 
     def _hear(self, record: dict[str, Any] | None) -> None:
         """Keep the engine's newest record; its decision is the program's."""
-        if record is None:
+        if record is None or self._is_ended_here:
             return
         if self._told is None or _age(record) >= _age(self._told):
             self._told = record
@@ -426,7 +426,7 @@ class Reasoning:
         with self._changed:
             if self._program.reason is None:
                 self._program.reason = reason
-                self._told = None  # the engine does not know of it
+                self._told, self._is_ended_here = None, True  # the engine does not know of it
             self._changed.notify_all()
             self._end_rest()
 
@@ -481,7 +481,8 @@ class Reasoning:
             self._raise_error()
             self._told = self.state.get_meta_info(name)["dynasor"]
             return
-        resolved = executor._resolve_sampling_params(sgl.gen(name, **options).sampling_params)
+        expression: Any = sgl.gen(name, **options)
+        resolved = executor._resolve_sampling_params(expression.sampling_params)
         sampling = {key: value for key, value in resolved.to_srt_kwargs().items() if value is not None and key != "n"}
         plan = parse_plan(self.field, has_reward=self.reward is not None)
         driven = self.backend.driver.run(self.state.text(), plan, sampling, reward=self.reward, seed=self.seed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
 _SEAT = "_dynasor_seat"
 _EXTRA = "_dynasor_extra"
+
+_SPREAD = 0x9E3779B1  # 2^32 over the golden ratio: the samples of neighbouring seeds do not overlap
 
 Said = tuple[str, dict[str, Any]]  # text and meta_info of one generation
 
@@ -29,6 +31,16 @@ class Seat(Protocol):
     def fail(self, error: Exception) -> None:
         """The generation has failed."""
         ...
+
+
+def sample_seed(seed: int | None, program_id: str, number: int) -> int:
+    """The seed of a program's sample `number`, in [0, 2^31).
+
+    Also without a seed of the author's: an engine that reads seeds gives all requests without one the same, and branches
+    would all be equal.
+    """
+    base = int(program_id[:8], 16) if seed is None else seed
+    return (base * _SPREAD + number) % 2**31
 
 
 def take_seat(executor: Any, seat: Seat) -> None:
@@ -70,7 +82,7 @@ def generate(executor: Any, send: Callable[[], Said]) -> Said:
     return text, meta_info
 
 
-def generate_stream(executor: Any, send: Callable[[], Iterator[Said]]) -> Iterator[Said]:
+def generate_stream(executor: Any, send: Callable[[], Iterator[Said]]) -> Generator[Said, Any, None]:
     """As `generate`, in pieces."""
     seat: Seat | None = getattr(executor, _SEAT, None)
     if seat is None or getattr(executor, _EXTRA, None) is not None:
