@@ -33,11 +33,16 @@ CONCURRENCY = 8
 THINK, THINK_END = "<think>\n", "</think>\n####"
 SAMPLING = {"temperature": 1.3, "max_new_tokens": 400}
 TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
+# Its thoughts are 130 tokens long and a draft some 40, after each of which it says "wait" or answers.
+AT_WAIT = {"probe_word": "wait", "probe_tokens": 1, "min_tokens": 0}
+SOON = {"probe_tokens": 32, "min_tokens": 32}
 RULES: dict[str, dict[str, Any]] = {
-    "trial:0.9, 2 agree": {"probe_tokens": 24, "min_tokens": 24, "agree": 2, "exit": "trial:0.9"},
-    "trial:0.99, 2 agree": {"probe_tokens": 24, "min_tokens": 24, "agree": 2, "exit": "trial:0.99"},
-    "trial:0.9, 3 agree": {"probe_tokens": 24, "min_tokens": 24, "agree": 3, "exit": "trial:0.9"},
-    "published": {"probe_tokens": 24, "exit": "published"},
+    "every 32 tokens, trial:0.9, 2 agree": SOON | {"agree": 2, "exit": "trial:0.9"},
+    "at 'wait', trial:0.9, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.9"},
+    "at 'wait', trial:0.99, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.99"},
+    "at 'wait', trial:0.9": AT_WAIT | {"agree": 1, "exit": "trial:0.9"},
+    "at 'wait', trial:0.99": AT_WAIT | {"agree": 1, "exit": "trial:0.99"},
+    "published, 32 apart": {"probe_tokens": 32, "exit": "published"},
 }
 LOOP = next(iter(RULES))  # the rule that the client-side loop follows
 

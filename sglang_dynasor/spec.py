@@ -20,6 +20,7 @@ DEFAULT_GROUP_TOKENS = 128
 MOST_GROUP_TOKENS = 8192
 DEFAULT_PROBE_TOKENS = 128
 MOST_PROBE_TOKENS = 65_536
+MAX_WORD_CHARS = 32
 MOST_AGREE = 64
 MOST_MIN_TOKENS = 1_000_000
 # How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
@@ -47,6 +48,7 @@ FIELD_HELP = {
     "agree": (f"1 to {MOST_AGREE}", "long_cot: probes in a row that must give the same answer (default 5)"),
     "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "long_cot: tokens of a thought before it is probed (default 512)"),
     "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", f"long_cot: tokens from one probe to the next (default {DEFAULT_PROBE_TOKENS})"),
+    "probe_word": (f"up to {MAX_WORD_CHARS} characters", "long_cot: a word such as 'wait': a thought is asked only where it has just said that, as DEER does (default: at the end of a line)"),
     "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
     "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what ends a thought (default: the model's own)"),
     "effort": ("low, medium, high", "long_cot: agree, probability and min_tokens together, as OpenAI's reasoning_effort (default medium)"),
@@ -78,6 +80,7 @@ class ThoughtSpec:
     every_tokens: int
     suffix: str = ""  # empty: from the model and the extractor (engine/probe.py)
     end: str = ""  # empty: the model's own
+    word: str = ""  # empty: it is asked at the end of a line
     is_published: bool = False
 
 
@@ -200,7 +203,7 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
 
 
 def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
-    keys = ("exit", "agree", "min_tokens", "probe_tokens", "probe_suffix", "think_end", "effort")
+    keys = ("exit", "agree", "min_tokens", "probe_tokens", "probe_word", "probe_suffix", "think_end", "effort")
     if algorithm != "long_cot":
         if key := next((key for key in keys if key in options), None):
             raise FieldError(
@@ -225,17 +228,17 @@ def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
         raise FieldError(
             f"dynasor.exit={options['exit']!r} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
         )
-    suffix, end = _text(options, "probe_suffix", ""), _text(options, "think_end", "")
-    for key, value in (("probe_suffix", suffix), ("think_end", end)):
-        if len(value) > MAX_SUFFIX_CHARS:
-            raise FieldError(f"dynasor.{key} has {len(value)} characters; at most {MAX_SUFFIX_CHARS} are allowed")
+    limits = {"probe_suffix": MAX_SUFFIX_CHARS, "think_end": MAX_SUFFIX_CHARS, "probe_word": MAX_WORD_CHARS}
+    texts = {key: _text(options, key, "") for key in limits}
+    for key, text in texts.items():
+        if len(text) > limits[key]:
+            raise FieldError(f"dynasor.{key} has {len(text)} characters; at most {limits[key]} are allowed")
     return ThoughtSpec(
         _whole(options, "agree", agree, MOST_AGREE, "the limit"),
         level,
         _whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
         _whole(options, "probe_tokens", every_tokens, MOST_PROBE_TOKENS, "the limit"),
-        suffix,
-        end,
+        *texts.values(),
         is_published,
     )
 

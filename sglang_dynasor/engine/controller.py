@@ -42,6 +42,7 @@ from sglang_dynasor.engine.probe import (
     is_answered,
     make_probe,
     read_trial,
+    says,
     thought_tokens,
 )
 from sglang_dynasor.engine.statistics import AnswerReader, HostStatistics, Observer
@@ -431,7 +432,10 @@ class Controller:
     # Thoughts
 
     def _is_place_to_ask(self, req: Req, tag: BranchTag) -> bool:
-        """At the end of a line, where a thought may well end; somewhere in a line that is too long to wait for."""
+        """After the word asked for; else at the end of a line, or somewhere in one that is too long to wait for."""
+        thought = tag.live.program.spec.thought
+        if thought is not None and thought.word:
+            return req.output_ids[-1] in self._thought_tokens(tag.live).word_ends and says(req, thought.word)
         return req.output_ids[-1] in self.reader.line_ends or len(req.output_ids) >= tag.probe_at + MOST_LINE_TOKENS
 
     def _probe(self, live: LiveProgram, tag: BranchTag) -> None:
@@ -485,7 +489,9 @@ class Controller:
             return
         trial = read_trial(req, tag, tokens, program.spec.answer)
         limit = chain.sampling_params.max_new_tokens
-        if trial.num_tokens + len(tokens.new_line) + len(tokens.end) >= (limit or 0):  # no room would be left for the answer
+        if trial.num_tokens + len(tokens.new_line) + len(tokens.end) >= (
+            limit or 0
+        ):  # no room would be left for the answer
             return
         if program.see_trial(index, trial):
             if program.speaker is not None:

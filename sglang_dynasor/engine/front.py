@@ -60,7 +60,9 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     num_choices = params.get("n") or 1
     if num_choices != 1:
         if spec.thought is not None:
-            raise FieldError(f"n={num_choices} with dynasor.algorithm='long_cot' is not supported; send n=1 and dynasor.branches")
+            raise FieldError(
+                f"n={num_choices} with dynasor.algorithm='long_cot' is not supported; send n=1 and dynasor.branches"
+            )
         obj.sampling_params = _as_choices(params, num_choices, custom["dynasor"], config)
         return
     if params.get("max_new_tokens") == 0:

@@ -19,6 +19,7 @@ from sglang_dynasor.engine.branch import BranchTag, make_side
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.spec import ThoughtSpec
 
+WORD_TOKENS = 16  # that a word of 32 characters and what stands before it may take
 MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer (the limit hardly matters, PEERS in the docs)
 # How models end a thought; the first that the tokenizer or its chat template knows.
 THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
@@ -41,6 +42,7 @@ class ThoughtTokens(NamedTuple):
     lead: str  # the suffix as text: trial answers are read after it
     mark: str  # `end` without the space around it: where it is in the text, the thought is over
     new_line: tuple[int, ...]  # comes first where a thought is cut in the middle of a line
+    word_ends: frozenset[int]  # with which the word may end after which it is asked; empty: at the end of a line
 
 
 @lru_cache(maxsize=256)
@@ -76,7 +78,21 @@ def thought_tokens(thought: ThoughtSpec, extractor: str, tokenizer: Any) -> Thou
         if not tokens:
             raise FieldError(f"dynasor.{key} is no token of this model; send a text that is")
     new_line = tuple(tokenizer.encode("\n", add_special_tokens=False))
-    return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line)
+    word_ends = _word_ends(thought.word, tokenizer) if thought.word else frozenset[int]()
+    return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line, word_ends)
+
+
+def _word_ends(word: str, tokenizer: Any) -> frozenset[int]:
+    """The tokens that a word may end with: small or capital, after a space, a new line or nothing."""
+    spelled = (space + form for space in ("", " ", "\n") for form in (word, word.capitalize()))
+    encoded = (tokenizer.encode(text, add_special_tokens=False) for text in spelled)
+    return frozenset(ids[-1] for ids in encoded if ids)
+
+
+def says(req: Req, word: str) -> bool:
+    """Whether the latest of what `req` has said is `word`, whole."""
+    text = req.tokenizer.decode(list(req.output_ids[-WORD_TOKENS:])).casefold()
+    return text.endswith(word.casefold()) and not text.removesuffix(word.casefold())[-1:].isalnum()
 
 
 def make_probe(
