@@ -238,7 +238,9 @@ def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
         level,
         _whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
         _whole(options, "probe_tokens", every_tokens, MOST_PROBE_TOKENS, "the limit"),
-        *texts.values(),
+        texts["probe_suffix"],
+        texts["think_end"],
+        texts["probe_word"],
         is_published,
     )
 

@@ -112,8 +112,8 @@ def test_reasoning_effort_says_how_soon_a_thought_may_close(
 def test_n_chat_choices_end_early_together(server: Server) -> None:
     """Every choice comes back with a finish_reason of the API; those not needed cost less."""
     body = {
-        "model": "any", "messages": [{"role": "user", "content": QUESTION.text}], "max_tokens": 200, "n": 16,
-        "temperature": 0.7, "return_meta_info": True, "custom_params": {"dynasor": {"answer": "hash"}},
+        "model": "any", "messages": [{"role": "user", "content": QUESTION.text}], "max_tokens": 300, "n": 16,
+        "temperature": 1.0, "return_meta_info": True, "chat_template_kwargs": {"enable_thinking": True}, "custom_params": {"dynasor": {"answer": "hash"}},
     }  # fmt: skip
     choices = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120).json()["choices"]
     assert len(choices) == 16

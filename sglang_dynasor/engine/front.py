@@ -113,7 +113,7 @@ def _check_thought(spec: ProgramSpec, obj: GenerateReqInput, params: dict[str, A
 def take_effort(result: Any, serving_chat: Any, request: Any, *args: Any, **kwargs: Any) -> None:
     """OpenAI's `reasoning_effort` becomes the field's `effort`, where a long_cot field has none."""
     params: Any = result[0].sampling_params
-    custom = params.get("custom_params") if isinstance(params, dict) else None
+    custom: Any = params.get("custom_params") if isinstance(params, dict) else None
     field: Any = custom.get("dynasor") if isinstance(custom, dict) else None
     effort = REASONING_EFFORTS.get(request.reasoning_effort) if isinstance(request.reasoning_effort, str) else None
     if isinstance(field, str):

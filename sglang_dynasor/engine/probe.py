@@ -91,8 +91,12 @@ def _word_ends(word: str, tokenizer: Any) -> frozenset[int]:
 
 def says(req: Req, word: str) -> bool:
     """Whether the latest of what `req` has said is `word`, whole."""
-    text = req.tokenizer.decode(list(req.output_ids[-WORD_TOKENS:])).casefold()
+    text = _tokenizer(req).decode(list(req.output_ids[-WORD_TOKENS:])).casefold()
     return text.endswith(word.casefold()) and not text.removesuffix(word.casefold())[-1:].isalnum()
+
+
+def _tokenizer(req: Req) -> Any:
+    return req.tokenizer
 
 
 def make_probe(
@@ -113,7 +117,7 @@ def make_probe(
 
 def is_answered(req: Req, tokens: ThoughtTokens, extractor: str) -> bool:
     """Whether a running probe has said what it was asked for."""
-    text = req.tokenizer.decode(list(req.output_ids), skip_special_tokens=True)
+    text = _tokenizer(req).decode(list(req.output_ids), skip_special_tokens=True)
     return is_complete(tokens.lead, text, extractor)
 
 
@@ -123,7 +127,7 @@ def read_trial(req: Req, tag: BranchTag, tokens: ThoughtTokens, extractor: str) 
     logprobs = tag.logprobs[: len(ids)]
     if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN):  # that it stops there is no part of the answer
         logprobs = logprobs[:-1]
-    text = req.tokenizer.decode(ids, skip_special_tokens=True)
+    text = _tokenizer(req).decode(ids, skip_special_tokens=True)
     answer = None if hesitates(text) else extract_answer(tokens.lead + text, extractor)
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
     return Trial(answer, None if answer is None else answer_key(answer), probability, tag.num_thought_tokens)
