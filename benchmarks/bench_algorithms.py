@@ -4,8 +4,8 @@
 
 Uniform is the same algorithm told never to stop (Rebase: its whole width in one tree, as published), in the same engine on the
 same questions, CONCURRENCY at a time. Tokens are those generated; what judging computed has a column of its own. Rewards come
-from the model's own judge token, or, in the rows "checked", from a verifier that checks each line's arithmetic against the
-question: what a program gains with rewards that can be relied on.
+from the model's own judge token, or, in the rows "checked", from an oracle that compares each line with the
+true solution: the most that a program could gain by better rewards.
 """
 
 from __future__ import annotations

@@ -27,26 +27,49 @@ def facts(text: str) -> list[str]:
     return re.findall(r"\d+ steps, the answer is \d+", text)
 
 
-@pytest.mark.parametrize("name", SAMPLED)
-def test_an_example_prints_what_was_recorded(name: str) -> None:
-    """The same lines about the same questions; at least half of the answers are right, but where the weak judge alone decides."""
+def run(name: str) -> str:
+    """What an example prints."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / f"{name}.py")],
-        capture_output=True, text=True, timeout=300, check=False, cwd=ROOT,
+        capture_output=True, text=True, timeout=400, check=False, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_an_example_prints_what_was_recorded(name: str) -> None:
+    """The same lines about the same questions; at least half of the answers are right, but where the weak judge alone decides."""
+    printed = run(name)
     recorded = (OUTPUT / f"{name}.txt").read_text()
-    assert shape(done.stdout) == shape(recorded)
-    assert facts(done.stdout) == facts(recorded)
-    answers = re.findall(r"the answer is (\d+): .* says (\w+)", done.stdout)
+    assert shape(printed) == shape(recorded)
+    assert facts(printed) == facts(recorded)
+    answers = re.findall(r"the answer is (\d+): .* says (\w+)", printed)
     assert answers
     # The tiny reasoner's judge is worse than chance at picking one of eight (its model card says so).
     assert name == "best_of_n" or sum(true == said for true, said in answers) >= len(answers) / 2
 
 
+def test_the_long_thought_example() -> None:
+    """Greedy: the same questions with the same answers as recorded, and most thoughts are closed early."""
+    printed = run("long_cot")
+    assert facts(printed) == facts((OUTPUT / "long_cot.txt").read_text())
+    pairs = re.findall(r"whole thought +(\d+) tokens: #### (\d+)\n +long_cot +(\d+) tokens: #### (\d+)", printed)
+    assert len(pairs) == 5
+    assert sum(whole_answer == answer for _, whole_answer, _, answer in pairs) >= 4
+    assert sum(int(tokens) < int(whole_tokens) for whole_tokens, _, tokens, _ in pairs) >= 3
+
+
+def test_the_pretrained_example() -> None:
+    """A public model through its chat template: it knows the capital of France, and its branches vote."""
+    printed = run("pretrained")
+    assert re.search(r"^answer .*Paris", printed, re.M)
+    assert "of 8 branches" in printed
+
+
 def test_every_example_has_its_record() -> None:
-    """No example without one, no record without its example."""
+    """No example without one, but for the pretrained model, which is sampled in its own words."""
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert {path.stem for path in OUTPUT.glob("*.txt")} <= names
-    assert set(SAMPLED) <= names
+    assert {path.stem for path in OUTPUT.glob("*.txt")} == names - {"pretrained"}
+    assert names == {*SAMPLED, "long_cot", "pretrained"}

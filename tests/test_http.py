@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -61,6 +62,19 @@ def test_the_readme_s_openai_client_works(server: Server) -> None:
     assert done.returncode == 0, done.stderr
     assert "#### 19" in done.stdout
     assert "certaindex" in done.stdout
+
+
+def test_the_readme_s_frontend_program_works(server: Server, tmp_path: Path) -> None:
+    """As an author copies it, with a backend and a question."""
+    script = tmp_path / "author.py"
+    script.write_text(
+        readme_block("python", "reason(s, branches=16")
+        + f"\n\nsgl.set_default_backend(Endpoint('{server.url}'))\np = solve.run({QUESTION.text!r}).ret_value\n"
+        + "print(p.answer, p.certaindex, p.stop_reason)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{QUESTION.answer} 0.")
 
 
 def test_openai_completions_and_streaming(server: Server) -> None:

@@ -379,38 +379,3 @@ def test_a_crash_in_admission_falls_back(start_engine: Any, monkeypatch: pytest.
     assert all(out["meta_info"]["dynasor"]["stop_reason"] in ("certain", "cap") for out in outs)
     assert status_of(engine)["num_policy_errors"] > 0
     assert status_of(engine)["num_held_programs"] == status_of(engine)["num_branches_inside"] == 0
-
-
-def test_a_program_that_started_narrow_widens_when_the_load_has_gone(
-    start_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Three rows are free when it comes. When the crowd leaves, the other five branches start beside the first three,
-    which are far from their end; while the crowd is there they do not."""
-    log = tmp_path / "starts.jsonl"
-    admit = Admission._admit
-
-    def noting(self: Admission, live: Any, num: int) -> None:
-        with log.open("a") as out:
-            crowd = sum(req.rid.startswith("crowd") for req in self.scheduler.running_batch.reqs)
-            out.write(json.dumps([crowd, len(live.program.recent), live.program.num_in_flight, num]) + "\n")
-        admit(self, live, num)
-
-    monkeypatch.setattr(Admission, "_admit", noting)
-    engine = start_engine(scheduler="dynasor", dynasor_strict=True, max_running_requests=12)
-
-    async def play() -> Any:
-        plain = {"temperature": 0.0, "max_new_tokens": 80, "ignore_eos": True}
-        text = prompt(QUESTIONS[0].text)
-        crowd = [asyncio.ensure_future(engine.async_generate(text, plain, rid=f"crowd{i}")) for i in range(9)]
-        await asyncio.sleep(0.2)
-        wide = params(600, branches=8, stop="never") | {"ignore_eos": True}
-        answer = await engine.async_generate(text, wide, rid="wide")
-        await asyncio.gather(*crowd)
-        return answer
-
-    record = engine.loop.run_until_complete(play())["meta_info"]["dynasor"]
-    assert record["gang"] == 3
-    assert record["branch_tokens"] == [600] * 8
-    starts = [json.loads(line) for line in log.read_text().splitlines()]
-    assert starts == [[9, 0, 0, 3], [0, 0, 3, 5]]
-    assert_nothing_left(engine)

@@ -47,7 +47,6 @@ class Admission:
         self.engine = Room(scheduler.max_running_requests, pool_tokens)  # as if it were empty
         self.cheap_rows = self.engine.rows  # that a step carries nearly for free (pace.py): the first rank tells
         self.front: dict[Req, None] = {}  # our branches in SGLang's waiting_queue: always its first
-        self.alive: dict[LiveProgram, None] = {}  # programs that are not over, by arrival
         self.promised: dict[LiveProgram, int] = {}  # siblings that follow once their leader has cached the prompt
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
         self.num_expected = 0  # branches, of all live programs
@@ -60,7 +59,6 @@ class Admission:
     # The line
 
     def arrive(self, live: LiveProgram) -> Ticket:
-        self.alive[live] = None
         return self.order.arrive(live.program.spec.tenant, live)
 
     def wait(self, live: LiveProgram) -> None:
@@ -78,7 +76,6 @@ class Admission:
 
     def leave(self, live: LiveProgram) -> None:
         """The program is over."""
-        self.alive.pop(live, None)
         self.promised.pop(live, None)
         self._expect(live, 0)
         self.order.end(live.ticket)
@@ -168,12 +165,10 @@ class Admission:
 
     def look(self, running_batch: ScheduleBatch) -> None:
         """Start the waiting programs that fit, in order. Called once per step, before SGLang fills its prefill batch."""
-        self._num_steps += 1
         if not self.order.num_waiting:
             self.is_plain_due = True
-            if not self._is_stale or self._num_steps < LOOK_EVERY:
-                return
-            self._widen()
+            return
+        self._num_steps += 1
         is_empty = running_batch.is_empty() and not self.front and self.scheduler.chunked_req is None
         if not (self._is_stale or is_empty or self._num_steps >= LOOK_EVERY):
             return
@@ -194,12 +189,6 @@ class Admission:
         )
         if head is not None:  # its prompt is used next: the radix cache evicts others first
             touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
-
-    def _widen(self) -> None:
-        """Nobody waits, and something has left: programs that started narrow stand in line for what is free now."""
-        for live in self.alive:
-            if live.is_prompt_cached and live.program.num_unused and live not in self.promised:
-                self.wait(live)
 
     def _offer(self, live: LiveProgram, num_rows: int) -> Offer:
         wanted, least = live.program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
