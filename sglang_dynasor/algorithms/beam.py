@@ -44,19 +44,15 @@ class Beam:
         check_vote(vote)
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.beams, self.max_depth, self.hopeless = cap, stop, beams, max_depth, hopeless
-        self._tree = Tree()
-        self._votes = Votes(self._tree, vote)
+        self.state = Tree()
+        self._votes = Votes(self.state, vote)
         self._kept: list[int] = [ROOT]  # nodes that go on
         self._fresh: list[int] = []  # what this depth has brought
         self._depth = 0  # depths begun
         self._num_in_flight = 0
         self._num_failed = 0
         self._num_tokens = 0
-        self._reason: Reason | None = None
-
-    @property
-    def state(self) -> Tree:
-        return self._tree
+        self.reason: Reason | None = None
 
     @property
     def certaindex(self) -> float:
@@ -65,11 +61,7 @@ class Beam:
     @property
     def budget(self) -> int:
         """Steps that may still be sampled: of the depths not begun."""
-        return 0 if self._reason is not None else self.cap * (self.max_depth - self._depth)
-
-    @property
-    def reason(self) -> Reason | None:
-        return self._reason
+        return 0 if self.reason is not None else self.cap * (self.max_depth - self._depth)
 
     @property
     def _evidence(self) -> Evidence:
@@ -77,7 +69,7 @@ class Beam:
 
     def expand(self, room: int) -> list[Expansion]:
         """A whole depth at once, whatever `room`: which nodes go on is known only when all have their reward."""
-        if self._reason is not None or self._num_in_flight:
+        if self.reason is not None or self._num_in_flight:
             return []
         self._depth += 1
         each, more = divmod(self.cap, len(self._kept))
@@ -89,35 +81,35 @@ class Beam:
     def report(self, node: int, sample: Sample) -> None:
         self._num_in_flight -= 1
         self._num_tokens += sample.num_tokens
-        if self._reason is None:
-            is_terminal = sample.is_terminal or self._tree[node].depth + 1 >= self.max_depth
-            self._fresh.append(self._tree.add(node, sample._replace(is_terminal=is_terminal)))
+        if self.reason is None:
+            is_terminal = sample.is_terminal or self.state[node].depth + 1 >= self.max_depth
+            self._fresh.append(self.state.add(node, sample._replace(is_terminal=is_terminal)))
             self._end_depth()
 
     def lose(self, node: int) -> None:
         self._num_in_flight -= 1
         self._num_failed += 1
-        if self._reason is None:
+        if self.reason is None:
             self._end_depth()
 
     def _end_depth(self) -> None:
         if self._num_in_flight:
             return
         places = self.beams - len(self._votes)
-        best = sorted(self._fresh, key=lambda node: (-(self._tree[node].reward or 0.0), node))[:places]
-        self._kept = [node for node in best if not self._tree[node].is_terminal]
+        best = sorted(self._fresh, key=lambda node: (-(self.state[node].reward or 0.0), node))[:places]
+        self._kept = [node for node in best if not self.state[node].is_terminal]
         for node in best:
-            if self._tree[node].is_terminal and self._reason is None:
+            if self.state[node].is_terminal and self.reason is None:
                 self._votes.add(node)
                 if self.stop.stops(self._evidence):
-                    self._reason = Reason.CERTAIN
-        if self._reason is not None:
+                    self.reason = Reason.CERTAIN
+        if self.reason is not None:
             return
-        rewards = [reward for node in self._kept if (reward := self._tree[node].reward) is not None]
+        rewards = [reward for node in self._kept if (reward := self.state[node].reward) is not None]
         if self._votes.is_hopeless(self.hopeless, rewards + self._votes.rewards):
-            self._reason = Reason.HOPELESS
+            self.reason = Reason.HOPELESS
         elif not self._kept:
-            self._reason = Reason.CAP if len(self._votes) else Reason.FAILED
+            self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
 
     def aggregate(self) -> Choice:
         return self._votes.answer()
@@ -126,7 +118,7 @@ class Beam:
         return {
             "algorithm": "beam",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self._reason, self.stop),
+            **self._votes.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "beams": self.beams,
             "num_failed": self._num_failed,

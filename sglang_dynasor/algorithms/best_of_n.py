@@ -38,16 +38,12 @@ class BestOfN:
         check_vote(vote)
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.width, self.hopeless = cap, stop, width, hopeless
-        self._tree = Tree()
-        self._votes = Votes(self._tree, vote)
+        self.state = Tree()
+        self._votes = Votes(self.state, vote)
         self._num_in_flight = 0
         self._num_failed = 0
         self._num_tokens = 0
-        self._reason: Reason | None = None
-
-    @property
-    def state(self) -> Tree:
-        return self._tree
+        self.reason: Reason | None = None
 
     @property
     def certaindex(self) -> float:
@@ -56,20 +52,16 @@ class BestOfN:
     @property
     def budget(self) -> int:
         """Branches that may still start."""
-        if self._reason is not None:
+        if self.reason is not None:
             return 0
         return self.cap - self._num_failed - len(self._votes) - self._num_in_flight
-
-    @property
-    def reason(self) -> Reason | None:
-        return self._reason
 
     @property
     def _evidence(self) -> Evidence:
         return self._votes.evidence(self.cap - self._num_failed - len(self._votes))
 
     def expand(self, room: int) -> list[Expansion]:
-        if self._reason is not None:
+        if self.reason is not None:
             return []
         num = min(self.budget, num_to_start(self._evidence, self.stop, self._num_in_flight, self.width, room))
         self._num_in_flight += num
@@ -78,13 +70,13 @@ class BestOfN:
     def report(self, node: int, sample: Sample) -> None:
         self._num_in_flight -= 1
         self._num_tokens += sample.num_tokens
-        if self._reason is not None:
+        if self.reason is not None:
             return
-        self._votes.add(self._tree.add(node, sample._replace(is_terminal=True)))
+        self._votes.add(self.state.add(node, sample._replace(is_terminal=True)))
         if self.stop.stops(self._evidence):
-            self._reason = Reason.CERTAIN
+            self.reason = Reason.CERTAIN
         elif self._votes.is_hopeless(self.hopeless, self._votes.rewards):
-            self._reason = Reason.HOPELESS
+            self.reason = Reason.HOPELESS
         self._stop_if_used_up()
 
     def lose(self, node: int) -> None:
@@ -93,8 +85,8 @@ class BestOfN:
         self._stop_if_used_up()
 
     def _stop_if_used_up(self) -> None:
-        if self._reason is None and self.budget == 0 and self._num_in_flight == 0:
-            self._reason = Reason.CAP if len(self._votes) else Reason.FAILED
+        if self.reason is None and self.budget == 0 and self._num_in_flight == 0:
+            self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
 
     def aggregate(self) -> Choice:
         return self._votes.answer()
@@ -103,7 +95,7 @@ class BestOfN:
         return {
             "algorithm": "best_of_n",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self._reason, self.stop),
+            **self._votes.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,

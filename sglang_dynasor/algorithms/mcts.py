@@ -67,16 +67,12 @@ class Mcts:
         self.cap, self.stop, self.width, self.branching = cap, stop, width, branching
         self.step, self.max_depth, self.exploration, self.hopeless = step, max_depth, exploration, hopeless
         self.visits: list[Visits] = [Visits()]  # by node
-        self._tree = Tree()
-        self._votes = Votes(self._tree, vote)
+        self.state = Tree()
+        self._votes = Votes(self.state, vote)
         self._num_in_flight = 0
         self._num_failed = 0
         self._num_tokens = 0
-        self._reason: Reason | None = None
-
-    @property
-    def state(self) -> Tree:
-        return self._tree
+        self.reason: Reason | None = None
 
     @property
     def certaindex(self) -> float:
@@ -85,20 +81,16 @@ class Mcts:
     @property
     def budget(self) -> int:
         """Iterations that may still start."""
-        if self._reason is not None:
+        if self.reason is not None:
             return 0
         return self.cap - self._num_failed - len(self._votes) - self._num_in_flight
-
-    @property
-    def reason(self) -> Reason | None:
-        return self._reason
 
     @property
     def _evidence(self) -> Evidence:
         return self._votes.evidence(self.cap - self._num_failed - len(self._votes))
 
     def expand(self, room: int) -> list[Expansion]:
-        if self._reason is not None:
+        if self.reason is not None:
             return []
         num = min(self.budget, num_to_start(self._evidence, self.stop, self._num_in_flight, self.width, room))
         wanted: dict[int, int] = {}
@@ -106,7 +98,7 @@ class Mcts:
             node = self._select()
             if node is None:
                 break
-            for above in self._tree.path(node):
+            for above in self.state.path(node):
                 self.visits[above].virtual += 1
             self.visits[node].pending += 1
             self._num_in_flight += 1
@@ -120,19 +112,19 @@ class Mcts:
             return None
         node = ROOT
         while not self._is_open(node):
-            node = max((c for c in self._tree[node].children if self._has_place(c)), key=lambda c: (self._uct(c), -c))
+            node = max((c for c in self.state[node].children if self._has_place(c)), key=lambda c: (self._uct(c), -c))
         return node
 
     def _is_open(self, node: int) -> bool:
         """Whether this very node may have another child."""
-        found = self._tree[node]
+        found = self.state[node]
         return not found.is_terminal and len(found.children) + self.visits[node].pending < self.branching
 
     def _has_place(self, node: int) -> bool:
-        return self._is_open(node) or any(self._has_place(child) for child in self._tree[node].children)
+        return self._is_open(node) or any(self._has_place(child) for child in self.state[node].children)
 
     def _uct(self, node: int) -> float:
-        mine, parent = self.visits[node], self._tree[node].parent
+        mine, parent = self.visits[node], self.state[node].parent
         assert parent is not None
         num = mine.num + mine.virtual
         above = self.visits[parent]
@@ -142,7 +134,7 @@ class Mcts:
 
     def _land(self, node: int) -> None:
         """A sample from `node` is no longer in flight."""
-        for above in self._tree.path(node):
+        for above in self.state.path(node):
             self.visits[above].virtual -= 1
         self.visits[node].pending -= 1
         self._num_in_flight -= 1
@@ -150,21 +142,21 @@ class Mcts:
     def report(self, node: int, sample: Sample) -> None:
         self._land(node)
         self._num_tokens += sample.num_tokens
-        if self._reason is not None:
+        if self.reason is not None:
             return
-        *steps, rest = self._steps(sample.text, self.max_depth - self._tree[node].depth)
+        *steps, rest = self._steps(sample.text, self.max_depth - self.state[node].depth)
         for text in steps:
-            node = self._tree.add(node, Sample(text, 0, is_terminal=False))
-        node = self._tree.add(node, sample._replace(text=rest, is_terminal=True))
-        self.visits += [Visits() for _ in range(len(self._tree) - len(self.visits))]
-        for above in self._tree.path(node):
+            node = self.state.add(node, Sample(text, 0, is_terminal=False))
+        node = self.state.add(node, sample._replace(text=rest, is_terminal=True))
+        self.visits += [Visits() for _ in range(len(self.state) - len(self.visits))]
+        for above in self.state.path(node):
             self.visits[above].num += 1
             self.visits[above].value += sample.reward or 0.0
         self._votes.add(node)
         if self.stop.stops(self._evidence):
-            self._reason = Reason.CERTAIN
+            self.reason = Reason.CERTAIN
         elif self._votes.is_hopeless(self.hopeless, self._votes.rewards):
-            self._reason = Reason.HOPELESS
+            self.reason = Reason.HOPELESS
         self._stop_if_used_up()
 
     def lose(self, node: int) -> None:
@@ -180,8 +172,8 @@ class Mcts:
 
     def _stop_if_used_up(self) -> None:
         is_spent = self.budget == 0 or not self._has_place(ROOT)
-        if self._reason is None and is_spent and self._num_in_flight == 0:
-            self._reason = Reason.CAP if len(self._votes) else Reason.FAILED
+        if self.reason is None and is_spent and self._num_in_flight == 0:
+            self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
 
     def aggregate(self) -> Choice:
         return self._votes.answer()
@@ -190,7 +182,7 @@ class Mcts:
         return {
             "algorithm": "mcts",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self._reason, self.stop),
+            **self._votes.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,

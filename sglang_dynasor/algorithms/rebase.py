@@ -80,19 +80,15 @@ class Rebase:
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.round_width = cap, stop, round_width
         self.temperature, self.max_depth, self.hopeless = temperature, max_depth, hopeless
-        self._tree = Tree()
-        self._votes = Votes(self._tree, vote)
+        self.state = Tree()
+        self._votes = Votes(self.state, vote)
         self._left = 0  # of this round's width: solutions not finished
         self._frontier: list[int] = []  # nodes to expand once the depth is complete
         self._num_in_flight = 0
         self._num_rounds = 0
         self._num_failed = 0
         self._num_tokens = 0
-        self._reason: Reason | None = None
-
-    @property
-    def state(self) -> Tree:
-        return self._tree
+        self.reason: Reason | None = None
 
     @property
     def certaindex(self) -> float:
@@ -101,13 +97,9 @@ class Rebase:
     @property
     def budget(self) -> int:
         """Solutions that no round has been given yet."""
-        if self._reason is not None:
+        if self.reason is not None:
             return 0
         return self.cap - self._num_failed - len(self._votes) - self._left
-
-    @property
-    def reason(self) -> Reason | None:
-        return self._reason
 
     @property
     def _evidence(self) -> Evidence:
@@ -115,14 +107,14 @@ class Rebase:
 
     def expand(self, room: int) -> list[Expansion]:
         """A whole depth at once, whatever `room`: shares are known only when every node of a depth has its reward."""
-        if self._reason is not None or self._num_in_flight:
+        if self.reason is not None or self._num_in_flight:
             return []
         if not self._frontier:
             self._left = self.round_width or votes_needed(self._evidence, self.stop) or self.budget
             self._left = min(self._left, self.cap - self._num_failed - len(self._votes))
             self._num_rounds += 1
             self._frontier = [ROOT]
-        given = shares([self._tree[node].reward or 0.0 for node in self._frontier], self._left, self.temperature)
+        given = shares([self.state[node].reward or 0.0 for node in self._frontier], self._left, self.temperature)
         wanted = [Expansion(node, num) for node, num in zip(self._frontier, given, strict=True) if num]
         self._frontier = []
         self._num_in_flight = sum(num for _, num in wanted)
@@ -131,37 +123,37 @@ class Rebase:
     def report(self, node: int, sample: Sample) -> None:
         self._num_in_flight -= 1
         self._num_tokens += sample.num_tokens
-        if self._reason is not None:
+        if self.reason is not None:
             return
-        is_terminal = sample.is_terminal or self._tree[node].depth + 1 >= self.max_depth
-        index = self._tree.add(node, sample._replace(is_terminal=is_terminal))
+        is_terminal = sample.is_terminal or self.state[node].depth + 1 >= self.max_depth
+        index = self.state.add(node, sample._replace(is_terminal=is_terminal))
         if is_terminal:
             self._left -= 1
             self._votes.add(index)
             if self.stop.stops(self._evidence):
-                self._reason = Reason.CERTAIN
+                self.reason = Reason.CERTAIN
         else:
             self._frontier.append(index)
         self._end_depth()
 
     def lose(self, node: int) -> None:
         self._num_in_flight -= 1
-        if self._reason is None:
+        if self.reason is None:
             self._num_failed += 1
             self._left -= 1
             self._end_depth()
 
     def _end_depth(self) -> None:
-        if self._reason is not None or self._num_in_flight:
+        if self.reason is not None or self._num_in_flight:
             return
         self._frontier.sort()  # in the order in which nodes came, whatever was lost in between
-        rewards = [reward for node in self._frontier if (reward := self._tree[node].reward) is not None]
+        rewards = [reward for node in self._frontier if (reward := self.state[node].reward) is not None]
         if self._votes.is_hopeless(self.hopeless, rewards + self._votes.rewards):
-            self._reason = Reason.HOPELESS
+            self.reason = Reason.HOPELESS
         elif not self._frontier:
             self._left = 0
             if self.budget == 0:
-                self._reason = Reason.CAP if len(self._votes) else Reason.FAILED
+                self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
 
     def aggregate(self) -> Choice:
         return self._votes.answer()
@@ -170,7 +162,7 @@ class Rebase:
         return {
             "algorithm": "rebase",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self._reason, self.stop),
+            **self._votes.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "num_rounds": self._num_rounds,
             "num_failed": self._num_failed,

@@ -23,13 +23,9 @@ class SelfConsistency:
     def __init__(self, spec: ProgramSpec):
         self.is_judged = spec.judge is not None
         self.program = Program("search", spec)
-        self._tree = Tree()
+        self.state = Tree()
         self._seats: list[int] = []  # branches in flight, the longest first
         self._nodes: dict[int, int] = {}  # node of each finished branch
-
-    @property
-    def state(self) -> Tree:
-        return self._tree
 
     @property
     def certaindex(self) -> float:
@@ -51,7 +47,7 @@ class SelfConsistency:
 
     def report(self, node: int, sample: Sample) -> None:
         index = self._seats.pop(0)
-        self._nodes[index] = self._tree.add(node, sample._replace(is_terminal=True))
+        self._nodes[index] = self.state.add(node, sample._replace(is_terminal=True))
         if self.program.reason is None:
             self.program.finish(index, sample.text, sample.num_tokens, sample.reward)
         else:
