@@ -71,5 +71,6 @@ if __name__ == "__main__":
         ROOT / "docs" / "statistics.md",
         ROOT / "docs" / "online.md",
         ROOT / "docs" / "long_cot.md",
+        ROOT / "docs" / "frontend.md",
     ):
         write(file)

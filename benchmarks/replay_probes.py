@@ -21,7 +21,8 @@ from sglang_dynasor.algorithms.long_cot import Trial, is_settled
 from sglang_dynasor.demo import show
 from sglang_dynasor.spec import ThoughtSpec
 
-AGREE, LEVELS = (1, 2, 3, 5, 8), (0.0, 0.9, 0.95, 0.99)
+AGREE, LEVELS = (1, 2, 3, 5), (0.0, 0.9, 0.99)
+CHOSEN = ("full", "matched_controls")  # the others were picked for answers that change, and are few
 
 
 def thoughts_of(question: dict[str, Any]) -> list[list[Trial]]:
@@ -47,6 +48,8 @@ def main() -> None:
     args = parser.parse_args()
     by_dataset: dict[str, list[tuple[str, list[Trial]]]] = {}
     for question in read_questions(args.traces / "gemma4_12b_probes.jsonl.zst"):
+        if not question["dataset"].endswith(CHOSEN):
+            continue
         pairs = [(question["gold"], trials) for trials in thoughts_of(question) if trials[-1].num_tokens]
         by_dataset.setdefault(question["dataset"], []).extend(pairs)
     rows: list[dict[str, Any]] = []

@@ -25,7 +25,7 @@ MOST_AGREE = 64
 MOST_MIN_TOKENS = 1_000_000
 # How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
 # docs/long_cot.md has the replay on recorded probes that these come from.
-EFFORTS = {"low": (3, 0.9, 256), "medium": (5, 0.95, 512), "high": (8, 0.99, 1024)}
+EFFORTS = {"low": (1, 0.95, 256), "medium": (2, 0.99, 512), "high": (3, 0.995, 1024)}
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 FIELD_HELP = {
@@ -44,8 +44,8 @@ FIELD_HELP = {
     "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
     "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
     "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
-    "exit": ("trial[:PROBABILITY], published", "long_cot: when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.95)"),
-    "agree": (f"1 to {MOST_AGREE}", "long_cot: probes in a row that must give the same answer (default 5)"),
+    "exit": ("trial[:PROBABILITY], published", "long_cot: when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.99)"),
+    "agree": (f"1 to {MOST_AGREE}", "long_cot: probes in a row that must give the same answer (default 2)"),
     "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "long_cot: tokens of a thought before it is probed (default 512)"),
     "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", f"long_cot: tokens from one probe to the next (default {DEFAULT_PROBE_TOKENS})"),
     "probe_word": (f"up to {MAX_WORD_CHARS} characters", "long_cot: a word such as 'wait': a thought is asked only where it has just said that, as DEER does (default: at the end of a line)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend import Endpoint, LocalEngine, Reasoning, reason
 from sglang_dynasor.frontend.judge import reward_of
 from sglang_dynasor.frontend.plan import parse_plan
+from sglang_dynasor.frontend.seat import Worker
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
@@ -254,6 +256,20 @@ def test_a_rule_of_the_author_s_own(backend: Any) -> None:
     p = run(first_two, backend, QUESTIONS[7].text)
     assert p.stop_reason == "certain"
     assert sum(p.votes.values()) + p.record["num_abstentions"] == 2
+
+
+def test_an_executor_may_be_collected_anywhere() -> None:
+    """Also where the lock is held that `Thread.is_alive` takes: by a thread that is being started."""
+    go = threading.Event()
+    thread = threading.Thread(target=go.wait)
+    thread.start()
+    worker = Worker(thread)
+    with threading._shutdown_locks_lock:  # type: ignore[attr-defined]
+        assert worker.is_alive()
+    go.set()
+    thread.join()
+    with threading._shutdown_locks_lock:  # type: ignore[attr-defined]
+        assert not worker.is_alive()
 
 
 @pytest.mark.parametrize(

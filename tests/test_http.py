@@ -107,7 +107,7 @@ def test_chat_returns_the_record_on_request(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("effort", "field", "agree"),
-    [("high", {}, 8), ("minimal", {}, 3), (None, {}, 5), ("none", {}, 5), ("high", {"effort": "low"}, 3)],
+    [("high", {}, 3), ("minimal", {}, 1), (None, {}, 2), ("none", {}, 2), ("high", {"effort": "low"}, 1)],
 )
 def test_reasoning_effort_says_how_soon_a_thought_may_close(
     server: Server, effort: str | None, field: dict[str, Any], agree: int

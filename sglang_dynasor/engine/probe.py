@@ -54,7 +54,10 @@ def thought_tokens(thought: ThoughtSpec, extractor: str, tokenizer: Any) -> Thou
     """
     end = thought.end
     if not end:
-        template, vocabulary = str(getattr(tokenizer, "chat_template", None) or ""), tokenizer.get_vocab()
+        template, vocabulary = (
+            str(getattr(tokenizer, "chat_template", None) or ""),
+            getattr(tokenizer, "get_vocab", dict)(),
+        )
         mark = next((mark for mark in THINK_ENDS if mark in vocabulary or mark in template), None)
         if mark is None:
             raise FieldError(

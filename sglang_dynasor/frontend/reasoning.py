@@ -23,7 +23,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, SEARCHES, parse_plan, runs_on_server
-from sglang_dynasor.frontend.seat import sample_seed, set_extra, take_seat
+from sglang_dynasor.frontend.seat import make_collectable, sample_seed, set_extra, take_seat
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
@@ -96,6 +96,7 @@ class Reasoning:
         reward: Callable[[str], float | None] | None,
     ):  # fmt: skip
         self.state = state
+        make_collectable(state.stream_executor)
         self.backend = state.stream_executor.backend
         if not isinstance(self.backend, Endpoint | LocalEngine):
             raise FieldError(

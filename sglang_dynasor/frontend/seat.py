@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
@@ -43,8 +44,30 @@ def sample_seed(seed: int | None, program_id: str, number: int) -> int:
     return (base * _SPREAD + number) % 2**31
 
 
+class Worker:
+    """An executor's thread, safe to ask about from the garbage collector.
+
+    SGLang's executor asks its thread `is_alive` when it is collected. That takes a lock which the collecting thread holds
+    already if it is just being started (CPython 3.11, `_set_tstate_lock`): it would wait for itself for ever. Executors of
+    branches belong to reference cycles, so the collector does find them anywhere.
+    """
+
+    def __init__(self, thread: threading.Thread):
+        self.thread = thread
+
+    def is_alive(self) -> bool:
+        return self.thread in threading.enumerate()  # under a lock that may be taken again
+
+
+def make_collectable(executor: Any) -> None:
+    """Let the garbage collector find `executor` at any time."""
+    if executor.use_thread and not isinstance(executor.worker, Worker):
+        executor.worker = Worker(executor.worker)
+
+
 def take_seat(executor: Any, seat: Seat) -> None:
     """Let what `executor` generates belong to a branch."""
+    make_collectable(executor)
     setattr(executor, _SEAT, seat)
 
 
