@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import sglang as sgl
 from questions import held_out, prompt
-from server import Server
 
 from sglang_dynasor.answers import answer_key
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.frontend import Endpoint, LocalEngine, Reasoning, reason
+from sglang_dynasor.frontend import LocalEngine, Reasoning, reason
 from sglang_dynasor.frontend.judge import reward_of
 from sglang_dynasor.frontend.plan import parse_plan
 from sglang_dynasor.frontend.seat import Worker
@@ -500,39 +499,6 @@ def test_streaming_a_program(backend: Any) -> None:
 
 
 # Over HTTP
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    server = Server(tmp_path_factory.mktemp("server") / "log", "--scheduler", "dynasor")
-    try:
-        server.wait()
-        running = Endpoint(server.url + "/")
-        yield running
-        running.close()
-    finally:
-        server.stop()
-
-
-def test_over_http(endpoint: Endpoint) -> None:
-    """A remote endpoint does the same: forks, a search, and errors by name."""
-    assert endpoint.has_scheduler
-    assert len(endpoint.tokenize(" good")) == 1
-    early = [vote(endpoint, q.text) for q in EASY[:3]]
-    for p in early:
-        check(p)
-    assert any(p.stopped for p in early)
-
-    @sgl.function
-    def rebase(s: Any) -> Any:
-        s += prompt(EASY[1].text)
-        with reason(s, "rebase", answer="hash", branches=8, **JUDGE) as p:
-            p.gen("steps", **HOT)
-        return p
-
-    assert run(rebase, endpoint).num_tokens > 0
-    with pytest.raises(FieldError, match=r"dynasor.branches=100 is outside \[1, 64\]"):
-        vote(endpoint, EASY[0].text, branches=100)
 
 
 # Plans

@@ -23,7 +23,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, SEARCHES, parse_plan, runs_on_server
-from sglang_dynasor.frontend.seat import make_collectable, sample_seed, set_extra, take_seat
+from sglang_dynasor.frontend.seat import let_go, make_collectable, sample_seed, set_extra, take_seat
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
@@ -96,13 +96,13 @@ class Reasoning:
         reward: Callable[[str], float | None] | None,
     ):  # fmt: skip
         self.state = state
-        make_collectable(state.stream_executor)
         self.backend = state.stream_executor.backend
         if not isinstance(self.backend, Endpoint | LocalEngine):
             raise FieldError(
                 f"the state's backend is {type(self.backend).__name__}; run the function with backend=Endpoint(url) or "
                 "LocalEngine(engine) of sglang_dynasor.frontend"
             )
+        make_collectable(state.stream_executor)
         self.id = uuid.uuid4().hex  # unique among all authors of a server
         self.field, self.final, self.reports, self.seed, self.reward = field, final, reports, seed, reward
         self.algorithm: str = field.get("algorithm", "self_consistency")
@@ -133,10 +133,14 @@ class Reasoning:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            self.join()
-        else:
-            self.stop()
+        try:
+            if kind is None:
+                self.join()
+            else:
+                self.stop()
+        finally:
+            for branch in self.branches:
+                let_go(branch.stream_executor)
 
     # What came of it
 

@@ -65,6 +65,17 @@ def make_collectable(executor: Any) -> None:
         executor.worker = Worker(executor.worker)
 
 
+def let_go(executor: Any) -> None:
+    """End an executor's thread once its work is done: else a branch that somebody keeps would keep the process alive.
+
+    What is asked of the executor afterwards runs in the caller's thread.
+    """
+    if executor.use_thread:
+        executor.sync()
+        executor.end()
+        executor.use_thread = False
+
+
 def take_seat(executor: Any, seat: Seat) -> None:
     """Let what `executor` generates belong to a branch."""
     make_collectable(executor)
