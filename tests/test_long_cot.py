@@ -397,8 +397,10 @@ def test_what_cannot_be_closed_is_refused(engine: Any, params: dict[str, Any], m
 
 
 @pytest.mark.engine
-def test_n_choices_are_a_program(engine: Any) -> None:
+def test_n_choices_are_a_program(start_engine: Any) -> None:
     """Choices that the vote no longer needs are cut short or empty; without agreement every choice is whole."""
+    # With seeds read, n choices of one request would all be the same.
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, enable_deterministic_inference=False)
     text = prompt(QUESTIONS[1].text, think=True)  # whose lengths differ
     field = {"answer": "hash", "stop": "predictive:0.05"}
     params = {"temperature": 1.0, "max_new_tokens": 300, "n": 12, "custom_params": {"dynasor": field}}
