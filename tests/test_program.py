@@ -524,3 +524,19 @@ def test_totals_add_up() -> None:
     assert totals.num_branches_saved == 8
     assert totals.num_tokens == 64
     assert totals.num_certain == 1
+
+
+JUDGED = {"judge": "self", "judge_suffix": "?", "judge_good": "y", "judge_bad": "n"}
+
+
+@pytest.mark.parametrize(("rewards", "reason"), [((0.2, 0.96), StopReason.CERTAIN), ((0.2, 0.94), None), ((), None)])
+def test_best_of_n_stops_at_one_good_branch(rewards: tuple[float, ...], reason: StopReason | None) -> None:
+    """At its level and not below, nor without a reward; the best branch answers, whatever the others agree on."""
+    program = Program("p", parse_field({"algorithm": "best_of_n", "branches": 8, "answer": "hash", **JUDGED}, 64))
+    for _ in range(4):
+        program.start_branch()
+    for index, reward in enumerate(rewards):
+        program.finish(index, f"#### {index}", 5, reward)
+    assert program.reason is reason
+    if rewards:
+        assert program.winner == 1

@@ -488,10 +488,8 @@ class Controller:
         if isinstance(req.finished_reason, FINISH_ABORT):
             return
         trial = read_trial(req, tag, tokens, program.spec.answer)
-        limit = chain.sampling_params.max_new_tokens
-        if trial.num_tokens + len(tokens.new_line) + len(tokens.end) >= (
-            limit or 0
-        ):  # no room would be left for the answer
+        num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
+        if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
             return
         if program.see_trial(index, trial):
             if program.speaker is not None:

@@ -20,7 +20,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.spec import ThoughtSpec
 
 WORD_TOKENS = 16  # that a word of 32 characters and what stands before it may take
-MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer (the limit hardly matters, PEERS in the docs)
+MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer
 # How models end a thought; the first that the tokenizer or its chat template knows.
 THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
 # What asks for an answer, by where the extractor will look for it.
