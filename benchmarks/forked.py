@@ -31,4 +31,14 @@ def forked_engine(**options: Any) -> Iterator[Any]:
     try:
         yield engine
     finally:
-        engine.shutdown()
+        _end(engine)
+
+
+def _end(engine: Any) -> None:
+    """End this engine's processes. Its own shutdown would kill every child here, and with them other engines."""
+    from sglang.srt.utils import kill_process_tree
+
+    watchdog = engine.tokenizer_manager._subprocess_watchdog
+    watchdog.stop()
+    for process in watchdog._processes:
+        kill_process_tree(process.pid)
