@@ -18,7 +18,6 @@ JUDGES = ("self", "model")
 VOTES = ("majority", "confidence", "reward", "best")
 DEFAULT_GROUP_TOKENS = 128
 MOST_GROUP_TOKENS = 8192
-DEFAULT_PROBE_TOKENS = 128
 MOST_PROBE_TOKENS = 65_536
 MAX_WORD_CHARS = 32
 MOST_AGREE = 64
@@ -47,7 +46,7 @@ FIELD_HELP = {
     "exit": ("trial[:PROBABILITY], published", "long_cot: when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.99)"),
     "agree": (f"1 to {MOST_AGREE}", "long_cot: probes in a row that must give the same answer (default 2)"),
     "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "long_cot: tokens of a thought before it is probed (default 512)"),
-    "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", f"long_cot: tokens from one probe to the next (default {DEFAULT_PROBE_TOKENS})"),
+    "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", "long_cot: tokens from one probe to the next (default: as often as 3 % of the thought pays for)"),
     "probe_word": (f"up to {MAX_WORD_CHARS} characters", "long_cot: a word such as 'wait': a thought is asked only where it has just said that, as DEER does (default: at the end of a line)"),
     "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
     "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what ends a thought (default: the model's own)"),
@@ -77,7 +76,7 @@ class ThoughtSpec:
     agree: int
     level: float  # of a trial answer's probability, in [0, 1]
     min_tokens: int
-    every_tokens: int
+    every_tokens: int | None  # None: as often as their price allows
     suffix: str = ""  # empty: from the model and the extractor (engine/probe.py)
     end: str = ""  # empty: the model's own
     word: str = ""  # empty: it is asked at the end of a line
@@ -214,7 +213,7 @@ def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
     if effort not in EFFORTS:
         raise FieldError(f"dynasor.effort={effort!r} is not known; use one of {', '.join(EFFORTS)}")
     agree, level, min_tokens = EFFORTS[effort]
-    every_tokens = DEFAULT_PROBE_TOKENS
+    every_tokens: int | None = None
     rule, sep, text = _text(options, "exit", "trial").partition(":")
     is_published = rule == "published" and not sep
     if is_published:
@@ -228,6 +227,8 @@ def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
         raise FieldError(
             f"dynasor.exit={options['exit']!r} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
         )
+    if "probe_tokens" in options:
+        every_tokens = _whole(options, "probe_tokens", 1, MOST_PROBE_TOKENS, "the limit")
     limits = {"probe_suffix": MAX_SUFFIX_CHARS, "think_end": MAX_SUFFIX_CHARS, "probe_word": MAX_WORD_CHARS}
     texts = {key: _text(options, key, "") for key in limits}
     for key, text in texts.items():
@@ -237,7 +238,7 @@ def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
         _whole(options, "agree", agree, MOST_AGREE, "the limit"),
         level,
         _whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
-        _whole(options, "probe_tokens", every_tokens, MOST_PROBE_TOKENS, "the limit"),
+        every_tokens,
         texts["probe_suffix"],
         texts["think_end"],
         texts["probe_word"],

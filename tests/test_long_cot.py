@@ -15,7 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from questions import held_out, prompt
 
-from sglang_dynasor.algorithms.long_cot import Trial, agreement, hesitates, is_settled
+from sglang_dynasor.algorithms.long_cot import (
+    PRICE_FRAC,
+    Trial,
+    agreement,
+    hesitates,
+    is_settled,
+    next_probe_tokens,
+)
 from sglang_dynasor.answers import is_complete
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError
@@ -62,6 +69,29 @@ def test_agreement_is_a_share(keys: list[str | None], window: int) -> None:
     assert 0 <= share <= 1
     last = keys[-window:]
     assert (share == 1) == (len(last) == window and last[-1] is not None and len(set(last)) == 1)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 80)), max_size=30), st.integers(0, 500), st.integers(1, 40)
+)
+def test_asking_keeps_to_its_price(asked: list[tuple[int, int]], min_tokens: int, num_suffix_tokens: int) -> None:
+    """However dear probes are, together they pass their share of the thought by the last one's excess only."""
+    thought = ThoughtSpec(agree=2, level=0.9, min_tokens=min_tokens, every_tokens=None)
+    costs, num_tokens = list[int](), 0
+    for cost, late in asked:
+        expected = sum(costs) / len(costs) if costs else num_suffix_tokens + 4
+        num_tokens = next_probe_tokens(thought, num_tokens, costs, num_suffix_tokens) + late  # no line ended before
+        assert num_tokens >= min_tokens
+        costs.append(cost)
+        assert sum(costs) <= PRICE_FRAC * num_tokens + max(0.0, cost - expected) + 1e-9
+
+
+def test_the_client_may_say_how_often() -> None:
+    """Then no price is asked; the first time is `min_tokens`, or one interval where that is 0."""
+    assert next_probe_tokens(THOUGHT, 0, [], 5) == 8
+    assert next_probe_tokens(THOUGHT, 8, [100], 5) == 16
+    later = ThoughtSpec(agree=3, level=0.9, min_tokens=30, every_tokens=8)
+    assert next_probe_tokens(later, 0, [], 5) == 30
 
 
 @pytest.mark.parametrize("text", ["wait, no", "Hmm.", "38 but", "No"])
@@ -277,7 +307,43 @@ def test_a_probed_thought_is_the_same_thought(engine: Any, request: Any) -> None
     read = status["num_probe_tokens_read"] - before["num_probe_tokens_read"]
     cached = status["num_probe_tokens_cached"] - before["num_probe_tokens_cached"]
     pages = "pages" in request.node.callspec.id
-    assert cached / read >= (0.85 if pages else 0.985), (cached, read)  # all but the token under way, or its page
+    assert cached / read >= (0.85 if pages else 0.99), (cached, read)  # but for a page that is not full
+    assert status["num_probe_waves"] - before["num_probe_waves"] >= 8  # a thought alone waits for nobody
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_asking_costs_three_percent(engine: Any, request: Any) -> None:
+    """By default, however cheap or dear the probes of this model are; the output stays the same to the token."""
+    field = {**NEVER, "min_tokens": 0, "think_end": "</never>", "probe_suffix": "\n####"}  # a thought that has no end
+    del field["probe_tokens"]
+    before = status_of(engine)
+    for question in QUESTIONS[:2]:
+        plain, probed = (ask(engine, question, f, max_new_tokens=800, ignore_eos=True) for f in (None, field))
+        assert probed["output_ids"] == plain["output_ids"]
+        record = probed["meta_info"]["dynasor"]
+        assert record["num_probes"] >= 1
+        assert 0 < record["num_probe_tokens"] <= PRICE_FRAC * record["num_tokens"]
+    status = status_of(engine)
+    read, cached = (status[key] - before[key] for key in ("num_probe_tokens_read", "num_probe_tokens_cached"))
+    assert cached / read >= (0.94 if "pages" in request.node.callspec.id else 0.99), (cached, read)
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_probes_are_computed_together(engine: Any) -> None:
+    """Each prefill pass holds up all that decode, so the probes of many thoughts share them."""
+    before = status_of(engine)["num_probe_waves"]
+
+    async def play() -> list[Any]:
+        field = {"temperature": 1.0, "max_new_tokens": 200, "ignore_eos": True, "custom_params": {"dynasor": NEVER}}
+        text = prompt(QUESTIONS[0].text, think=True)
+        return await asyncio.gather(*(engine.async_generate(text, field) for _ in range(16)))
+
+    num_probes = sum(out["meta_info"]["dynasor"]["num_probes"] for out in engine.loop.run_until_complete(play()))
+    num_waves = status_of(engine)["num_probe_waves"] - before
+    assert num_probes >= 48
+    assert num_waves * 2 <= num_probes
     assert_nothing_left(engine)
 
 
@@ -405,14 +471,14 @@ def test_n_choices_are_a_program(start_engine: Any) -> None:
     # With seeds read, n choices of one request would all be the same.
     engine = start_engine(scheduler="dynasor", dynasor_strict=True, enable_deterministic_inference=False)
     text = prompt(QUESTIONS[1].text, think=True)  # whose lengths differ
-    field = {"answer": "hash", "stop": "predictive:0.05"}
+    field = {"answer": "hash", "stop": "window:2"}  # of twelve, two in a row agree long before the last is done
     params = {"temperature": 1.0, "max_new_tokens": 300, "n": 12, "custom_params": {"dynasor": field}}
     outs = engine.generate(text, params)
     records = [out["meta_info"]["dynasor"] for out in outs]
     assert len(outs) == 12
     assert len({record["program"] for record in records}) == 1
     whole = [out for out in outs if out["meta_info"]["finish_reason"].get("matched") is not None]
-    assert 3 <= len(whole) < 12
+    assert 2 <= len(whole) < 12
     assert all("####" in out["text"] for out in whole)
     params["custom_params"] = {"dynasor": {**field, "stop": "never"}}
     outs = engine.generate(text, params)

@@ -100,6 +100,33 @@ def test_tensor_parallel_ranks_decide_alike(
     assert engine.generate(prompt(QUESTIONS[0].text), params())["meta_info"]["dynasor"]["answer"]
 
 
+def test_thoughts_on_two_ranks(start_engine: Any, two_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes, closed thoughts and chains that agree: the ranks decide alike, on the first rank's probabilities."""
+    monkeypatch.setattr(statistics, "compute", on_first_rank(statistics.compute))
+    monkeypatch.setenv("SGLANG_ENABLE_RANK_CONSENSUS_CHECKER", "1")
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, tp_size=2, max_running_requests=16, max_total_tokens=6000
+    )
+    field = {
+        "algorithm": "long_cot", "think_end": "</think>\n####", "probe_suffix": "</think>\n####",
+        "probe_tokens": 12, "min_tokens": 12, "agree": 2, "exit": "trial:0.5",
+    }  # fmt: skip
+    short = [q for q in QUESTIONS if q.num_steps <= 4][:16]
+
+    async def everyone() -> list[Any]:
+        calls = (
+            engine.async_generate(prompt(q.text, think=True), params(250, **field, branches=1 + 2 * (i % 2)))
+            for i, q in enumerate(short)
+        )
+        return await asyncio.gather(*calls)
+
+    records = [out["meta_info"]["dynasor"] for out in engine.loop.run_until_complete(everyone())]
+    assert sum(record["num_probes"] for record in records) >= 16
+    assert any(at is not None for record in records for at in record["closed_at_tokens"])
+    assert status_of(engine)["num_policy_errors"] == 0
+    assert engine.generate(prompt(QUESTIONS[0].text), params())["meta_info"]["dynasor"]["answer"]
+
+
 DIFFERING = """
 import torch.distributed as dist
 from conftest import engines

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from sglang_dynasor.engine.branch import BranchTag, set_tag
+from sglang_dynasor.engine.controller import LiveProgram
 from sglang_dynasor.engine.retraction import youngest_last
 from sglang_dynasor.engine.routing import route_program
+from sglang_dynasor.program import Program
+from sglang_dynasor.spec import parse_field
 
 
 def routed(field: Any, ranks: list[int], routed_dp_rank: int | None = None) -> int | None:
@@ -43,7 +46,9 @@ def test_a_choice_of_the_client_stands() -> None:
 def branch(number: int | None, *, is_internal: bool = True) -> Any:
     req: Any = SimpleNamespace()
     if number is not None:
-        live: Any = SimpleNamespace(number=number)
+        program = Program("p", parse_field({}, 64))
+        program.start_branch()
+        live = LiveProgram(program, parent=None, number=number)
         set_tag(req, BranchTag(live, 0, is_internal=is_internal))
     return req
 

@@ -10,8 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from sglang_dynasor.spec import ThoughtSpec
+
+PRICE_FRAC = 0.03  # of a thought's tokens that asking may take, where the client has not said how often to ask
+FIRST_TRIAL_TOKENS = 4  # that a trial's answer is taken to need before the first one is seen
 
 PUBLISHED_WARNING = (
     "exit 'published' is the rule of the Dynasor repository (three agreeing probes, 64 tokens apart): measured elsewhere "
@@ -47,6 +51,24 @@ def is_settled(trials: Sequence[Trial], thought: ThoughtSpec) -> bool:
     return (
         len(last) == thought.agree and len({t.key for t in last}) == 1 and all(is_confident(t, thought) for t in last)
     )
+
+
+def next_probe_tokens(thought: ThoughtSpec, num_tokens: int, costs: Sequence[int], num_suffix_tokens: int) -> int:
+    """The length in tokens, at least 1, from which on a thought is asked next.
+
+    `thought.every_tokens` after the last time, where the client has set it. Else as soon as all its probes, the next one
+    taken to cost what they cost on average, are no more than PRICE_FRAC of the thought. So they never take more than that
+    and one probe's excess over the average, for which the next one waits.
+
+    Args:
+        num_tokens: of the thought when it was asked last; 0: it was not.
+        costs: tokens that each of its probes has computed.
+        num_suffix_tokens: that every probe computes before its answer.
+    """
+    if thought.every_tokens is not None:
+        return num_tokens + thought.every_tokens if num_tokens else thought.min_tokens or thought.every_tokens
+    expected = sum(costs) / len(costs) if costs else num_suffix_tokens + FIRST_TRIAL_TOKENS
+    return max(thought.min_tokens, num_tokens + 1, ceil((sum(costs) + expected) / PRICE_FRAC))
 
 
 def agreement(trials: Sequence[Trial], window: int) -> float:

@@ -34,8 +34,9 @@ class BranchTag:
     is_at_answer: bool = False  # the branch's answer comes next (statistics.py)
     is_probe: bool = False  # it asks what the branch would answer now, and is none itself
     logprobs: list[float] = field(default_factory=list[float])  # of a probe's tokens, each the likeliest
-    num_thought_tokens: int = 0  # that a probe has read
+    num_thought_tokens: int = 0  # that a probe has read; of a thought, that its latest probe has
     probe_at: int = 0  # tokens at which its thought is asked next; 0: never
+    probe_costs: list[int] = field(default_factory=list[int])  # tokens computed each time it was asked
     given_tokens: int = 0  # it began with: the thought of the Req it goes on for
     spent_tokens: int = 0  # that Req generated
     is_replaced: bool = False  # another Req goes on for it

@@ -22,6 +22,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
+from sglang_dynasor.algorithms.long_cot import next_probe_tokens
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.admission import Admission
 from sglang_dynasor.engine.branch import (
@@ -39,6 +40,7 @@ from sglang_dynasor.engine.judge import branch_text, judge_tokens, make_judge
 from sglang_dynasor.engine.probe import (
     ThoughtTokens,
     closed,
+    cost_tokens,
     is_answered,
     make_probe,
     read_trial,
@@ -56,6 +58,7 @@ from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
 
+WAVE_STEPS = 8  # that a probe waits for others at most
 MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
 BRANCH_RID = (
@@ -104,7 +107,10 @@ class Controller:
         self.num_watched = 0  # of those inside: somebody reads their logits
         self.observer = Observer(self)
         self.due_probes: list[BranchTag] = []  # to be made before the next prefill batch
-        self.num_probe_tokens_read = 0  # of the thoughts that probes have asked
+        self.asked: list[tuple[Req, BranchTag]] = []  # probes that wait to be computed together
+        self.num_steps_asked = 0  # that the first of them has waited
+        self.num_probe_waves = 0
+        self.num_probe_tokens_read = 0  # whose KV the thoughts had that probes have asked
         self.num_probe_tokens_cached = 0  # of those, found in the radix cache
         self.num_inside = 0  # branches that SGLang still holds, also those of programs already answered
         self._teller = Teller(scheduler, config)  # of use on the first rank only
@@ -150,6 +156,7 @@ class Controller:
             "num_branches_watched": self.num_watched,
             "num_steps_watched": self.observer.num_steps,
             "num_reward_errors": self._teller.rewards.num_errors,
+            "num_probe_waves": self.num_probe_waves,
             "num_probe_tokens_read": self.num_probe_tokens_read,
             "num_probe_tokens_cached": self.num_probe_tokens_cached,
         }
@@ -252,6 +259,8 @@ class Controller:
         due, self.due_probes = self.due_probes, []
         for tag in due:
             self.guarded(tag.live, lambda live, tag=tag: self._probe(live, tag))
+        if self.asked:
+            self._send_probes()
         try:
             self.admission.look(running_batch)
         except Exception as error:
@@ -276,7 +285,7 @@ class Controller:
         for _ in range(num_branches):
             tag = BranchTag(live, live.program.start_branch(), is_internal=True)
             if thought is not None:
-                tag.probe_at = thought.min_tokens or thought.every_tokens
+                tag.probe_at = self._next_probe(live, tag)
                 self.admission.num_thoughts += 1
             live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
             self._charge(tag, expected_tokens)
@@ -447,10 +456,9 @@ class Controller:
         if req.finished() or req.to_finish is not None or not req.kv.holds_kv or tag.index in live.probes:
             return  # it comes by again with the next step
         tokens, num_tokens = self._thought_tokens(live), len(req.output_ids)
-        recent = (
-            req.output_ids[-(thought.every_tokens + len(tokens.end)) :] if tag.num_thought_tokens else req.output_ids
-        )
-        tag.probe_at, tag.num_thought_tokens = num_tokens + thought.every_tokens, num_tokens
+        recent = req.output_ids[max(0, tag.num_thought_tokens - len(tokens.end)) :]
+        tag.num_thought_tokens = num_tokens
+        tag.probe_at = self._next_probe(live, tag)
         if tokens.mark in self.scheduler.tokenizer.decode(list(recent)):
             self._stop_asking(tag)  # it is writing its answer
             return
@@ -461,7 +469,28 @@ class Controller:
             assert_same("dynasor asks %s at %d tokens", req.rid, num_tokens)
             live.probes[tag.index] = probe
             program.num_probes += 1
-            self._put_inside(probe, aside)
+            self.asked.append((probe, aside))
+
+    def _next_probe(self, live: LiveProgram, tag: BranchTag) -> int:
+        thought = live.program.spec.thought
+        assert thought is not None
+        num_suffix_tokens = (
+            len(self._thought_tokens(live).suffix) + 1
+        )  # the KV of the thought's last token is not there
+        return next_probe_tokens(thought, tag.num_thought_tokens, tag.probe_costs, num_suffix_tokens)
+
+    def _send_probes(self) -> None:
+        """Queue the probes that were made, several at once: every prefill pass holds up all that decode."""
+        self.num_steps_asked += 1
+        is_prefill_next = bool(self.admission.front)
+        is_everybody = len(self.asked) + self.admission.num_probes >= self.admission.num_thoughts
+        if not (is_prefill_next or is_everybody or self.num_steps_asked >= WAVE_STEPS):
+            return
+        asked, self.asked, self.num_steps_asked = self.asked, [], 0
+        self.num_probe_waves += 1
+        for probe, tag in asked:
+            if self.holds(tag.live) and tag.live.probes.get(tag.index) is probe:  # nothing has ended meanwhile
+                self._put_inside(probe, tag)
 
     def _stop_asking(self, tag: BranchTag) -> None:
         if tag.probe_at:
@@ -477,9 +506,9 @@ class Controller:
         program, tag = live.program, tag_of(req)
         if live.probes.pop(index, None) is None or tag is None or live.parent is None:  # nobody waits for it
             return
-        tokens = self._thought_tokens(live)
-        program.num_probe_tokens += len(req.origin_input_ids) - req.cached_tokens + len(req.output_ids)
-        num_read = len(live.parent.origin_input_ids) + tag.num_thought_tokens
+        tokens, cost = self._thought_tokens(live), cost_tokens(req)
+        program.num_probe_tokens += cost
+        num_read = len(live.parent.origin_input_ids) + tag.num_thought_tokens - 1  # the KV of the last was under way
         self.num_probe_tokens_read += num_read
         self.num_probe_tokens_cached += min(num_read, req.cached_tokens)
         chain = live.reqs.get(index)
@@ -487,6 +516,9 @@ class Controller:
             return
         if isinstance(req.finished_reason, FINISH_ABORT):
             return
+        if (asked := tag_of(chain)) is not None and asked.probe_at:
+            asked.probe_costs.append(cost)
+            asked.probe_at = self._next_probe(live, asked)
         trial = read_trial(req, tag, tokens, program.spec.answer)
         num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
         if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
@@ -523,6 +555,7 @@ class Controller:
     def _end_probe(self, live: LiveProgram, index: int) -> None:
         if (probe := live.probes.pop(index, None)) is not None:
             self._end(probe)
+            live.program.num_probe_tokens += cost_tokens(probe)
 
     def _generated(self, req: Req, num_tokens: int) -> int:
         """Tokens that the model generated for a branch, `num_tokens` being in its output."""

@@ -118,6 +118,11 @@ def make_probe(
     return req
 
 
+def cost_tokens(req: Req) -> int:
+    """Tokens that a probe has computed: what the cache did not have, and its answer. 0 where it was not begun."""
+    return len(req.origin_input_ids) - req.cached_tokens + len(req.output_ids) if req.output_ids else 0
+
+
 def is_answered(req: Req, tokens: ThoughtTokens, extractor: str) -> bool:
     """Whether a running probe has said what it was asked for."""
     text = _tokenizer(req).decode(list(req.output_ids), skip_special_tokens=True)
