@@ -44,6 +44,10 @@ MAX_GROWTH_MB = 100
 MAX_WRONG = 50  # wrong answers after which there is nothing more to learn: the server is down, say
 SHARE_ABORTED = SHARE_HUNG_UP = SHARE_MALFORMED = 0.05
 SHARE_PLAIN = 0.2
+SHARE_THINKING = SHARE_JUDGED = 0.1
+END = "</think>\n####"
+THOUGHT = {"algorithm": "long_cot", "think_end": END, "probe_suffix": END, "probe_tokens": 24, "min_tokens": 24}
+JUDGED = {"vote": "reward", "judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 MALFORMED: tuple[Any, ...] = (
     7, "majority", [], {"branches": 0}, {"branches": "many"}, {"branches": 10**9}, {"widht": 4}, {"width": -1},
     {"stop": "later"}, {"stop": "beta:2"}, {"answer": "regex:("}, {"algorithm": None}, {"program": "no spaces"},
@@ -84,6 +88,11 @@ class Soak:
             field["stop"] = "never"
         if self.rng.random() < 0.2:
             field["width"] = self.rng.randint(1, cap)
+        if self.rng.random() < SHARE_THINKING:
+            field = {key: field[key] for key in field if key in ("deadline_s", "tenant")} | THOUGHT
+            prompt, cap = prompt + "<think>\n", self.rng.choice((1, 1, 4))
+        elif self.rng.random() < SHARE_JUDGED:
+            field |= JUDGED
         return {"rid": rid, "text": prompt, "sampling_params": program_params(cap, **field)}
 
     async def ask(self, body: dict[str, Any], may_fail: bool = False) -> None:

@@ -1,5 +1,8 @@
 """Train the tiny reasoner: `python train.py` (about an hour on two CPU cores; resumes where it was cut).
 
+With `--start CHECKPOINT` it goes on from there as the tiny thinker: three times as many drafts in the long mode, and a judge that
+has seen what hot sampling writes.
+
 One model learns three things from one stream of documents, and drills what they need:
 - solve: prompt, a line per step, `#### answer`;
 - judge: the token after `<judge>` says whether everything so far is right. Judge tokens stand outside the text, behind
@@ -31,11 +34,28 @@ HERE = Path(__file__).parent
 BATCH_TOKENS = 4096
 MUON_LR, ADAM_LR = 0.01, 2e-3
 DOCS_PER_CHUNK = 768
-LONG_MAX_STEPS = 5
 JUDGE_WEIGHT = 0.3
 POOL_SIZE = 768
-POOL_EVERY_TOKENS = 1_500_000
-POOL_FROM_FRAC = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is drawn, by share of documents: judged samples, drills, thoughts; the rest are solutions."""
+
+    judged_frac: float = 0.20
+    drilled_frac: float = 0.25
+    thought_frac: float = 0.13
+    fewest_drafts: int = 2
+    most_drafts: int = 5
+    most_steps: int = 5  # of a question that is thought about
+    temperature: float = 1.0  # of the pool
+    pool_every_tokens: int = 1_500_000
+    pool_from_frac: float = 0.4
+    lr_scale: float = 1.0
+
+
+REASONER = Plan()
+THINKER = Plan(0.25, 0.10, 0.35, 6, 16, 4, temperature=1.7, pool_every_tokens=300_000, pool_from_frac=0.0, lr_scale=0.3)
 
 
 @dataclass(slots=True)
@@ -89,10 +109,10 @@ def solved(encode: tokens.Encoder, question: Question, rng: random.Random, wrong
     return doc
 
 
-def thought(encode: tokens.Encoder, question: Question, rng: random.Random) -> Document:
+def thought(encode: tokens.Encoder, question: Question, rng: random.Random, num_drafts: int) -> Document:
     doc = Document()
     doc.add(encode(prompt(question.text, think=True)), False)
-    num_drafts, results = rng.randint(2, 5), []
+    results: list[int] = []
     for i in range(num_drafts):
         wrong_at = rng.randrange(question.num_steps) if rng.random() < 0.35 else None
         results.append(add_solution(doc, encode, question, wrong_at, rng))
@@ -133,18 +153,19 @@ def judged_sample(encode: tokens.Encoder, question: Question, output: list[int])
     return doc
 
 
-def chunks(encode: tokens.Encoder, rng: random.Random, pool: list[Document]) -> Iterator[list[Document]]:
+def chunks(encode: tokens.Encoder, rng: random.Random, pool: list[Document], plan: Plan) -> Iterator[list[Document]]:
     """Batches of about BATCH_TOKENS tokens, of documents of like length."""
     while True:
         docs: list[Document] = []
         for _ in range(DOCS_PER_CHUNK):
             kind = rng.random()
-            if pool and kind < 0.20:
+            if pool and kind < plan.judged_frac:
                 docs.append(pool[rng.randrange(len(pool))])
-            elif kind < 0.45:
+            elif kind < plan.judged_frac + plan.drilled_frac:
                 docs.append(drilled(encode, rng))
-            elif kind < 0.58:
-                docs.append(thought(encode, draw_split(rng, rng.randint(1, LONG_MAX_STEPS), held_out=False), rng))
+            elif kind < plan.judged_frac + plan.drilled_frac + plan.thought_frac:
+                question = draw_split(rng, rng.randint(1, plan.most_steps), held_out=False)
+                docs.append(thought(encode, question, rng, rng.randint(plan.fewest_drafts, plan.most_drafts)))
             else:
                 docs.append(solved(encode, draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False), rng, 0.3))
         docs.sort(key=len)
@@ -182,7 +203,12 @@ def collate(encode: tokens.Encoder, docs: list[Document]) -> tuple[Tensor, Tenso
 
 
 def refill(
-    pool: list[Document], model: Model, encode: tokens.Encoder, rng: random.Random, gen: torch.Generator
+    pool: list[Document],
+    model: Model,
+    encode: tokens.Encoder,
+    rng: random.Random,
+    gen: torch.Generator,
+    temperature: float,
 ) -> float:
     """Replace the judge's pool by fresh samples of the model; return the share of right answers."""
     questions = [draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False) for _ in range(POOL_SIZE)]
@@ -190,7 +216,7 @@ def refill(
     pool.clear()
     for start in range(0, POOL_SIZE, 256):
         part = questions[start : start + 256]
-        outputs = model.sample([encode(prompt(q.text)) for q in part], 160, encode.eos, gen)
+        outputs = model.sample([encode(prompt(q.text)) for q in part], 160, encode.eos, gen, temperature)
         pool += [judged_sample(encode, q, o) for q, o in zip(part, outputs, strict=True)]
     return sum(doc.judged[-1][1] if doc.judged else False for doc in pool) / POOL_SIZE
 
@@ -200,9 +226,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens")
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--state", type=Path, default=HERE / "training_state.pt", help="where a cut run resumes from")
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from as the tiny thinker")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    plan = THINKER if args.start else REASONER
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -210,6 +238,8 @@ def main() -> None:
         tokens.build(args.out)
     encode = tokens.Encoder(args.out)
     model = Model(ModelConfig(encode.vocab_size))
+    if args.start:
+        model.load(args.start)
     master = {name: p.detach().clone() for name, p in model.named_parameters()}  # fp32; the model itself runs in bf16
     model.bfloat16()
     matrices = [p for n, p in master.items() if p.dim() == 2 and "embed" not in n]
@@ -218,9 +248,9 @@ def main() -> None:
         torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0, momentum=0.95),
         torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    base_lrs = [MUON_LR, ADAM_LR]
+    base_lrs = [MUON_LR * plan.lr_scale, ADAM_LR * plan.lr_scale]
     rng, gen = random.Random(args.seed), torch.Generator().manual_seed(args.seed)
-    seen_tokens, next_pool, pool = 0, int(args.tokens * POOL_FROM_FRAC), []
+    seen_tokens, next_pool, pool = 0, int(args.tokens * plan.pool_from_frac), []
     if args.state.exists():
         state = torch.load(args.state, weights_only=False)
         for name, p in model.named_parameters():
@@ -233,7 +263,7 @@ def main() -> None:
         gen.set_state(state["gen"])
         print(f"resumed at {seen_tokens:,} tokens", flush=True)
 
-    stream = chunks(encode, rng, pool)
+    stream = chunks(encode, rng, pool, plan)
     started, started_at, step, sums, next_save = time.time(), seen_tokens, 0, [0.0] * 3, seen_tokens + 2_000_000
     while seen_tokens < args.tokens:
         batch = next(stream)
@@ -270,8 +300,8 @@ def main() -> None:
             )
             sums = [0.0] * 3
         if seen_tokens >= next_pool:
-            accuracy = refill(pool, model, encode, rng, gen)
-            next_pool = seen_tokens + POOL_EVERY_TOKENS
+            accuracy = refill(pool, model, encode, rng, gen, plan.temperature)
+            next_pool = seen_tokens + plan.pool_every_tokens
             print(f"{seen_tokens:>11,} tokens  single-sample accuracy {accuracy:.3f}", flush=True)
         if seen_tokens >= next_save:
             next_save = seen_tokens + 2_000_000
