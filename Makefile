@@ -1,5 +1,5 @@
 # Every command of the project. `make demo` and `make test` set up all they need.
-.PHONY: help install demo test lint bench soak reasoner card readme clean
+.PHONY: help install demo test lint bench soak reasoner thinker card readme clean
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: on shared cores more of them decode many times slower.
@@ -14,6 +14,7 @@ help:
 	@echo "make bench     the benchmarks behind the README's tables"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
+	@echo "make thinker   train the tiny thinker, which goes on from the reasoner (about 15 minutes)"
 	@echo "make card      measure the tiny reasoner and write its model card's table"
 	@echo "make readme    write the generated tables (results, patch ledger)"
 
@@ -52,6 +53,10 @@ soak: install
 
 reasoner: install
 	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2
+
+thinker: install
+	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2 --tokens 2400000 \
+		--start examples/tiny_reasoner/checkpoint --out examples/tiny_reasoner/thinker --state examples/tiny_reasoner/thinker_state.pt
 
 card: install
 	$(BIN)/python examples/tiny_reasoner/card.py

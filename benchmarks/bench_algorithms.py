@@ -138,7 +138,7 @@ def row(way: Way, runs: list[Results], base: list[Results], questions: list[dict
         "solutions per question": round(mean(r.num_branches for results in runs for r in results), 1),
         "questions": len(questions),
         "repeats": len(runs),
-        "model": "tiny reasoner",
+        "model": "tiny thinker",
     }
 
 
@@ -155,7 +155,9 @@ def main() -> None:
     uniform: dict[str, list[Results]] = {}
     rows: list[dict[str, Any]] = []
     with (
-        forked_engine(scheduler="dynasor", max_total_tokens=65_536, max_running_requests=128) as engine,
+        forked_engine(
+            model_path=str(REASONER / "thinker"), scheduler="dynasor", max_total_tokens=65_536, max_running_requests=128
+        ) as engine,
         LocalEngine(engine, rows=128) as backend,
     ):
         for way in chosen[:1]:  # warm up

@@ -30,19 +30,21 @@ from sglang_dynasor.demo import read_questions, show
 from sglang_dynasor.spec import parse_field
 
 CONCURRENCY = 8
+THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"
-SAMPLING = {"temperature": 1.3, "max_new_tokens": 400}
+SAMPLING = {"temperature": 1.3, "max_new_tokens": 900}
 TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
-# Its thoughts are 130 tokens long and a draft some 40, after each of which it says "wait" or answers.
+# A draft of the thinker has some 35 tokens; after each it says "wait" or answers.
 AT_WAIT = {"probe_word": "wait", "probe_tokens": 1, "min_tokens": 0}
-SOON = {"probe_tokens": 32, "min_tokens": 32}
 RULES: dict[str, dict[str, Any]] = {
-    "every 32 tokens, trial:0.9, 2 agree": SOON | {"agree": 2, "exit": "trial:0.9"},
-    "at 'wait', trial:0.9, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.9"},
-    "at 'wait', trial:0.99, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.99"},
+    "every 64 tokens, trial:0.9, 2 agree": {"probe_tokens": 64, "min_tokens": 64, "agree": 2, "exit": "trial:0.9"},
+    "at 3 %, trial:0.9": {"min_tokens": 0, "agree": 1, "exit": "trial:0.9"},
+    "at 3 %, at 'wait', trial:0.9": {"probe_word": "wait", "min_tokens": 0, "agree": 1, "exit": "trial:0.9"},
     "at 'wait', trial:0.9": AT_WAIT | {"agree": 1, "exit": "trial:0.9"},
-    "at 'wait', trial:0.99": AT_WAIT | {"agree": 1, "exit": "trial:0.99"},
-    "published, 32 apart": {"probe_tokens": 32, "exit": "published"},
+    "at 'wait', trial:0.9, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.9"},
+    "at 'wait', trial:0.9, 3 agree": AT_WAIT | {"agree": 3, "exit": "trial:0.9"},
+    "at 'wait', trial:0.99, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.99"},
+    "published": {"exit": "published"},
 }
 LOOP = next(iter(RULES))  # the rule that the client-side loop follows
 
@@ -80,15 +82,15 @@ def loop(rule: dict[str, Any]) -> Way:
     """Chunk, probe, chunk: every request sends the whole text again."""
     thought = parse_field({**TEXTS, **rule}, 1).thought
     assert thought is not None
+    every_tokens = thought.every_tokens
+    assert every_tokens is not None
 
     async def way(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
         prompt, trials, text = question["prompt"] + THINK, list[Trial](), ""
         num_tokens = num_probe_tokens = num_requests = 0
         while num_tokens < SAMPLING["max_new_tokens"]:
             left = int(SAMPLING["max_new_tokens"]) - num_tokens
-            chunk = await engine.async_generate(
-                prompt + text, SAMPLING | {"max_new_tokens": min(thought.every_tokens, left)}
-            )
+            chunk = await engine.async_generate(prompt + text, SAMPLING | {"max_new_tokens": min(every_tokens, left)})
             num_requests += 1
             text += chunk["text"]
             num_tokens += chunk["meta_info"]["completion_tokens"]
@@ -146,7 +148,7 @@ def run(engine: Any, way: Way, questions: list[dict[str, Any]]) -> tuple[list[Do
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-questions", type=int, default=160)
-    parser.add_argument("--max-steps", type=int, default=5, help="the long mode was trained on up to 5")
+    parser.add_argument("--max-steps", type=int, default=4, help="the long mode was trained on up to 4")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -155,7 +157,9 @@ def main() -> None:
     ways |= {f"long_cot, {name}": probed(rule) for name, rule in RULES.items()}
     ways[f"client-side loop, {LOOP}"] = loop(RULES[LOOP])
     runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
-    with forked_engine(scheduler="dynasor", max_running_requests=64, max_total_tokens=65_536) as engine:
+    with forked_engine(
+        model_path=str(THINKER), scheduler="dynasor", max_running_requests=64, max_total_tokens=65_536
+    ) as engine:
         for way in ways.values():
             run(engine, way, questions[:8])  # warm up
         for _ in range(args.repeats):
@@ -182,7 +186,7 @@ def main() -> None:
             "requests per question": round(mean(d.num_requests for done, _ in repeats for d in done), 1),
             "questions": len(questions),
             "repeats": args.repeats,
-            "model": "tiny reasoner",
+            "model": "tiny thinker",
             **machine(),
         }
         for name, repeats in runs.items()
