@@ -32,7 +32,7 @@ from sglang_dynasor.spec import parse_field
 CONCURRENCY = 8
 THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"
-SAMPLING = {"temperature": 1.3, "max_new_tokens": 900}
+SAMPLING = {"temperature": 1.3, "max_new_tokens": 750}
 TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
 # A draft of the thinker has some 35 tokens; after each it says "wait" or answers.
 AT_WAIT = {"probe_word": "wait", "probe_tokens": 1, "min_tokens": 0}
@@ -103,7 +103,7 @@ def loop(rule: dict[str, Any]) -> Way:
             num_probe_tokens += cost
             trials.append(trial)
             if is_settled(trials, thought):
-                rest = await engine.async_generate(prompt + text + THINK_END, SAMPLING)
+                rest = await engine.async_generate(prompt + text + THINK_END, SAMPLING | {"max_new_tokens": 32})
                 num_tokens += rest["meta_info"]["completion_tokens"]
                 return text + THINK_END + rest["text"], num_tokens, num_probe_tokens, num_requests + 1
         return text, num_tokens, num_probe_tokens, num_requests
