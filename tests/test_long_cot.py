@@ -466,6 +466,25 @@ def test_what_cannot_be_closed_is_refused(engine: Any, params: dict[str, Any], m
 
 
 @pytest.mark.engine
+def test_logprobs_of_a_closed_thought_are_refused(engine: Any) -> None:
+    """Its end was given, not sampled; without logprobs the same request is answered."""
+    text = prompt(QUESTIONS[0].text, think=True)
+    params: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 60, "custom_params": {"dynasor": NEVER}}
+    with pytest.raises((ValueError, HTTPException), match="return_logprob with"):
+        engine.generate(text, params, return_logprob=True)
+    assert engine.generate(text, params)["text"]
+
+
+@pytest.mark.engine
+def test_without_a_radix_cache_thoughts_are_refused(start_engine: Any) -> None:
+    """Probes would compute the whole thought each time; other programs run there."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, disable_radix_cache=True)
+    with pytest.raises((ValueError, HTTPException), match="--disable-radix-cache"):
+        ask(engine, QUESTIONS[0], FIELD)
+    assert ask(engine, QUESTIONS[0], {"answer": "hash", "branches": 2}, temperature=1.0)["text"]
+
+
+@pytest.mark.engine
 def test_n_choices_are_a_program(start_engine: Any) -> None:
     """Choices that the vote no longer needs are cut short or empty; without agreement every choice is whole."""
     # With seeds read, n choices of one request would all be the same.
