@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
-    "self_consistency": "make bench",
+    "self_consistency": "python benchmarks/bench_self_consistency.py --num-questions 128",
     "passthrough": "make bench",
     "statistics": "make bench",
     "statistics_overhead": "make bench",
