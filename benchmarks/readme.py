@@ -20,7 +20,7 @@ COMMANDS = {
     "policy_overhead": "make bench",
     "soak": "make soak",
     "long_cot": "make bench",
-    "long_cot_short": "python benchmarks/bench_long_cot.py --num-questions 120",
+    "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
     "algorithms": "make bench",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
