@@ -3,8 +3,9 @@
     python benchmarks/bench_long_cot.py --csv benchmarks/results/long_cot.csv
 
 The loop is what clients do without an engine that helps (the Dynasor repository's, for one): sample a chunk, send the text
-back with the probe's suffix, sample the next chunk. Ways take turns question by question on one engine, CONCURRENCY at a
-time, so that each sees the same machine. Tokens are all that were computed besides the prompt: thought, answer and probes.
+back with the probe's suffix, sample the next chunk; it runs twice, by tokens and by the word after which it asks. All ways are
+clients of one server, CONCURRENCY questions at a time. Tokens are all that were computed besides the prompt: thought, answer
+and probes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from dataclasses import dataclass
 from math import exp
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import httpx
 from bench_self_consistency import span
-from forked import REASONER, forked_engine
+from forked import REASONER
 from machine import machine
 from rows import write_rows
+from server import Server
 
 from sglang_dynasor.algorithms.long_cot import Trial, hesitates, is_settled
 from sglang_dynasor.answers import answer_key, extract_answer
@@ -46,7 +50,7 @@ RULES: dict[str, dict[str, Any]] = {
     "at 'wait', trial:0.99, 2 agree": AT_WAIT | {"agree": 2, "exit": "trial:0.99"},
     "published": {"exit": "published"},
 }
-LOOP = next(iter(RULES))  # the rule that the client-side loop follows
+LOOPS = "every 64 tokens, trial:0.9, 2 agree", "at 'wait', trial:0.9, 2 agree"  # what client-side loops follow, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +64,23 @@ class Done:
     latency_s: float
 
 
-Way = Callable[[Any, dict[str, Any]], Awaitable[tuple[str, int, int, int]]]
+Way = Callable[[httpx.AsyncClient, dict[str, Any]], Awaitable[tuple[str, int, int, int]]]
 
 
-async def whole(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
-    out = await engine.async_generate(question["prompt"] + THINK, SAMPLING)
+async def generate(client: httpx.AsyncClient, text: str, params: dict[str, Any], **more: Any) -> dict[str, Any]:
+    response = await client.post("/generate", json={"text": text, "sampling_params": params, **more})
+    return response.raise_for_status().json()
+
+
+async def whole(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
+    out = await generate(client, question["prompt"] + THINK, SAMPLING)
     return out["text"], out["meta_info"]["completion_tokens"], 0, 1
 
 
 def probed(rule: dict[str, Any]) -> Way:
-    async def way(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
+    async def way(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
         params = SAMPLING | {"custom_params": {"dynasor": {**TEXTS, **rule}}}
-        out = await engine.async_generate(question["prompt"] + THINK, params)
+        out = await generate(client, question["prompt"] + THINK, params)
         record = out["meta_info"]["dynasor"]
         return out["text"], record["num_tokens"], record["num_probe_tokens"], 1
 
@@ -82,28 +91,33 @@ def loop(rule: dict[str, Any]) -> Way:
     """Chunk, probe, chunk: every request sends the whole text again."""
     thought = parse_field({**TEXTS, **rule}, 1).thought
     assert thought is not None
-    every_tokens = thought.every_tokens
-    assert every_tokens is not None
+    assert thought.every_tokens is not None
+    word, end = thought.word, THINK_END.split("\n")[0]
+    most_tokens = int(SAMPLING["max_new_tokens"])
+    chunk_tokens = most_tokens if word else thought.every_tokens
 
-    async def way(engine: Any, question: dict[str, Any]) -> tuple[str, int, int, int]:
+    async def way(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
         prompt, trials, text = question["prompt"] + THINK, list[Trial](), ""
         num_tokens = num_probe_tokens = num_requests = 0
-        while num_tokens < SAMPLING["max_new_tokens"]:
-            left = int(SAMPLING["max_new_tokens"]) - num_tokens
-            chunk = await engine.async_generate(prompt + text, SAMPLING | {"max_new_tokens": min(every_tokens, left)})
+        while num_tokens < most_tokens:
+            params = SAMPLING | {"max_new_tokens": min(chunk_tokens, most_tokens - num_tokens)}
+            if word:
+                params |= {"stop": [word], "no_stop_trim": True}
+            chunk = await generate(client, prompt + text, params)
             num_requests += 1
             text += chunk["text"]
             num_tokens += chunk["meta_info"]["completion_tokens"]
-            if chunk["meta_info"]["finish_reason"]["type"] == "stop" or THINK_END.strip() in text:
-                if chunk["meta_info"]["finish_reason"]["type"] == "stop":
-                    return text, num_tokens, num_probe_tokens, num_requests
+            finish = chunk["meta_info"]["finish_reason"]
+            if finish["type"] == "stop" and (not word or finish["matched"] != word):
+                break
+            if end in text:  # it is writing its answer
                 continue
-            trial, cost = await ask(engine, prompt + text + THINK_END, num_tokens)
+            trial, cost = await ask(client, prompt + text + THINK_END, num_tokens)
             num_requests += 1
             num_probe_tokens += cost
             trials.append(trial)
             if is_settled(trials, thought):
-                rest = await engine.async_generate(prompt + text + THINK_END, SAMPLING | {"max_new_tokens": 32})
+                rest = await generate(client, prompt + text + THINK_END, SAMPLING | {"max_new_tokens": 32})
                 num_tokens += rest["meta_info"]["completion_tokens"]
                 return text + THINK_END + rest["text"], num_tokens, num_probe_tokens, num_requests + 1
         return text, num_tokens, num_probe_tokens, num_requests
@@ -111,10 +125,10 @@ def loop(rule: dict[str, Any]) -> Way:
     return way
 
 
-async def ask(engine: Any, text: str, num_tokens: int) -> tuple[Trial, int]:
+async def ask(client: httpx.AsyncClient, text: str, num_tokens: int) -> tuple[Trial, int]:
     """A trial from outside, and the tokens it took: its own and those of its prompt that the cache did not have."""
     params = {"temperature": 0.0, "max_new_tokens": 24, "stop": ["\n"]}
-    out = await engine.async_generate(text, params, return_logprob=True)
+    out = await generate(client, text, params, return_logprob=True)
     meta = out["meta_info"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
     answer = None if hesitates(out["text"]) else extract_answer("####" + out["text"], "hash")
@@ -123,26 +137,38 @@ async def ask(engine: Any, text: str, num_tokens: int) -> tuple[Trial, int]:
     return trial, meta["completion_tokens"] + meta["prompt_tokens"] - meta["cached_tokens"]
 
 
-def run(engine: Any, way: Way, questions: list[dict[str, Any]]) -> tuple[list[Done], float]:
+async def run(client: httpx.AsyncClient, way: Way, questions: list[dict[str, Any]]) -> tuple[list[Done], float]:
     """All questions, CONCURRENCY at a time, and the wall-clock it took."""
     gate = asyncio.Semaphore(CONCURRENCY)
 
     async def one(question: dict[str, Any]) -> Done:
         async with gate:
             started = time.perf_counter()
-            text, num_tokens, num_probe_tokens, num_requests = await way(engine, question)
+            text, num_tokens, num_probe_tokens, num_requests = await way(client, question)
             took_s = time.perf_counter() - started
         answer = extract_answer(text, "hash")
         is_right = answer is not None and answer_key(answer) == str(question["answer"])
         return Done(is_right, num_tokens, num_probe_tokens, num_requests, took_s)
 
-    async def everything() -> list[Done]:
-        return await asyncio.gather(*(one(question) for question in questions))
-
-    engine.flush_cache()
+    (await client.post("/flush_cache")).raise_for_status()
     started = time.perf_counter()
-    done = engine.loop.run_until_complete(everything())
+    done = await asyncio.gather(*(one(question) for question in questions))
     return done, time.perf_counter() - started
+
+
+async def measure(
+    url: str, ways: dict[str, Way], questions: list[dict[str, Any]], num_repeats: int
+) -> dict[str, list[tuple[list[Done], float]]]:
+    """By way: its repeats, the ways in turns."""
+    runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        for way in ways.values():
+            await run(client, way, questions[:8])  # warm up
+        for turn in range(num_repeats):
+            for name, way in ways.items():
+                runs[name].append(await run(client, way, questions))
+                print(f"repeat {turn + 1}, {name}: {runs[name][-1][1]:.1f} s", flush=True)
+    return runs
 
 
 def main() -> None:
@@ -155,16 +181,17 @@ def main() -> None:
     questions = [q for q in read_questions(REASONER, 600) if q["num_steps"] <= args.max_steps][: args.num_questions]
     ways: dict[str, Way] = {"whole thought": whole}
     ways |= {f"long_cot, {name}": probed(rule) for name, rule in RULES.items()}
-    ways[f"client-side loop, {LOOP}"] = loop(RULES[LOOP])
-    runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
-    with forked_engine(
-        model_path=str(THINKER), scheduler="dynasor", max_running_requests=64, max_total_tokens=65_536
-    ) as engine:
-        for way in ways.values():
-            run(engine, way, questions[:8])  # warm up
-        for _ in range(args.repeats):
-            for name, way in ways.items():
-                runs[name].append(run(engine, way, questions))
+    ways |= {f"client-side loop, {name}": loop(RULES[name]) for name in LOOPS}
+    with TemporaryDirectory() as folder:
+        options = ("--scheduler", "dynasor", "--max-running-requests", "64", "--max-total-tokens", "65536")
+        server = Server(
+            Path(folder) / "log", "--dtype", "float32", "--log-level", "error", *options, checkpoint=THINKER
+        )
+        try:
+            server.wait()
+            runs = asyncio.run(measure(server.url, ways, questions, args.repeats))
+        finally:
+            server.stop()
     base = runs["whole thought"]
 
     def total(done: list[Done]) -> int:

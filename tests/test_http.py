@@ -18,7 +18,9 @@ from questions import held_out, prompt
 from server import Server
 
 pytestmark = pytest.mark.engine
-README = (ROOT / "README.md").read_text()
+README, FRONTEND, LONG_COT = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/frontend.md", "docs/long_cot.md")
+)
 QUESTION = held_out(12)[10]
 
 
@@ -40,15 +42,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         running.stop()
 
 
-def readme_block(language: str, containing: str) -> str:
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.S)
-    (block,) = (b for b in blocks if containing in b)
-    return block
+def block(text: str, language: str, containing: str) -> str:
+    (found,) = (b for b in re.findall(rf"```{language}\n(.*?)```", text, re.S) if containing in b)
+    return found
+
+
+def run_script(path: Path, text: str) -> str:
+    """What a script prints."""
+    path.write_text(text)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_readme_s_curl_works(server: Server) -> None:
     """The first thing a reader copies."""
-    command = readme_block("bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    command = block(README, "bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
     out = json.loads(done.stdout)
     assert out["meta_info"]["dynasor"]["answer"] == "19"
@@ -57,7 +66,7 @@ def test_the_readme_s_curl_works(server: Server) -> None:
 
 def test_the_readme_s_openai_client_works(server: Server) -> None:
     """The OpenAI client sends one field more and finds the record by the response's id."""
-    script = readme_block("python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    script = block(README, "python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "#### 19" in done.stdout
@@ -66,15 +75,53 @@ def test_the_readme_s_openai_client_works(server: Server) -> None:
 
 def test_the_readme_s_frontend_program_works(server: Server, tmp_path: Path) -> None:
     """As an author copies it, with a backend and a question."""
-    script = tmp_path / "author.py"
-    script.write_text(
-        readme_block("python", "reason(s, branches=16")
+    printed = run_script(
+        tmp_path / "author.py",
+        block(README, "python", "reason(s, branches=16")
         + f"\n\nsgl.set_default_backend(Endpoint('{server.url}'))\np = solve.run({QUESTION.text!r}).ret_value\n"
-        + "print(p.answer, p.certaindex, p.stop_reason)\n"
+        + "print(p.answer, p.certaindex, p.stop_reason)\n",
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"{QUESTION.answer} 0.")
+    assert printed.startswith(f"{QUESTION.answer} 0.")
+
+
+def test_the_guide_s_program_works(server: Server, tmp_path: Path) -> None:
+    """docs/frontend.md, its first program, whole."""
+    program = block(FRONTEND, "python", "sgl.set_default_backend").replace("http://127.0.0.1:30000", server.url)
+    assert re.match(r"19 0\.\d+ \{'19': \d+", run_script(tmp_path / "author.py", program))
+
+
+@pytest.mark.parametrize("containing", ["reports=True", '"rebase"'])
+def test_the_guide_s_parts_work(server: Server, tmp_path: Path, containing: str) -> None:
+    """Those that stand in a function of the author's."""
+    part = block(FRONTEND, "python", containing)
+    printed = run_script(
+        tmp_path / "author.py",
+        "import sglang as sgl\nfrom sglang_dynasor.frontend import Endpoint, reason\n\n"
+        + f"def run_tests(text):\n    return float('#### {QUESTION.answer}' in text)\n\n"
+        + f"@sgl.function\ndef solve(s):\n    s += {prompt(QUESTION.text)!r}\n"
+        + "".join(f"    {line}\n" for line in part.splitlines())
+        + f"    return p\n\nsgl.set_default_backend(Endpoint('{server.url}'))\np = solve.run().ret_value\n"
+        + "print(p.answer, p.stop_reason, len(p.branches))\n",
+    )
+    answer, reason, _ = printed.split()
+    assert answer.isdigit()
+    assert reason in ("certain", "cap")
+    if containing == "reports=True":  # the rule is that one passes
+        assert (answer, reason) == (str(QUESTION.answer), "certain")
+
+
+def test_the_guide_s_batch_works(server: Server, tmp_path: Path) -> None:
+    """An address stands for an engine, as the snippet says."""
+    given = f"engine, prompts = {server.url!r}, [{prompt(QUESTION.text)!r}] * 3\n"
+    printed = run_script(tmp_path / "batch.py", given + block(FRONTEND, "python", "sglang_dynasor.solve("))
+    assert len(re.findall(rf"^{QUESTION.answer} 0\.\d+ \d+ certain$", printed, re.M)) >= 2
+
+
+def test_the_field_of_long_thoughts_is_taken(server: Server) -> None:
+    """docs/long_cot.md: any question of any model that has an end of thought."""
+    response = generate(server, **json.loads(block(LONG_COT, "json", "long_cot")))
+    assert response.status_code == 200, response.text
+    assert response.json()["meta_info"]["dynasor"]["closed_at_tokens"] == [None]  # too short to be asked
 
 
 def test_openai_completions_and_streaming(server: Server) -> None:

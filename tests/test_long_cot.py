@@ -90,6 +90,8 @@ def test_the_client_may_say_how_often() -> None:
     """Then no price is asked; the first time is `min_tokens`, or one interval where that is 0."""
     assert next_probe_tokens(THOUGHT, 0, [], 5) == 8
     assert next_probe_tokens(THOUGHT, 8, [100], 5) == 16
+    assert next_probe_tokens(THOUGHT, 13, [100], 5) == 16  # asked late, at the end of a line: no later the next time
+    assert next_probe_tokens(THOUGHT, 17, [100], 5) == 24
     later = ThoughtSpec(agree=3, level=0.9, min_tokens=30, every_tokens=8)
     assert next_probe_tokens(later, 0, [], 5) == 30
 

@@ -56,17 +56,17 @@ def is_settled(trials: Sequence[Trial], thought: ThoughtSpec) -> bool:
 def next_probe_tokens(thought: ThoughtSpec, num_tokens: int, costs: Sequence[int], num_suffix_tokens: int) -> int:
     """The length in tokens, at least 1, from which on a thought is asked next.
 
-    `thought.every_tokens` after the last time, where the client has set it. Else as soon as all its probes, the next one
-    taken to cost what they cost on average, are no more than PRICE_FRAC of the thought. So they never take more than that
-    and one probe's excess over the average, for which the next one waits.
+    The next multiple of `thought.every_tokens`, where the client has set it: however late it was asked last, as often as
+    that. Else as soon as all its probes, the next one taken to cost what they cost on average, are no more than PRICE_FRAC
+    of the thought. So they never take more than that and one probe's excess over the average, for which the next one waits.
 
     Args:
         num_tokens: of the thought when it was asked last; 0: it was not.
         costs: tokens that each of its probes has computed.
         num_suffix_tokens: that every probe computes before its answer.
     """
-    if thought.every_tokens is not None:
-        return num_tokens + thought.every_tokens if num_tokens else thought.min_tokens or thought.every_tokens
+    if (every := thought.every_tokens) is not None:
+        return (num_tokens // every + 1) * every if num_tokens else thought.min_tokens or every
     expected = sum(costs) / len(costs) if costs else num_suffix_tokens + FIRST_TRIAL_TOKENS
     return max(thought.min_tokens, num_tokens + 1, ceil((sum(costs) + expected) / PRICE_FRAC))
 

@@ -58,7 +58,8 @@ from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
 
-WAVE_STEPS = 8  # that a probe waits for others at most
+WAVE_STEPS = 8  # that a probe waits for others at most, among many
+THOUGHTS_PER_WAVE_STEP = 4  # a pass holds up fewer where fewer think, and so is worth fewer steps of waiting
 MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
 BRANCH_RID = (
@@ -482,9 +483,11 @@ class Controller:
     def _send_probes(self) -> None:
         """Queue the probes that were made, several at once: every prefill pass holds up all that decode."""
         self.num_steps_asked += 1
+        num_thoughts = self.admission.num_thoughts
         is_prefill_next = bool(self.admission.front)
-        is_everybody = len(self.asked) + self.admission.num_probes >= self.admission.num_thoughts
-        if not (is_prefill_next or is_everybody or self.num_steps_asked >= WAVE_STEPS):
+        is_everybody = len(self.asked) + self.admission.num_probes >= num_thoughts
+        num_steps = min(WAVE_STEPS, num_thoughts // THOUGHTS_PER_WAVE_STEP)
+        if not (is_prefill_next or is_everybody or self.num_steps_asked >= num_steps):
             return
         asked, self.asked, self.num_steps_asked = self.asked, [], 0
         self.num_probe_waves += 1
