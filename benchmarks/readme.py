@@ -19,9 +19,9 @@ COMMANDS = {
     "starvation": "make bench",
     "policy_overhead": "make bench",
     "soak": "make soak",
-    "long_cot": "make bench",
+    "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2",
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
-    "algorithms": "make bench",
+    "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
