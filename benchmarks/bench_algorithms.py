@@ -52,28 +52,23 @@ def ways() -> list[Way]:
     found = [
         Way("self-consistency 16", "uniform", "self_consistency", {"stop": "never"}),
         Way("self-consistency 16", "stopped", "self_consistency", {}),
-        Way("best-of-16", "uniform", "best_of_n", {"stop": "never", **JUDGE}),
-        Way("best-of-16", "stopped (best:0.95)", "best_of_n", JUDGE),
         Way("best-of-16, votes by reward", "uniform", "best_of_n", {"stop": "never", "vote": "reward", **JUDGE}),
         Way("best-of-16, votes by reward", "stopped", "best_of_n", {"stop": "predictive", "vote": "reward", **JUDGE}),
     ]
+
+    def add(group: str, algorithm: str, field: dict[str, Any], uniform: dict[str, Any], *checked: bool) -> None:
+        for is_checked in checked or (False, True):
+            name, judged = (f"{group}, checked", field) if is_checked else (group, {**field, **JUDGE})
+            found.append(Way(name, "uniform", algorithm, {"stop": "never", **judged, **uniform}, is_checked))
+            found.append(Way(name, "stopped", algorithm, judged, is_checked))
+
+    add("best-of-16", "best_of_n", {}, {})
     for width in (16, 32):
-        for is_checked in (False, True):
-            group, judge = f"Rebase {width}" + (", checked" if is_checked else ""), {} if is_checked else JUDGE
-            found += [
-                Way(group, "uniform", "rebase", {"branches": width, "round_width": width, "stop": "never", **judge}, is_checked),
-                Way(group, "stopped", "rebase", {"branches": width, **judge}, is_checked),
-            ]  # fmt: skip
-    for cap in (3, 7, 10, 15, 20):
-        base = {"branches": cap, "width": min(4, cap), **JUDGE}
-        found += [
-            Way(f"MCTS {cap}", "uniform", "mcts", {"stop": "never", **base}),
-            Way(f"MCTS {cap}", "stopped", "mcts", base),
-        ]
-    found += [
-        Way("beam 16", "uniform", "beam", {"stop": "never", **JUDGE}),
-        Way("beam 16", "stopped", "beam", JUDGE),
-    ]
+        add(f"Rebase {width}", "rebase", {"branches": width}, {"round_width": width})
+    for cap in (3, 7, 10, 15, 20):  # with the oracle once: it is right whatever the cap
+        add(f"MCTS {cap}", "mcts", {"branches": cap, "width": min(4, cap)}, {}, False)
+    add("MCTS 10", "mcts", {"branches": 10, "width": 4}, {}, True)
+    add("beam 16", "beam", {}, {})
     return found
 
 
