@@ -36,7 +36,7 @@ from sglang_dynasor.spec import parse_field
 CONCURRENCY = 8
 THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"
-SAMPLING = {"temperature": 1.3, "max_new_tokens": 750}
+SAMPLING: dict[str, Any] = {"temperature": 1.3, "max_new_tokens": 750}
 TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
 # A draft of the thinker has some 35 tokens; after each it says "wait" or answers.
 AT_WAIT = {"probe_word": "wait", "probe_tokens": 1, "min_tokens": 0}
@@ -93,7 +93,7 @@ def loop(rule: dict[str, Any]) -> Way:
     assert thought is not None
     assert thought.every_tokens is not None
     word, end = thought.word, THINK_END.split("\n")[0]
-    most_tokens = int(SAMPLING["max_new_tokens"])
+    most_tokens: int = SAMPLING["max_new_tokens"]
     chunk_tokens = most_tokens if word else thought.every_tokens
 
     async def way(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
