@@ -4,7 +4,7 @@
 
 The loop is what clients do without an engine that helps (the Dynasor repository's, for one): sample a chunk, send the text
 back with the probe's suffix, sample the next chunk; it runs twice, by tokens and by the word after which it asks. All ways are
-clients of one server, CONCURRENCY questions at a time. Tokens are all that were computed besides the prompt: thought, answer
+clients of one server, `--concurrency` questions at a time. Tokens are all that were computed besides the prompt: thought, answer
 and probes.
 """
 
@@ -33,7 +33,6 @@ from sglang_dynasor.answers import answer_key, extract_answer
 from sglang_dynasor.demo import read_questions, show
 from sglang_dynasor.spec import parse_field
 
-CONCURRENCY = 8
 THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"
 SAMPLING: dict[str, Any] = {"temperature": 1.3, "max_new_tokens": 750}
@@ -137,9 +136,11 @@ async def ask(client: httpx.AsyncClient, text: str, num_tokens: int) -> tuple[Tr
     return trial, meta["completion_tokens"] + meta["prompt_tokens"] - meta["cached_tokens"]
 
 
-async def run(client: httpx.AsyncClient, way: Way, questions: list[dict[str, Any]]) -> tuple[list[Done], float]:
-    """All questions, CONCURRENCY at a time, and the wall-clock it took."""
-    gate = asyncio.Semaphore(CONCURRENCY)
+async def run(
+    client: httpx.AsyncClient, way: Way, questions: list[dict[str, Any]], concurrency: int
+) -> tuple[list[Done], float]:
+    """All questions, `concurrency` at a time, and the wall-clock it took."""
+    gate = asyncio.Semaphore(concurrency)
 
     async def one(question: dict[str, Any]) -> Done:
         async with gate:
@@ -157,16 +158,16 @@ async def run(client: httpx.AsyncClient, way: Way, questions: list[dict[str, Any
 
 
 async def measure(
-    url: str, ways: dict[str, Way], questions: list[dict[str, Any]], num_repeats: int
+    url: str, ways: dict[str, Way], questions: list[dict[str, Any]], concurrency: int, num_repeats: int
 ) -> dict[str, list[tuple[list[Done], float]]]:
     """By way: its repeats, the ways in turns."""
     runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         for way in ways.values():
-            await run(client, way, questions[:8])  # warm up
+            await run(client, way, questions[:concurrency], concurrency)  # warm up
         for turn in range(num_repeats):
             for name, way in ways.items():
-                runs[name].append(await run(client, way, questions))
+                runs[name].append(await run(client, way, questions, concurrency))
                 print(f"repeat {turn + 1}, {name}: {runs[name][-1][1]:.1f} s", flush=True)
     return runs
 
@@ -175,6 +176,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-questions", type=int, default=160)
     parser.add_argument("--max-steps", type=int, default=4, help="the long mode was trained on up to 4")
+    parser.add_argument("--concurrency", type=int, default=8, help="questions at a time")
+    parser.add_argument("--ways", nargs="+", help="only these")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -182,6 +185,7 @@ def main() -> None:
     ways: dict[str, Way] = {"whole thought": whole}
     ways |= {f"long_cot, {name}": probed(rule) for name, rule in RULES.items()}
     ways |= {f"client-side loop, {name}": loop(RULES[name]) for name in LOOPS}
+    ways = {name: way for name, way in ways.items() if name == "whole thought" or not args.ways or name in args.ways}
     with TemporaryDirectory() as folder:
         options = ("--scheduler", "dynasor", "--max-running-requests", "64", "--max-total-tokens", "65536")
         server = Server(
@@ -189,7 +193,7 @@ def main() -> None:
         )
         try:
             server.wait()
-            runs = asyncio.run(measure(server.url, ways, questions, args.repeats))
+            runs = asyncio.run(measure(server.url, ways, questions, args.concurrency, args.repeats))
         finally:
             server.stop()
     base = runs["whole thought"]
@@ -212,6 +216,7 @@ def main() -> None:
             "mean latency s": round(mean(d.latency_s for done, _ in repeats for d in done), 2),
             "requests per question": round(mean(d.num_requests for done, _ in repeats for d in done), 1),
             "questions": len(questions),
+            "at a time": args.concurrency,
             "repeats": args.repeats,
             "model": "tiny thinker",
             **machine(),

@@ -41,7 +41,7 @@ class ThoughtTokens(NamedTuple):
     end: tuple[int, ...]
     lead: str  # the suffix as text: trial answers are read after it
     mark: str  # `end` without the space around it: where it is in the text, the thought is over
-    new_line: tuple[int, ...]  # comes first where a thought is cut in the middle of a line
+    new_line: tuple[int, ...]  # comes first where a thought is cut in the middle of a line, but not after the word
     word_ends: frozenset[int]  # with which the word may end after which it is asked; empty: at the end of a line
 
 
@@ -80,7 +80,7 @@ def thought_tokens(thought: ThoughtSpec, extractor: str, tokenizer: Any) -> Thou
     for key, tokens in ids.items():
         if not tokens:
             raise FieldError(f"dynasor.{key} is no token of this model; send a text that is")
-    new_line = tuple(tokenizer.encode("\n", add_special_tokens=False))
+    new_line = () if thought.word else tuple(tokenizer.encode("\n", add_special_tokens=False))
     word_ends = _word_ends(thought.word, tokenizer) if thought.word else frozenset[int]()
     return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line, word_ends)
 
