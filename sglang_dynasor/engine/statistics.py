@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from sglang_dynasor.reward import sigmoid
 from sglang_dynasor_kernels import row_confidence, row_stats
 
 if TYPE_CHECKING:
+    from sglang.srt.distributed.parallel_state import GroupCoordinator
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from sglang_dynasor.engine.controller import Controller
@@ -54,6 +56,11 @@ class Observer:
         self.watched: Watched | None = None
         self.num_steps = 0  # with a watched row
 
+    @cached_property
+    def group(self) -> GroupCoordinator:
+        """The tensor-parallel ranks, known once the model is there; looked up once: it is asked for in every step."""
+        return get_parallel().tp_group
+
     def watch(self, batch: ScheduleBatch) -> None:
         """Take note of the rows of `batch` that somebody asked about."""
         self.watched = None
@@ -73,8 +80,8 @@ class Observer:
         watched = self.watched
         if watched is None or watched.rows[-1] >= logits.shape[0]:  # not a step that samples a token for each request
             return None
-        group = get_parallel().tp_group
-        if logits.device.type == "cpu" and group.world_size == 1:
+        group = self.group
+        if logits.is_cpu and group.world_size == 1:
             try:
                 return DeviceStatistics(*compute_on_cpu(logits, watched), watched, self.controller)
             except Exception as error:
