@@ -47,7 +47,7 @@ from sglang_dynasor.engine.probe import (
     says,
     thought_tokens,
 )
-from sglang_dynasor.engine.statistics import AnswerReader, HostStatistics, Observer
+from sglang_dynasor.engine.statistics import AnswerReader, Logprobs, Observer, Table
 from sglang_dynasor.engine.teller import TOLD_RID, Teller
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.ledger import Totals
@@ -405,18 +405,18 @@ class Controller:
 
     # Statistics and rewards
 
-    def see(self, req: Req, tag: BranchTag, token: int, step: HostStatistics, row: int) -> None:
+    def see(self, req: Req, tag: BranchTag, token: int, found: Table | Logprobs, row: int) -> None:
         """Take in a token of a running branch that may be weak, or may stand at its answer."""
-        self.guarded(tag.live, lambda live: self._see(live, req, tag, token, step, row))
+        self.guarded(tag.live, lambda live: self._see(live, req, tag, token, found, row))
 
-    def _see(self, live: LiveProgram, req: Req, tag: BranchTag, token: int, step: HostStatistics, row: int) -> None:
+    def _see(self, live: LiveProgram, req: Req, tag: BranchTag, token: int, found: Table | Logprobs, row: int) -> None:
         program = live.program
         if program.branches[tag.index].state is not BranchState.IN_FLIGHT:
             return
         if tag.may_be_weak and self._is_weak(program, tag) and not req.finished():
             self._weaken(live, tag.index, req)
         elif self.reader.begins(req, tag, token):
-            self._see_answer(live, tag.index, step.distribution(row))
+            self._see_answer(live, tag.index, found.distribution(row))
 
     def _is_weak(self, program: Program, tag: BranchTag) -> bool:
         level, group = program.weak_level, tag.confidence and tag.confidence.group

@@ -11,6 +11,7 @@ from sglang_dynasor.engine.admission import adder_class
 from sglang_dynasor.engine.controller import Controller
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.retraction import retract_whole, youngest_last
+from sglang_dynasor.engine.statistics import HostStatistics
 from sglang_dynasor.engine.streamer import streamer_class
 from sglang_dynasor.errors import PatchError
 
@@ -45,6 +46,13 @@ def run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     controller = controller_of(scheduler)
     if controller is not None:
         controller.observer.watch(batch)
+
+
+def consume(original: Callable[..., None], cls: type, batch: Any, output: Any, starts: list[int]) -> None:
+    if isinstance(output, HostStatistics):
+        output.read(starts)
+    else:
+        original(cls, batch, output, starts)
 
 
 def enqueue(original: Callable[..., None], scheduler: Any, req: Any, is_retracted: bool = False) -> None:

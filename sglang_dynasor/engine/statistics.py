@@ -26,6 +26,7 @@ from sglang_dynasor_kernels import row_confidence, row_stats
 
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
+    from sglang.srt.managers.auxiliary_output import CommittedTokens
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from sglang_dynasor.engine.controller import Controller
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 TOP_K = 20  # DeepConf's (arXiv 2508.15260, section 3.1)
 TAIL_TOKENS = 8  # looked at to see whether an answer begins
 SPACES = "\u0120\u2581\u010a \n\t"  # also as vocabularies write a space or a new line
-# The columns of the tensor that goes to the host; then TOP_K log-probabilities and as many token ids.
+# The columns of the tensor that a device sends; then TOP_K log-probabilities and as many token ids.
 CONFIDENCE, GOOD, BAD, NUM_COLUMNS = 0, 1, 2, 3
 
 
@@ -55,6 +56,7 @@ class Observer:
         self.controller = controller
         self.watched: Watched | None = None
         self.num_steps = 0  # with a watched row
+        self._reqs: list[Req] = []  # of the step that `watched` was found for
 
     @cached_property
     def group(self) -> GroupCoordinator:
@@ -63,15 +65,13 @@ class Observer:
 
     def watch(self, batch: ScheduleBatch) -> None:
         """Take note of the rows of `batch` that somebody asked about."""
-        self.watched = None
         if not self.controller.num_watched:
+            self.watched, self._reqs = None, []
             return
-        seen = [(row, req, tag) for row, req in enumerate(batch.reqs) if (tag := tag_of(req)) and tag.is_watched]
-        if seen:
-            self.num_steps += 1
-            rows, reqs, tags = (list(column) for column in zip(*seen, strict=True))
-            labels = [tag.labels for tag in tags] if any(tag.is_judge for tag in tags) else None
-            self.watched = Watched(rows, reqs, tags, labels, is_whole=len(rows) == len(batch.reqs))
+        if batch.reqs != self._reqs:  # a step mostly has the requests of the one before
+            self._reqs = list(batch.reqs)
+            self.watched = _watched(self._reqs)
+        self.num_steps += self.watched is not None
 
     def is_active(self, sampling_info: Any) -> bool:
         return self.watched is not None
@@ -83,7 +83,7 @@ class Observer:
         group = self.group
         if logits.is_cpu and group.world_size == 1:
             try:
-                return DeviceStatistics(*compute_on_cpu(logits, watched), watched, self.controller)
+                return DeviceStatistics(compute_on_cpu(logits, watched), watched, self.controller)
             except Exception as error:
                 self.controller.fall_back("statistics", error)
                 return None
@@ -96,10 +96,19 @@ class Observer:
                 table = torch.full(shape, nan, device=logits.device)
         else:
             table = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        return DeviceStatistics(group.broadcast(table), None, watched, self.controller)
+        return DeviceStatistics(group.broadcast(table), watched, self.controller)
 
     def after_sample(self, state: DeviceStatistics, token_ids: Tensor) -> DeviceStatistics:
         return state
+
+
+def _watched(reqs: Sequence[Req]) -> Watched | None:
+    seen = [(row, req, tag) for row, req in enumerate(reqs) if (tag := tag_of(req)) and tag.is_watched]
+    if not seen:
+        return None
+    rows, watched, tags = (list(column) for column in zip(*seen, strict=True))
+    labels = [tag.labels for tag in tags] if any(tag.is_judge for tag in tags) else None
+    return Watched(rows, watched, tags, labels, is_whole=len(rows) == len(reqs))
 
 
 def compute(logits: Tensor, watched: Watched) -> Tensor:
@@ -112,16 +121,11 @@ def compute(logits: Tensor, watched: Watched) -> Tensor:
     return torch.cat([stats.confidence[:, None], of_labels, stats.top_logprobs, stats.top_ids.float()], dim=1)
 
 
-def compute_on_cpu(logits: Tensor, watched: Watched) -> tuple[Tensor, Tensor]:
-    """The columns [rows, NUM_COLUMNS] of the watched rows, and their log-probabilities [rows, V], float32."""
+def compute_on_cpu(logits: Tensor, watched: Watched) -> Logprobs:
+    """The log-probabilities of the watched rows: from them the rest can be read of the few that want it."""
     if not watched.is_whole:
         logits = logits[torch.tensor(watched.rows)]
-    confidence, logprobs = row_confidence(logits, top_k=TOP_K)
-    columns = confidence[:, None].expand(-1, NUM_COLUMNS)
-    if watched.labels is not None:
-        of_labels = logprobs.gather(1, torch.tensor(watched.labels).clamp_min(0))  # -1, of no judge, is read by nobody
-        columns = torch.cat([confidence[:, None], of_labels], dim=1)
-    return columns, logprobs
+    return Logprobs(*row_confidence(logits, top_k=TOP_K))
 
 
 def _to_device(values: Sequence[Any], device: torch.device) -> Tensor:
@@ -130,64 +134,95 @@ def _to_device(values: Sequence[Any], device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """What `compute` found, copied to the host."""
+
+    rows: Tensor
+
+    @property
+    def confidences(self) -> list[float]:
+        return self.rows[:, CONFIDENCE].tolist()
+
+    def top_logprob(self, i: int) -> float:
+        return float(self.rows[i, NUM_COLUMNS])
+
+    def label_logprobs(self, i: int, labels: tuple[int, int]) -> tuple[float, float]:
+        return float(self.rows[i, GOOD]), float(self.rows[i, BAD])
+
+    def distribution(self, i: int) -> Distribution:
+        logprobs, ids = self.rows[i, NUM_COLUMNS:].view(2, TOP_K).tolist()
+        return {int(token): logprob for token, logprob in zip(ids, logprobs, strict=True) if logprob > -inf}
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """What `compute_on_cpu` found: all log-probabilities [rows, V], float32, on the host already."""
+
+    confidences: list[float]
+    rows: Tensor
+
+    def top_logprob(self, i: int) -> float:
+        return float(self.rows[i].amax())
+
+    def label_logprobs(self, i: int, labels: tuple[int, int]) -> tuple[float, float]:
+        good, bad = labels
+        return float(self.rows[i, good]), float(self.rows[i, bad])
+
+    def distribution(self, i: int) -> Distribution:
+        row = self.rows[i].numpy()
+        ids = row.argpartition(-min(TOP_K, len(row)))[-TOP_K:]
+        pairs = zip(ids.tolist(), row[ids].tolist(), strict=True)
+        return {token: logprob for token, logprob in pairs if logprob > -inf}
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceStatistics:
     """SGLang's DeviceAuxiliaryOutput."""
 
-    table: Tensor
-    logprobs: Tensor | None  # of all tokens, where they are on the host already
+    found: Tensor | Logprobs
     watched: Watched
     controller: Controller
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> HostStatistics:
-        table = self.table if self.logprobs is not None else copy_tensor(self.table)
-        return HostStatistics(table, self.logprobs, self.watched, self.controller)
+        found = Table(copy_tensor(self.found)) if isinstance(self.found, Tensor) else self.found
+        return HostStatistics(found, self.watched, self.controller)
 
 
 @dataclass(frozen=True, slots=True)
 class HostStatistics:
-    """SGLang's HostAuxiliaryOutput: a step's table, read once its tokens are known."""
+    """SGLang's HostAuxiliaryOutput: what a step found, read once its tokens are known."""
 
-    table: Tensor
-    logprobs: Tensor | None
+    found: Table | Logprobs
     watched: Watched
     controller: Controller
 
-    def consume(self, batch: ScheduleBatch, commits: Sequence[Any]) -> None:
+    def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
+        """SGLang's own way to `read`."""
+        self.read([inf if commit is None else commit.output_index for commit in commits])
+
+    def read(self, starts: Sequence[float]) -> None:
+        """Hand out what was found. A request of the batch had `starts` tokens before the step, as far as its client sees."""
         # Once per row and step: what is rarely wanted, `see` is called for.
-        watched, controller = self.watched, self.controller
+        watched, found, controller = self.watched, self.found, self.controller
         ends = controller.reader.ends
-        columns = self.table[:, :NUM_COLUMNS].numpy()  # whose tolist takes a tenth of torch's
-        confidences: list[float] = columns[:, CONFIDENCE].tolist()
         try:
-            for i, (row, tag) in enumerate(zip(watched.rows, watched.tags, strict=True)):
-                commit = commits[row]
-                if commit is None:  # a chunk of a prompt, or a branch that had ended
-                    continue
-                if tag.is_probe:
-                    tag.logprobs.append(self._top_logprob(i))
+            confidences = found.confidences
+            for i, (row, req, tag) in enumerate(zip(watched.rows, watched.reqs, watched.tags, strict=True)):
+                num_tokens = len(req.output_ids) if req.finished_len is None else req.finished_len
+                if num_tokens <= starts[row]:  # a chunk of a prompt, or a branch that had ended
                     continue
                 if tag.confidence is None:
-                    tag.reward = reward(float(columns[i, GOOD]), float(columns[i, BAD]))
+                    if tag.is_probe:
+                        tag.logprobs.append(found.top_logprob(i))
+                    else:
+                        tag.reward = reward(*found.label_logprobs(i, tag.labels))
                     continue
                 tag.confidence.add(confidences[i])
-                token = commit.token_ids[-1]
+                token = req.output_ids[num_tokens - 1]
                 if tag.may_be_weak or tag.is_at_answer or token in ends:
-                    controller.see(watched.reqs[i], tag, token, self, i)
+                    controller.see(req, tag, token, found, i)
         except Exception as error:
             controller.fall_back("statistics", error)
-
-    def _top_logprob(self, i: int) -> float:
-        return float(self.table[i, NUM_COLUMNS] if self.logprobs is None else self.logprobs[i].amax())
-
-    def distribution(self, i: int) -> Distribution:
-        """The most likely tokens of the i-th watched row."""
-        if self.logprobs is not None:
-            top = self.logprobs[i].topk(min(TOP_K, self.logprobs.shape[1]))
-            logprobs, ids = top.values.tolist(), top.indices.tolist()
-        else:
-            logprobs = self.table[i, NUM_COLUMNS : NUM_COLUMNS + TOP_K].tolist()
-            ids = self.table[i, NUM_COLUMNS + TOP_K :].tolist()
-        return {int(token): logprob for token, logprob in zip(ids, logprobs, strict=True) if logprob > -inf}
 
 
 def reward(good_logprob: float, bad_logprob: float) -> float | None:
