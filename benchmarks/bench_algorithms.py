@@ -52,6 +52,8 @@ def ways() -> list[Way]:
     found = [
         Way("self-consistency 16", "uniform", "self_consistency", {"stop": "never"}),
         Way("self-consistency 16", "stopped", "self_consistency", {}),
+        Way("self-consistency 32", "uniform", "self_consistency", {"branches": 32, "stop": "never"}),
+        Way("self-consistency 32", "stopped", "self_consistency", {"branches": 32}),
         Way("best-of-16, votes by reward", "uniform", "best_of_n", {"stop": "never", "vote": "reward", **JUDGE}),
         Way("best-of-16, votes by reward", "stopped", "best_of_n", {"stop": "predictive", "vote": "reward", **JUDGE}),
     ]

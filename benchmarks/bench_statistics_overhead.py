@@ -40,7 +40,7 @@ def seconds(engine: Any, prompt: str, **field: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--rounds", type=int, default=61)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     (question,) = read_questions(REASONER, 1)

@@ -22,7 +22,7 @@ COMMANDS = {
     "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2",
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 --ways ...",
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
-    "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
+    "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48 --repeats 2",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
