@@ -29,16 +29,18 @@ from rows import percentile, write_rows
 from sglang_dynasor.demo import program_params, read_questions, show
 
 NUM_ROWS = 8
-MIN_TOKENS, MAX_TOKENS = 12, 36  # of a request: short and unequal, so that in most steps one ends and another starts
+SHORT, LONG = (12, 36), (150, 250)  # tokens of a request, from and to. Short: one ends in every third step or so
 NUM_SETTLING = 16  # steps between the last submission and the first that counts
 METHODS = ("intake", "admit", "on_output")  # the controller's, called by hooks; what they call is in their time
 COLUMNS = ("pass", "order", "ours", "changing", "num_changes")
 FCFS, LPM, OURS = {"schedule_policy": "fcfs"}, {"schedule_policy": "lpm"}, {"scheduler": "dynasor"}
-WAYS: dict[str, tuple[dict[str, Any], bool]] = {  # engine options; whether requests are programs
-    "stock fcfs": (FCFS, False),
-    "stock lpm": (LPM, False),
-    "dynasor, plain requests": (OURS, False),
-    "dynasor, programs": (OURS, True),
+# Engine options; whether requests are programs; tokens of each.
+WAYS: dict[str, tuple[dict[str, Any], bool, tuple[int, int]]] = {
+    "stock fcfs": (FCFS, False, SHORT),
+    "stock lpm": (LPM, False, SHORT),
+    "dynasor, plain requests": (OURS, False, SHORT),
+    "dynasor, programs": (OURS, True, SHORT),
+    "dynasor, programs of longer branches": (OURS, True, LONG),
 }
 
 
@@ -129,15 +131,17 @@ class Clocks:
         self.first.value = self.num_seen.value + NUM_SETTLING
 
 
-async def load(engine: Any, clocks: Clocks, prompts: list[str], params: dict[str, Any], num_waiting: int) -> None:
+async def load(
+    engine: Any, clocks: Clocks, prompts: list[str], params: dict[str, Any], lengths: tuple[int, int], num_waiting: int
+) -> None:
     """Keep `num_waiting` requests waiting until the clocks are full, then give up the rest."""
     is_over = False
     rng = random.Random(0)
 
     async def client(index: int) -> None:
         while not is_over:
-            num_tokens = rng.randint(MIN_TOKENS, MAX_TOKENS)
-            await engine.async_generate(prompts[index % len(prompts)], params | {"max_new_tokens": num_tokens})
+            length = {"max_new_tokens": rng.randint(*lengths)}
+            await engine.async_generate(prompts[index % len(prompts)], params | length)
             index += 1
 
     states = engine.tokenizer_manager.rid_to_state
@@ -157,17 +161,18 @@ async def load(engine: Any, clocks: Clocks, prompts: list[str], params: dict[str
 
 
 def measure(name: str, waiting: list[int], clocks: Clocks, prompts: list[str]) -> list[dict[str, Any]]:
-    options, is_program = WAYS[name]
+    options, is_program, lengths = WAYS[name]
     params = program_params(16, stop="never") if is_program else {"temperature": 1}
     params |= {"ignore_eos": True}
     rows: list[dict[str, Any]] = []
     with forked_engine(max_running_requests=NUM_ROWS, max_total_tokens=16_384, **options) as engine:
         for num_waiting in waiting:
-            engine.loop.run_until_complete(load(engine, clocks, prompts, params, num_waiting))
+            engine.loop.run_until_complete(load(engine, clocks, prompts, params, lengths, num_waiting))
             us = {key: [1e6 * seconds for seconds in clocks.column(key)] for key in COLUMNS}
             num_changes = sum(clocks.column("num_changes"))
             row = {
                 "way": name,
+                "tokens each": f"{lengths[0]} to {lengths[1]}",
                 "waiting": num_waiting,
                 "pass us": f"{mean(us['pass']):.0f}",
                 "pass p99 us": f"{percentile(us['pass'], 0.99):.0f}",
@@ -175,6 +180,7 @@ def measure(name: str, waiting: list[int], clocks: Clocks, prompts: list[str]) -
                 "order p99 us": f"{percentile(us['order'], 0.99):.0f}",
                 "ours us": f"{mean(us['ours']):.0f}",
                 "ours p99 us": f"{percentile(us['ours'], 0.99):.0f}",
+                "changes per step": f"{num_changes / clocks.num_steps:.2f}" if num_changes else "-",
                 "ours us per change": f"{sum(us['changing']) / num_changes:.0f}" if num_changes else "-",
                 "ours us else": f"{(sum(us['ours']) - sum(us['changing'])) / clocks.num_steps:.1f}",
                 "steps": clocks.num_steps,

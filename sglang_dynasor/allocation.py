@@ -8,7 +8,6 @@ from functools import lru_cache
 from sglang_dynasor.stopping import Evidence, StopRule
 
 
-@lru_cache(maxsize=4096)  # asked several times of the same votes: by order, width and gang
 def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     """The fewest further votes, all for the leader, after which `rule` would stop the program.
 
@@ -19,6 +18,13 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
         1 to `evidence.num_left`; 0 where even that many would not do, as with the rule `never`, or where that cannot be
         said: another answer leads by weight. Of rewards the best is assumed.
     """
+    if not rule.uses("window"):  # only that rule asks in which order answers came: programs with the same votes share
+        evidence = replace(evidence, recent=(None,) * len(evidence.recent))
+    return _votes_needed(evidence, rule)
+
+
+@lru_cache(maxsize=4096)
+def _votes_needed(evidence: Evidence, rule: StopRule) -> int:
     if evidence.is_contested:
         return 0
     voted = [key for key in evidence.recent if key is not None]

@@ -77,6 +77,7 @@ class Program:
     _mixture: Mixture | None = None  # of `answering`, until that changes
     _num_seen: int = 0  # changes of `answering`
     _gathered: tuple[tuple[int, ...], Evidence] | None = None  # the evidence, and what it was gathered of
+    _needed: tuple[Evidence, int] | None = None  # the votes needed, and the evidence that says so
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -95,7 +96,10 @@ class Program:
     @property
     def votes_needed(self) -> int:
         """The fewest votes that could decide; 0 if none short of the cap could (allocation.py)."""
-        return votes_needed(self.evidence, self.spec.stop)
+        evidence = self.evidence
+        if self._needed is None or self._needed[0] is not evidence:
+            self._needed = evidence, votes_needed(evidence, self.spec.stop)
+        return self._needed[1]
 
     def num_to_start(self, width: int, *, is_fixed: bool = False) -> tuple[int, int]:
         """Branches to start now where `width` may be in flight, as (wanted, least).

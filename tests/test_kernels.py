@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from functools import partial
 from math import exp, inf, nan
 from pathlib import Path
 from statistics import mean, pvariance
@@ -21,6 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from sglang_dynasor.certaindex import answer_entropy, entropy_certaindex
+from sglang_dynasor.engine import statistics
+from sglang_dynasor.engine.statistics import Observer, Watched, compute
 from sglang_dynasor_kernels import (
     choose_path,
     program_stats,
@@ -49,21 +52,28 @@ def test_kernels_equal_their_twins(mode: str) -> None:
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
-def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter accepts what the compiler does not: each launch is compiled for an H100, and not run."""
+def compile_only(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Have launches compiled for an H100 and not run; returns a list that grows by (kernel, hash of what was compiled)."""
     h100 = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
-    compile_only, compiled = JITFunction.run, list[str]()
+    launch, compiled = JITFunction.run, list[tuple[str, str]]()
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        assert "cubin" in compile_only(kernel, *args, grid=grid, warmup=True, **options).asm
-        compiled.append(kernel.__name__)
+        made = launch(kernel, *args, grid=grid, warmup=True, **options)
+        assert "cubin" in made.asm
+        compiled.append((kernel.__name__, made.hash))
 
     monkeypatch.setattr(driver, "_active", h100)
     monkeypatch.setattr(JITFunction, "run", run)
+    return compiled
+
+
+def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter accepts what the compiler does not: each launch is compiled for an H100, and not run."""
+    compiled = compile_only(monkeypatch)
     for dtype, path in ((torch.float32, "split"), (torch.bfloat16, "row")):
         logits = normal(3, 20_000).to(dtype)
         row_stats(logits, torch.tensor([0, 1]), rows=torch.tensor([0, 1]), path=path)
@@ -77,7 +87,24 @@ def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> No
         program_stats(*columns, 1, path="kernel")
     row_kernels = ["_row_stats_split_kernel", "_row_stats_merge_kernel"] * 2, ["_row_stats_kernel"] * 2
     program_kernels = ["_mixture_kernel", "_program_stats_kernel", "_program_stats_kernel"]
-    assert compiled == row_kernels[0] + program_kernels + row_kernels[1] + program_kernels
+    assert [name for name, _ in compiled] == row_kernels[0] + program_kernels + row_kernels[1] + program_kernels
+
+
+def test_after_the_warm_up_no_step_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At start the engine compiles what it may launch; then no number of rows, of watched rows or of judges brings another."""
+    compiled = compile_only(monkeypatch)
+    controller = SimpleNamespace(fall_back=lambda where, error: pytest.fail(f"{where}: {error}"))
+    Observer(controller).warm_up(20_000, torch.device("cpu"))  # type: ignore[arg-type]
+    warm = set(compiled)
+    assert {name for name, _ in warm} == {"_row_stats_kernel", "_row_stats_split_kernel", "_row_stats_merge_kernel"}
+    for path in ("split", "row"):
+        monkeypatch.setattr(statistics, "row_stats", partial(row_stats, path=path))
+        for num_rows in (1, 2, 3, 16, 33):
+            for rows in (list(range(num_rows)), [num_rows - 1]):
+                for labels in (None, [(0, 1)] * len(rows)):
+                    watched = Watched(rows, [], [], labels, is_whole=len(rows) == num_rows)
+                    compute(torch.zeros(num_rows, 20_000), watched)
+    assert set(compiled) == warm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -212,7 +212,7 @@ def test_another_plugin_s_observer_is_not_overwritten() -> None:
     controller = SimpleNamespace(observer=object())
 
     def scheduler(observer: object) -> SimpleNamespace:
-        runner = SimpleNamespace(sampling_observer=observer)
+        runner = SimpleNamespace(sampling_observer=observer, device="cpu")
         return SimpleNamespace(_dynasor=controller, tp_worker=SimpleNamespace(model_runner=runner))
 
     free, taken = scheduler(None), scheduler("theirs")

@@ -226,7 +226,7 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])  # it changes from step to step
 def _row_stats_kernel(
     logits_ptr, rows_ptr, batch_size, vocab_size, stride_row,
     label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
@@ -253,7 +253,7 @@ def _row_stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])  # it changes from step to step
 def _row_stats_split_kernel(
     logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
     NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
@@ -270,7 +270,7 @@ def _row_stats_split_kernel(
     tl.store(groups_ptr + out * NUM_GROUPS + tl.arange(0, NUM_GROUPS), groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])  # it changes from step to step
 def _row_stats_merge_kernel(
     logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
     label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from sglang_dynasor import __version__
 from sglang_dynasor.engine.admission import adder_class
 from sglang_dynasor.engine.controller import Controller
@@ -40,6 +42,8 @@ def init_model_worker(result: None, scheduler: Any) -> None:
             "and SGLang has room for one; leave out one of the two plugins"
         )
     runner.sampling_observer = controller.observer
+    if (device := torch.device(runner.device)).type != "cpu":
+        controller.observer.warm_up(runner.model_config.vocab_size, device)
 
 
 def run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import inf, nan
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,16 @@ class Observer:
     def group(self) -> GroupCoordinator:
         """The tensor-parallel ranks, known once the model is there; looked up once: it is asked for in every step."""
         return get_parallel().tp_group
+
+    def warm_up(self, vocab_size: int, device: torch.device) -> None:
+        """Let Triton compile, at the start, whatever `compute` may launch, so that no request waits for it."""
+        try:
+            logits = torch.zeros(2, vocab_size, device=device)
+            pairs = torch.zeros(2, 2, dtype=torch.int64, device=device)
+            for path, labels, rows in product(("split", "row"), (None, pairs), (None, pairs[0])):
+                row_stats(logits, labels, rows=rows, top_k=TOP_K, path=path)
+        except Exception as error:
+            self.controller.fall_back("statistics", error)
 
     def watch(self, batch: ScheduleBatch) -> None:
         """Take note of the rows of `batch` that somebody asked about."""
