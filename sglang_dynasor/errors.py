@@ -11,6 +11,10 @@ class FieldError(DynasorError, ValueError):
     """A client's `dynasor` field is wrong; SGLang turns a ValueError at validation into an HTTP 400."""
 
 
+class RefusedError(FieldError):
+    """The server refused one request for a reason of its own, such as a prompt that is too long for the model."""
+
+
 class ConfigError(DynasorError, ValueError):
     """The operator's settings cannot be served."""
 

@@ -6,6 +6,9 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.spec import ProgramSpec
+
 
 @dataclass(slots=True)
 class Totals:
@@ -52,3 +55,30 @@ class RecordBook:
 
     def __len__(self) -> int:
         return len(self._records)
+
+
+class Owners:
+    """Whose the programs are whose branches clients send: of the newest `size`, the field that declared each."""
+
+    def __init__(self, size: int = 10_000):
+        self.size = size
+        self._specs: OrderedDict[str, ProgramSpec] = OrderedDict()
+
+    def check(self, spec: ProgramSpec) -> None:
+        """Take note of a branch's program.
+
+        Raises:
+            FieldError: another tenant's, or one that was declared with other settings.
+        """
+        assert spec.program is not None
+        first = self._specs.setdefault(spec.program, spec)
+        self._specs.move_to_end(spec.program)
+        while len(self._specs) > self.size:
+            self._specs.popitem(last=False)
+        if spec.tenant != first.tenant:
+            raise FieldError(f"dynasor.program={spec.program!r} is another tenant's; send an id of your own")
+        if spec != first:
+            raise FieldError(
+                f"dynasor.program={spec.program!r} was declared with other settings; send the same with each of its branches, "
+                "or another id"
+            )

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, RefusedError
 from sglang_dynasor.frontend.driver import DEFAULT_ROWS
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.reasoning import warn_once
+from sglang_dynasor.frontend.seat import check_seed
+from sglang_dynasor.program import StopReason
 from sglang_dynasor.spec import parse_field
 
 _SHOWN_CHARS = 40  # of a question in the table
@@ -135,23 +137,42 @@ def solve(
     Returns:
         One result per question, in order; none for no questions.
 
+    A question that the server refuses (too long for the model) or gives up (time-out, full queue) is a result whose
+    stop_reason is "failed", with the reason in `record["error"]`.
+
     Raises:
-        FieldError: a wrong key or value, named; or an algorithm that this server cannot run.
+        FieldError: a wrong key or value, named; an algorithm that this server cannot run; or every question was refused.
     """
     if isinstance(questions, str):
         raise FieldError("questions is one string; send a list of prompts")
     if concurrency is not None and (isinstance(concurrency, bool) or concurrency < 1):
         raise FieldError(f"concurrency={concurrency!r} is outside its range; send 1 or more")
+    check_seed(seed)
+    if key := next((key for key in ("n", "custom_params") if key in (sampling or {})), None):
+        raise FieldError(
+            f"sampling has {key!r}: branches are made for you; leave it out, and send dynasor's keys to solve()"
+        )
     asked = {"algorithm": algorithm, **field}
     with _backend(engine, rows) as backend:
         one = _solver(backend, asked, sampling or {}, reward)
         if concurrency is None:
             is_driven = not (backend.has_scheduler and runs_on_server(asked, has_reward=reward is not None))
             concurrency = 8 if is_driven else 64
+        refusals: list[RefusedError] = []
+
+        def one_or_none(question: str, seed: int | None) -> Result:
+            started = time.perf_counter()
+            try:
+                return one(question, seed)
+            except RefusedError as error:
+                refusals.append(error)
+                return _failed(question, str(error), started)
+
         started = time.perf_counter()
         with ThreadPoolExecutor(max(1, min(concurrency, len(questions)))) as pool:
             futures = [
-                pool.submit(one, question, None if seed is None else seed + i) for i, question in enumerate(questions)
+                pool.submit(one_or_none, question, None if seed is None else seed + i)
+                for i, question in enumerate(questions)
             ]
             try:
                 for future in _shown(futures, algorithm, progress):
@@ -159,6 +180,8 @@ def solve(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if refusals and len(refusals) == len(questions):  # no question's fault
+            raise refusals[0]
         return Results(algorithm, [future.result() for future in futures], time.perf_counter() - started)
 
 
@@ -192,8 +215,11 @@ def _solver(
                 params["sampling_seed"] = seed
             out = backend.post({"text": question, "sampling_params": params})
             if out is None:
-                raise RuntimeError(f"{backend.name} gave up a question; see its log")
-            return _result(question, out["meta_info"]["dynasor"], out["text"], started)
+                return _failed(question, f"{backend.name} gave it up; see its log", started)
+            record = out["meta_info"].get("dynasor")
+            if record is None or "answer" not in record:  # our scheduler fell back to stock behaviour
+                return _failed(question, "the scheduler fell back to one plain sample", started, out["text"])
+            return _result(question, record, out["text"], started)
 
         return on_server
     if algorithm == "long_cot":
@@ -218,3 +244,8 @@ def _result(question: str, record: dict[str, Any], text: str, started: float) ->
         question, record["answer"], record["certaindex"], record["num_tokens"], record["num_branches"],
         record["stop_reason"], text, time.perf_counter() - started, record,
     )  # fmt: skip
+
+
+def _failed(question: str, error: str, started: float, text: str = "") -> Result:
+    record = {"stop_reason": str(StopReason.FAILED), "error": error}
+    return Result(question, None, 0.0, 0, 0, record["stop_reason"], text, time.perf_counter() - started, record)

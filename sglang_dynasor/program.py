@@ -193,17 +193,34 @@ class Program:
         """The earliest branch that gave the leading answer; of tied answers, that of the earliest branch.
 
         With vote "best" the branch of the highest reward; of a long chain of thought the one that was closed to answer.
-        Not the first to finish, which would depend on the load. Where nobody voted, the earliest finished branch; None
+        Not the first to finish, which would depend on the load. Where nobody voted, the same of all finished branches; None
         where none finished.
         """
         if self.speaker is not None and self.branches[self.speaker].state is BranchState.FINISHED:
             return self.speaker
-        if self.votes and self.spec.vote == "best":
-            return max(self._ranking[0], key=lambda i: (self.branches[i].reward or 0.0, -i))
         if self.votes:
-            return min(self._ranking[0])
-        finished = (i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED)
-        return next(finished, None)
+            eligible = self._ranking[0]
+        else:
+            eligible = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
+        if self.spec.vote == "best":
+            return max(eligible, key=lambda i: (self.branches[i].reward or 0.0, -i), default=None)
+        return min(eligible, default=None)
+
+    @property
+    def certaindex(self) -> float:
+        """How sure it is, in [0, 1]: 1 - risk; of best-of-N the best reward (arXiv 2412.20993, section B.1)."""
+        return self._certaindex(self._risk)
+
+    def _certaindex(self, risk: float) -> float:
+        if self.spec.algorithm == "best_of_n":
+            return max((branch.reward or 0.0 for branch in self.branches), default=0.0)
+        return 1.0 - risk
+
+    @property
+    def _risk(self) -> float:
+        evidence = self.evidence
+        num_left = 0 if self.reason is StopReason.CAP else evidence.num_left
+        return overtake_risk(evidence.counts, evidence.abstentions, num_left)
 
     def finish(self, index: int, text: str, num_tokens: int, reward: float | None = None) -> None:
         """Branch `index` came to its own end with this text. A branch that ends after the decision does not vote.
@@ -320,14 +337,12 @@ class Program:
 
     def record(self) -> dict[str, Any]:
         """What the client and the operator are told; JSON. Keys are explained in docs/record.md."""
-        evidence, winner = self.evidence, self.winner
-        num_left = 0 if self.reason is StopReason.CAP else evidence.num_left
-        risk = overtake_risk(evidence.counts, evidence.abstentions, num_left)
+        evidence, winner, risk = self.evidence, self.winner, self._risk
         return {
             "program": self.id,
             "algorithm": self.spec.algorithm,
             "answer": self.branches[winner].answer if winner is not None else None,
-            "certaindex": round(1.0 - risk, 6),
+            "certaindex": round(self._certaindex(risk), 6),
             "risk": round(risk, 6),
             "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
             "votes": [{"answer": self.branches[min(who)].answer, "votes": len(who)} for who in self._ranking],

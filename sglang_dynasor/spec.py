@@ -141,11 +141,10 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
     tenant = _id(options, "tenant")
-    if program is not None and (deadline_s is not None or tenant is not None):
-        key = "deadline_s" if deadline_s is not None else "tenant"
+    if program is not None and deadline_s is not None:
         raise FieldError(
-            f"dynasor.{key}={options[key]!r} with dynasor.program={program!r}: branches that you send are queued like any other "
-            "request; leave out one of the two"
+            f"dynasor.deadline_s={options['deadline_s']!r} with dynasor.program={program!r}: branches that you send are queued like any "
+            "other request; leave out one of the two"
         )
     judge = _judge(options)
     default_vote = "best" if algorithm == "best_of_n" else "confidence" if stop.uses("confidence") else "majority"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 import pytest
 from engines import ENGINE_ARGS
 from forked import forked_engine
+from hypothesis import settings
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; more threads decode many times slower
+
+# A stall of a shared machine is no failure, and the same cases run everywhere.
+settings.register_profile("shared", deadline=None, derandomize=True)
+settings.load_profile("shared")
 
 
 @contextmanager

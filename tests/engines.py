@@ -24,6 +24,16 @@ def status_of(engine: Any) -> dict[str, Any]:
     return engine.get_server_info()["internal_states"][0]["dynasor"]
 
 
+def settled(engine: Any) -> dict[str, Any]:
+    """The counters once no branch is inside any more: siblings leave a step after the answer. Waits 10 s at most."""
+    for _ in range(200):
+        status = status_of(engine)
+        if not status["num_branches_inside"]:
+            break
+        time.sleep(0.05)
+    return status
+
+
 def assert_nothing_left(engine: Any) -> None:
     """No branch, row or KV token is held any more, and nothing of ours fell back."""
     for _ in range(100):

@@ -393,3 +393,48 @@ def test_what_is_out_of_range_is_named(make_it: Callable[[], Any], message: str)
     with pytest.raises(FieldError) as error:
         make_it()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_lost_after_the_end_shrinks_no_cap(name: str) -> None:
+    """Siblings that were ended with the decision come back as lost: their tokens count, the evidence stays as it was."""
+    search = make(
+        name, 8, "best:0.9" if name != "self_consistency" else "window:2", **({"width": 8} if name == "mcts" else {})
+    )
+    asked = [node for node, num in search.expand(8) for _ in range(num)]
+    while search.reason is None:
+        if not asked:
+            asked = [node for node, num in search.expand(8) for _ in range(num)]
+        node = asked.pop(0)
+        search.report(node, solution("7", 0.95, whole=True)(0))
+    before = search.record()
+    for node in asked:
+        search.lose(node, 3)
+    after = search.record()
+    assert asked or name in ("beam", "rebase")  # which decide on whole depths
+    assert after["num_failed"] == 0
+    assert (after["certaindex"], after["votes"]) == (before["certaindex"], before["votes"])
+    assert after["num_tokens"] == before["num_tokens"] + 3 * len(asked)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 500))
+def test_mcts_gives_each_step_its_tokens(lengths: list[int], num_tokens: int) -> None:
+    """What a path has spent is the sum of its nodes: a sample from its middle has so much less left."""
+    search = Mcts(4, NEVER)
+    ((node, _),) = search.expand(1)
+    text = "".join("x" * length + "\n" for length in lengths)
+    search.report(node, Sample(text + "#### 1", num_tokens, True, 0.5, "1"))
+    tokens = [found.num_tokens for found in search.state.nodes]
+    assert sum(tokens) == num_tokens
+    assert all(num >= 0 for num in tokens)
+    assert search.record()["branch_tokens"] == [num_tokens]
+
+
+def test_without_an_answer_the_best_text_speaks() -> None:
+    """Prose has no answer to vote for; the highest reward decides, of equals the first."""
+    for rewards, best in (([0.1, 0.9, 0.3], 1), ([0.5, 0.5], 0)):
+        search = BestOfN(4, NEVER)
+        nodes = [node for node, num in search.expand(4) for _ in range(num)]
+        for node, reward in zip(nodes, rewards, strict=False):
+            search.report(node, Sample("prose", 5, True, reward, None))
+        assert search.record()["branch"] == best

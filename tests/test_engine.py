@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from engines import status_of
+from engines import assert_nothing_left, settled, status_of
 from questions import Question, held_out, prompt
 
 from sglang_dynasor.answers import answer_key, extract_answer
@@ -78,7 +78,7 @@ def test_branches_differ_and_a_seed_reproduces_them(engine: Any) -> None:
 
 def test_siblings_share_the_prompt(engine: Any) -> None:
     """The first branch computes the prompt, every other finds all of it but its last token in the radix cache."""
-    engine.flush_cache()
+    assert_nothing_left(engine)  # and the cache is empty
     (out,) = solve(engine, [QUESTIONS[9]], stop="never")
     record, prompt_tokens = out["meta_info"]["dynasor"], out["meta_info"]["prompt_tokens"]
     assert record["num_cached_tokens"] == 15 * (prompt_tokens - 1)
@@ -168,14 +168,24 @@ def test_a_wrong_field_disturbs_nobody(engine: Any) -> None:
             engine.generate("Q", params(**field))
     with pytest.raises(ValueError, match="greedy"):
         engine.generate("Q", {**params(), "temperature": 0})
-    with pytest.raises(ValueError, match="n=2"):
-        engine.generate("Q", {**params(branches=3), "n": 2})
+    with pytest.raises(ValueError, match="n=2 with dynasor on a server started with --enable-deterministic-inference"):
+        engine.generate("Q", {**params(), "n": 2})
     assert status_of(engine) == before
+
+
+def test_a_program_of_one_s_own_is_one_s_own(engine: Any) -> None:
+    """Whoever sends the first branch declares it; another tenant, or other settings under the same id, are refused."""
+    engine.generate("Q", params(branches=3, program="own", tenant="a"))
+    with pytest.raises(ValueError, match=r"dynasor\.program='own' is another tenant's"):
+        engine.generate("Q", params(branches=3, program="own", tenant="b"))
+    with pytest.raises(ValueError, match=r"dynasor\.program='own' was declared with other settings"):
+        engine.generate("Q", params(branches=4, program="own", tenant="a"))
+    assert engine.generate("Q", params(branches=3, program="own", tenant="a"))["meta_info"]["dynasor"]["cap"] == 3
 
 
 def test_everything_is_given_back(engine: Any) -> None:
     """After all this no program, branch or error is left."""
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_held_programs"] == 0
     assert status["num_branches_inside"] == 0
     assert status["num_policy_errors"] == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import status_of
+from engines import assert_nothing_left, settled, status_of
 from fastapi import HTTPException
 from questions import held_out, prompt
 
@@ -50,7 +50,7 @@ def test_a_crash_in_the_vote_falls_back(start_engine: Any, monkeypatch: pytest.M
     assert any(out["meta_info"]["dynasor"]["num_abstentions"] for out in outs)
     assert any(out["meta_info"]["dynasor"]["answer"] for out in outs)
     assert greedy(engine) == before
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_policy_errors"] >= 1
     assert status["num_branches_inside"] == status["num_held_programs"] == 0
 
@@ -65,7 +65,7 @@ def test_a_crash_everywhere_still_answers(start_engine: Any, monkeypatch: pytest
     engine = start_engine(scheduler="dynasor")
     outs = ask(engine, QUESTIONS)
     assert all("####" in out["text"] or out["meta_info"]["finish_reason"]["type"] == "length" for out in outs)
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_policy_errors"] >= len(outs)
     assert status["num_branches_inside"] == status["num_held_programs"] == 0
 
@@ -82,7 +82,7 @@ def test_a_crash_of_the_controller_runs_the_request_as_stock(
     engine = start_engine(scheduler="dynasor")
     outs = ask(engine, QUESTIONS)
     assert all(out["text"] and "dynasor" not in out["meta_info"] for out in outs)
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_policy_errors"] == len(outs)
     assert status["num_branches_inside"] == status["num_held_programs"] == 0
 
@@ -124,7 +124,7 @@ def test_a_timeout_holds_for_the_program(start_engine: Any, monkeypatch: pytest.
     with pytest.raises(HTTPException, match="timeout"):
         engine.generate(prompt(QUESTIONS[0].text), params)
     assert time.perf_counter() - started < 5
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_held_programs"] == 0
 
 
@@ -136,7 +136,7 @@ def test_a_thousand_programs_leave_nothing(start_engine: Any) -> None:
     before_bytes = process.memory_info().rss
     for _ in range(10):
         ask(engine, (QUESTIONS * 5)[:100], 16, branches=4)
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_programs"] >= 1000
     assert status["num_held_programs"] == status["num_client_programs"] == status["num_branches_inside"] == 0
     assert status["num_policy_errors"] == 0
@@ -153,7 +153,7 @@ def test_other_ways_of_scheduling(start_engine: Any, extra: dict[str, Any]) -> N
     engine = start_engine(scheduler="dynasor", dynasor_strict=True, **extra)
     outs = ask(engine, QUESTIONS)
     assert all(out["meta_info"]["dynasor"]["stop_reason"] in ("certain", "cap") for out in outs)
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_branches_inside"] == status["num_held_programs"] == 0
 
 
@@ -168,5 +168,43 @@ def test_retraction_keeps_programs_whole(start_engine: Any) -> None:
     )
     outs = ask(engine, QUESTIONS, stop="never", branches=8)
     assert all(out["meta_info"]["dynasor"]["num_branches"] == 8 for out in outs)
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_branches_inside"] == status["num_held_programs"] == 0
+
+
+@pytest.mark.parametrize("custom", [["dynasor"], "dynasor", 7, {}, {"other": [1]}])
+def test_whatever_custom_params_are_stock_sglang_serves_them(engine: Any, custom: Any) -> None:
+    """SGLang takes any value there; ours must not stumble over what is not for us."""
+    before = status_of(engine)
+    out = engine.generate("Q", {"max_new_tokens": 2, "temperature": 0, "custom_params": custom})
+    assert out["text"] == engine.generate("Q", {"max_new_tokens": 2, "temperature": 0})["text"]
+    assert status_of(engine) == before
+
+
+@pytest.fixture(scope="module")
+def engine(start_shared_engine: Any) -> Any:
+    return start_shared_engine(scheduler="dynasor", dynasor_strict=True, chunked_prefill_size=16)
+
+
+def test_nobody_waits_for_a_prompt_that_nobody_needs(engine: Any) -> None:
+    """A deadline in the middle of a long prompt: the program is answered, without a text, and the rest is not computed."""
+    question = "x " * 450  # some fifty chunks
+    params = {"max_new_tokens": 20, "temperature": 1.0}
+
+    def ask(deadline_s: float) -> dict[str, Any]:
+        field = {"answer": "hash", "branches": 4, "deadline_s": deadline_s}
+        return engine.generate(question, {**params, "custom_params": {"dynasor": field}})
+
+    engine.generate("Q", params)  # the first request of an engine takes longer
+    out = ask(0.02)
+    assert out["meta_info"]["dynasor"]["stop_reason"] == "deadline"
+    assert out["text"] == ""
+    settled(engine)
+    found = engine.generate(question, {"max_new_tokens": 1})["meta_info"]
+    assert found["cached_tokens"] < found["prompt_tokens"] // 2
+    assert_nothing_left(engine)
+    out = ask(600)  # in time all of it is
+    assert out["meta_info"]["dynasor"]["stop_reason"] != "deadline"
+    found = engine.generate(question, {"max_new_tokens": 1})["meta_info"]
+    assert found["cached_tokens"] >= found["prompt_tokens"] - 1
+    assert_nothing_left(engine)

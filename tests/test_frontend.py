@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import sglang as sgl
+from fastapi import HTTPException
 from questions import held_out, prompt
 
 from sglang_dynasor.answers import answer_key
@@ -237,6 +238,66 @@ def test_clusters_of_the_author_are_the_votes(backend: Any) -> None:
     assert p.certaindex == 1
 
 
+def test_all_branches_may_be_read_before_any_is_reported(backend: Any) -> None:
+    """Clustering looks at all of them: those that wait for their report keep nobody from starting."""
+
+    @sgl.function
+    def clustered(s: Any, question: str, width: int | None) -> Any:
+        s += prompt(question)
+        more = {} if width is None else {"width": width}
+        with reason(s, answer="hash", branches=12, stop="never", reports=True, **more) as p:
+            branches = p.fork()
+            for branch in branches:
+                branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
+            outputs = [branch.output for branch in branches]
+            for branch, output in zip(branches, outputs, strict=True):
+                p.report(branch, cluster=output[:1] or "-")
+        return p
+
+    for width in (None, 3):
+        p = run(clustered, backend, QUESTIONS[7].text, width)
+        assert sum(p.votes.values()) == 12
+        assert p.record["width"] == width
+
+
+def test_a_final_generation_that_never_comes_is_named(backend: Any) -> None:
+    """A misspelt variable is an error and no silent program without votes; nobody waits for it."""
+
+    @sgl.function
+    def misspelt(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=12, stop="never", final="lst") as p:
+            for branch in p.fork():
+                branch += sgl.gen("last", max_tokens=4, temperature=1.7)
+
+    with pytest.raises(FieldError, match="final='lst': no branch has generated that"):
+        run(misspelt, backend)
+
+
+def test_a_branch_that_the_server_gives_up_is_missed_by_nobody(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full queue for one of eight: the others vote. If all are given up, that is the program's error."""
+    real, lock, left = backend._request, threading.Lock(), [1]
+
+    def request(data: dict[str, Any]) -> Any:
+        with lock:
+            left[0] -= 1
+            is_given_up = left[0] >= 0
+        if is_given_up:
+            raise HTTPException(503, "The request queue is full.")
+        return real(data)
+
+    monkeypatch.setattr(backend, "_request", request)
+    p = vote(backend, EASY[0].text, branches=8, stop="never")
+    assert (p.record["num_failed"], sum(branch.ended for branch in p.branches)) == (1, 1)
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == 7
+    left[0] = 1
+    p = vote(backend, EASY[0].text, branches=8, stop="never", reports=True)
+    assert (p.record["num_failed"], p.stop_reason) == (1, "cap")
+    left[0] = 99
+    with pytest.raises(HTTPException, match="queue is full"):
+        vote(backend, EASY[0].text, branches=4)
+
+
 def test_a_rule_of_the_author_s_own(backend: Any) -> None:
     """`stop()` ends the others; what they had is kept."""
 
@@ -327,6 +388,8 @@ def test_a_branch_of_another_program_is_refused(backend: Any) -> None:
         ({"algorithm": "rebase"}, "without rewards"),
         ({**JUDGE}, "dynasor.judge with fork()"),
         ({"reward": len}, "`reward` with fork()"),
+        ({"algorithm": "best_of_n", "hopeless": 0.3, "reports": True}, "dynasor.hopeless=0.3 with fork()"),
+        ({"seed": "7"}, "seed='7' is a str"),
     ],
 )
 def test_a_wrong_declaration_is_named(backend: Any, field: dict[str, Any], message: str) -> None:
@@ -454,6 +517,36 @@ def test_a_search_is_reproducible(backend: Any) -> None:
     assert (one["votes"], one["num_tokens"]) != (other["votes"], other["num_tokens"])
 
 
+def test_a_hopeless_search_has_stopped(backend: Any) -> None:
+    """It says so, and that it was cut short; with good rewards it is not."""
+
+    @sgl.function
+    def rebase(s: Any, worth: float) -> Any:
+        s += prompt(QUESTIONS[5].text)
+        with reason(s, "rebase", answer="hash", branches=8, stop="never", hopeless=0.5, reward=lambda text: worth) as p:
+            p.gen("steps", **HOT)
+        return p
+
+    p = run(rebase, backend, 0.1)
+    assert (p.stop_reason, p.stopped) == ("hopeless", True)
+    p = run(rebase, backend, 0.9)
+    assert (p.stop_reason, p.stopped) == ("cap", False)
+
+
+def test_a_refused_generation_leaves_the_state_alive(backend: Any) -> None:
+    """The author may catch the error and go on."""
+
+    @sgl.function
+    def careful(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=100) as p, pytest.raises(FieldError, match="outside"):
+            p.gen("steps", **HOT)
+        s += sgl.gen("plain", max_tokens=200, temperature=0)
+        return s["plain"]
+
+    assert f"#### {EASY[0].answer}" in run(careful, backend)
+
+
 def test_labels_must_be_one_token_each(backend: Any) -> None:
     """A judge that cannot be read is named before anything is judged."""
 
@@ -495,10 +588,8 @@ def test_streaming_a_program(backend: Any) -> None:
         if state.stream_executor.is_finished and hasattr(state, "ret_value"):
             break
         time.sleep(0.1)
-    assert sum(state.ret_value.votes.values()) >= 3
-
-
-# Over HTTP
+    p = state.ret_value
+    assert sum(p.votes.values()) + p.record["num_abstentions"] >= 3
 
 
 # Plans

@@ -50,7 +50,7 @@ def block(text: str, language: str, containing: str) -> str:
 def run_script(path: Path, text: str) -> str:
     """What a script prints."""
     path.write_text(text)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -58,7 +58,7 @@ def run_script(path: Path, text: str) -> str:
 def test_the_readme_s_curl_works(server: Server) -> None:
     """The first thing a reader copies."""
     command = block(README, "bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=400, check=True)
     out = json.loads(done.stdout)
     assert out["meta_info"]["dynasor"]["answer"] == "19"
     assert out["meta_info"]["finish_reason"]["type"] == "stop"
@@ -67,7 +67,7 @@ def test_the_readme_s_curl_works(server: Server) -> None:
 def test_the_readme_s_openai_client_works(server: Server) -> None:
     """The OpenAI client sends one field more and finds the record by the response's id."""
     script = block(README, "python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert "#### 19" in done.stdout
     assert "certaindex" in done.stdout
@@ -81,13 +81,13 @@ def test_the_readme_s_frontend_program_works(server: Server, tmp_path: Path) -> 
         + f"\n\nsgl.set_default_backend(Endpoint('{server.url}'))\np = solve.run({QUESTION.text!r}).ret_value\n"
         + "print(p.answer, p.certaindex, p.stop_reason)\n",
     )
-    assert printed.startswith(f"{QUESTION.answer} 0.")
+    assert re.match(rf"{QUESTION.answer} [01]\.\d+ (certain|cap)", printed)
 
 
 def test_the_guide_s_program_works(server: Server, tmp_path: Path) -> None:
     """docs/frontend.md, its first program, whole."""
     program = block(FRONTEND, "python", "sgl.set_default_backend").replace("http://127.0.0.1:30000", server.url)
-    assert re.match(r"19 0\.\d+ \{'19': \d+", run_script(tmp_path / "author.py", program))
+    assert re.match(r"19 [01]\.\d+ \{'19': \d+", run_script(tmp_path / "author.py", program))
 
 
 @pytest.mark.parametrize("containing", ["reports=True", '"rebase"'])
@@ -238,7 +238,11 @@ def test_a_disconnect_frees_every_branch(server: Server) -> None:
     }
     with pytest.raises(httpx.TimeoutException):
         httpx.post(f"{server.url}/generate", json=body, timeout=httpx.Timeout(60, read=1.5))
-    after = wait_until_idle(server)
+    for _ in range(100):
+        after = wait_until_idle(server)
+        if after["num_aborted"] > before["num_aborted"]:  # SGLang looks now and then whether a client is still there
+            break
+        time.sleep(0.1)
     assert after["num_aborted"] == before["num_aborted"] + 1
     assert after["num_programs"] == before["num_programs"]
     assert generate(server).status_code == 200

@@ -107,7 +107,7 @@ main()
 
 def run_broken(breakage: str, *args: str) -> subprocess.CompletedProcess[str]:
     code = BROKEN.format(breakage=breakage, model=str(CHECKPOINT), args=args)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,9 @@ def run_broken(breakage: str, *args: str) -> subprocess.CompletedProcess[str]:
         ("", ("--speculative-algorithm", "NGRAM"), "--speculative-algorithm='NGRAM'"),
         ("", ("--dynasor-max-branches", "0"), "--dynasor-max-branches=0 is outside [1, 256]"),
         ("", ("--pp-size", "2"), "--pp-size=2"),
+        ("", ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"), "--enable-dp-attention=True"),
     ],
-    ids=["version", "signature", "speculative", "range", "pipeline"],
+    ids=["version", "signature", "speculative", "range", "pipeline", "dp attention"],
 )
 def test_what_cannot_be_served_stops_the_start_with_one_line(
     breakage: str, args: tuple[str, ...], message: str
@@ -146,7 +147,7 @@ def test_launch_server_takes_the_flag_too() -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode != 0
@@ -168,7 +169,7 @@ def test_without_the_flag_a_mismatch_leaves_sglang_alone() -> None:
         "from sglang.srt.plugins.hook_registry import HookRegistry\n"
         "print(sorted(t for t, hooks in HookRegistry._hooks.items() if any('sglang_dynasor' in h[1].__module__ for h in hooks)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, check=True)
     assert done.stdout.strip().splitlines()[-1] == str(
         ["sglang.srt.server_args.ServerArgs.add_cli_args", "sglang.srt.server_args.ServerArgs.from_cli_args"]
     )
@@ -241,7 +242,7 @@ def test_a_config_file_carries_our_options(tmp_path: Path) -> None:
         "dynasor-tenant-weights: gold=4\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", CONFIGURED, str(config)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", CONFIGURED, str(config)], capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for part in ("scheduler='dynasor'", "dynasor_width=3", "dynasor_strict=True", "dynasor_tenant_weights='gold=4'"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang_dynasor import program as program_module
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.ledger import RecordBook, Totals
+from sglang_dynasor.ledger import Owners, RecordBook, Totals
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import FIELD_HELP, parse_field
 
@@ -277,7 +279,6 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int, load: int
         ({"deadline_s": "5"}, "dynasor.deadline_s='5' is a str; send seconds"),
         ({"deadline_s": True}, "dynasor.deadline_s=True is a bool"),
         ({"deadline_s": 5, "program": "p"}, "dynasor.deadline_s=5 with dynasor.program='p'"),
-        ({"tenant": "t", "program": "p"}, "dynasor.tenant='t' with dynasor.program='p'"),
         ({"vote": "weights"}, "dynasor.vote='weights' is not known"),
         ({"vote": "reward"}, "dynasor.vote='reward' without dynasor.judge"),
         ({"stop": "reward"}, "dynasor.stop='reward' without dynasor.judge"),
@@ -540,3 +541,58 @@ def test_best_of_n_stops_at_one_good_branch(rewards: tuple[float, ...], reason: 
     assert program.reason is reason
     if rewards:
         assert program.winner == 1
+
+
+def judged(*rewards: float | None, texts: str = "#### 1", **field: Any) -> Program:
+    """A program of best-of-N whose branches finished with these rewards."""
+    options = {"algorithm": "best_of_n", "judge": "model", "branches": 8, "stop": "never", "answer": "hash", **field}
+    p = Program("p", parse_field(options, 64))
+    for i, reward in enumerate(rewards):
+        p.finish(p.start_branch(), texts.replace("1", str(i)), 5, reward)
+    return p
+
+
+def test_best_of_n_is_as_sure_as_its_best_branch() -> None:
+    """Its certaindex is the best reward, whatever the votes say; other algorithms' is 1 - risk, rewards or not."""
+    assert judged(0.2, 0.99, 0.4).record()["certaindex"] == 0.99
+    assert judged().record()["certaindex"] == 0
+    assert judged(None, None).certaindex == 0
+    voting = judged(0.2, 0.99, 0.4, algorithm="self_consistency")
+    assert voting.certaindex == voting.record()["certaindex"] == 1 - voting.record()["risk"]
+
+
+def test_the_best_branch_speaks_also_where_nothing_can_be_read() -> None:
+    """Open text has no answer to vote for: of all finished branches the highest reward decides, of equals the first."""
+    assert judged(0.1, 0.99, 0.2, texts="prose").winner == 1
+    assert judged(0.5, None, 0.5, texts="prose").winner == 0
+    assert judged(0.1, 0.99, texts="prose", algorithm="self_consistency", vote="majority").winner == 0
+    assert judged(texts="prose").winner is None
+
+
+def test_owners_keep_programs_apart() -> None:
+    """The same field again is welcome; another tenant's, or one with other settings, is not; old ones are forgotten."""
+    owners = Owners(size=2)
+
+    def send(**field: Any) -> None:
+        owners.check(parse_field({"program": "p", "branches": 4, **field}, 64))
+
+    send()
+    send()
+    with pytest.raises(FieldError, match=r"dynasor\.program='p' is another tenant's"):
+        send(tenant="b")
+    with pytest.raises(FieldError, match=r"dynasor\.program='p' was declared with other settings"):
+        send(branches=5)
+    send(program="q", tenant="b")
+    send(program="r", tenant="b")
+    send(tenant="b")  # by now nobody's
+
+
+def test_votes_needed_are_counted_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again of the same votes nothing is computed; a new vote is seen."""
+    p = Program("p", parse_field({"stop": "beta", "answer": "hash"}, 64))
+    assert p.votes_needed == 4
+    monkeypatch.setattr(program_module, "votes_needed", lambda *args: pytest.fail("counted again"))
+    assert p.votes_needed == 4
+    monkeypatch.undo()
+    p.finish(p.start_branch(), "#### 1", 5)
+    assert p.votes_needed == 3

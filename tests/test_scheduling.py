@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import assert_nothing_left, status_of
+from engines import assert_nothing_left, settled, status_of
 from fastapi import HTTPException
 from questions import held_out, prompt
 from sglang.srt.managers import scheduler
@@ -90,7 +90,9 @@ def test_a_gang_is_admitted_whole(start_engine: Any, admitted: Any, extra: dict[
     engine = start_engine(
         scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=6, **extra
     )  # fmt: skip
-    outs = run(engine, [(f"p{i}", params(branches=4, stop="never")) for i in range(6)])
+    # Each long enough that all have come before the first has ended.
+    unending = {**params(60, branches=4, stop="never"), "ignore_eos": True}
+    outs = run(engine, [(f"p{i}", unending) for i in range(6)])
     assert all(out["meta_info"]["dynasor"]["gang"] == 4 for out in outs)
     batches = admitted()
     for i in range(6):
@@ -147,7 +149,7 @@ def test_wide_when_idle_narrow_when_loaded(start_engine: Any) -> None:
 def test_shortest_remaining_first_and_patience(start_engine: Any, admitted: Any) -> None:
     """While a long program fills the engine, a short one that came last goes first; with no patience it does not."""
     requests = [
-        ("filler", params(branches=4, stop="never")),
+        ("filler", {**params(200, branches=4, stop="never"), "ignore_eos": True}),  # until all have come
         ("long", params(branches=64, stop="never", width=4)),
         ("short", params(branches=4, stop="never")),
     ]
@@ -184,7 +186,9 @@ def test_plain_requests_go_before_programs_that_came_with_them(start_engine: Any
 def test_a_waiting_program_is_not_starved_by_plain_requests(start_engine: Any, admitted: Any) -> None:
     """Once later plain requests got what patience allows, room is saved for the program, and it starts before them."""
     plain = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
-    requests: list[tuple[str, dict[str, Any]]] = [("filler", params(branches=4, stop="never"))]
+    requests: list[tuple[str, dict[str, Any]]] = [
+        ("filler", {**params(200, branches=4, stop="never"), "ignore_eos": True})
+    ]
     requests += [("program", params(branches=4, stop="never"))]
     requests += [(f"plain{i}", plain) for i in range(40)]
     options = {"scheduler": "dynasor", "dynasor_strict": True, "dynasor_width": 4, "max_running_requests": 4}
@@ -263,9 +267,10 @@ def test_tenants_share_by_weight(start_engine: Any, admitted: Any) -> None:
     free = [(f"free{i}", params(40, branches=4, stop="never", tenant="free")) for i in range(60)]
     gold = [(f"gold{i}", params(40, branches=4, stop="never", tenant="gold")) for i in range(30)]
     run(engine, free + gold, text)
-    started = first_seen(admitted())[:32]
+    order = first_seen(admitted())
+    started = order[order.index("gold0") :][:28]  # before, free was alone
     num_gold = sum(name.startswith("gold") for name in started)
-    assert 20 <= num_gold <= 27, started
+    assert 18 <= num_gold <= 24, started
     assert_nothing_left(engine)
 
 
@@ -289,7 +294,7 @@ def test_deadlines(start_engine: Any) -> None:
     assert outs[1]["meta_info"]["dynasor"]["num_branches"] == 0
     assert outs[1]["text"] == ""
 
-    voting = params(branches=64, stop="never", width=2, deadline_s=1.0)
+    voting = params(branches=64, stop="never", width=1, deadline_s=1.0)
     (out,) = run(engine, [("voting", voting)])
     record = out["meta_info"]["dynasor"]
     assert record["stop_reason"] == "deadline"
@@ -377,5 +382,6 @@ def test_a_crash_in_admission_falls_back(start_engine: Any, monkeypatch: pytest.
     engine = start_engine(scheduler="dynasor")
     outs = run(engine, [(f"p{i}", params()) for i in range(12)])
     assert all(out["meta_info"]["dynasor"]["stop_reason"] in ("certain", "cap") for out in outs)
-    assert status_of(engine)["num_policy_errors"] > 0
-    assert status_of(engine)["num_held_programs"] == status_of(engine)["num_branches_inside"] == 0
+    status = settled(engine)
+    assert status["num_policy_errors"] > 0
+    assert status["num_held_programs"] == status["num_branches_inside"] == 0

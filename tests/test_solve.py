@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -114,6 +116,35 @@ def test_the_engine_is_the_author_s_again(engine: Any) -> None:
     assert engine.generate("Q", {"max_new_tokens": 2})["meta_info"]["completion_tokens"] <= 2
 
 
+def test_backends_of_one_engine_close_in_any_order(engine: Any) -> None:
+    """Two threads may solve on one engine: the first to end must not stop the loop under the other."""
+    one, two = LocalEngine(engine), LocalEngine(engine)
+    one.close()
+    one.close()
+    assert solve(two, 1, "self_consistency", branches=3)[0].answer is not None
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda num: solve(engine, num, "self_consistency", branches=3), (1, 2, 1, 3)))
+    assert [len(results) for results in found] == [1, 2, 1, 3]
+    two.close()
+    assert engine.generate("Q", {"max_new_tokens": 2})["meta_info"]["completion_tokens"] <= 2
+
+
+@pytest.mark.parametrize("where", ["engine", "plain"])
+def test_one_question_that_is_too_long_costs_only_itself(where: str, request: pytest.FixtureRequest) -> None:
+    """The others are solved; where every one is refused, that is the batch's error."""
+    engine, long = request.getfixturevalue(where), "x " * 20_000
+    options: dict[str, Any] = {"sampling": SAMPLING, "answer": "hash", "branches": 2, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = sglang_dynasor.solve(engine, [prompt(QUESTIONS[0].text), long], **options)
+        assert results[0].answer is not None
+        assert (results[1].stop_reason, results[1].answer, results[1].num_tokens) == ("failed", None, 0)
+        assert "context length" in results[1].record["error"] or "longer than" in results[1].record["error"]
+        assert "failed" in results.table()
+        with pytest.raises(FieldError, match=r"context length|longer than"):
+            sglang_dynasor.solve(engine, [long, long], **options)
+
+
 def test_no_questions(engine: Any) -> None:
     """An empty batch is an empty result."""
     results = solve(engine, 0, "self_consistency")
@@ -128,6 +159,8 @@ def test_no_questions(engine: Any) -> None:
         (lambda e: sglang_dynasor.solve(e, ["Q"], concurrency=0), "concurrency=0"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], "oracle"), "dynasor.algorithm='oracle'"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], branchs=2), "dynasor.branchs is not a key"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"n": 4}), "sampling has 'n'"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], seed="7"), "seed='7' is a str"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], "rebase"), "without rewards"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"temperature": 0}, progress=False), "greedy"),
     ],

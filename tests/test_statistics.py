@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 import pytest
-from engines import CHECKPOINT, status_of
+from engines import CHECKPOINT, settled, status_of
 from questions import held_out, prompt
 from safetensors.torch import load_file, save_file
 from server import Server
@@ -104,7 +104,7 @@ def test_every_voter_is_judged_before_it_votes(engine: Any) -> None:
         assert all(reward is not None and 0 <= reward <= 1 for reward in record["rewards"])
         assert record["num_judge_tokens"] == 16
         assert 0 < record["leader_share"] <= 1
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_branches_inside"] == status["num_branches_watched"] == status["num_policy_errors"] == 0
 
 
@@ -167,7 +167,7 @@ def test_at_its_deadline_a_judged_program_gives_its_longest_text(engine: Any) ->
     out = engine.generate(prompt(QUESTIONS[1].text), field)
     assert out["meta_info"]["dynasor"]["stop_reason"] == "deadline"
     assert out["text"]
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_held_programs"] == status["num_policy_errors"] == 0
 
 
@@ -246,6 +246,6 @@ def test_a_reward_model_on_another_server(start_engine: Any, tmp_path: Path) -> 
     out = engine.generate(prompts[0], params(branches=4, stop="never", judge="model"))
     assert out["meta_info"]["dynasor"]["rewards"] == [None] * 4
     assert out["meta_info"]["dynasor"]["answer"] is not None
-    status = status_of(engine)
+    status = settled(engine)
     assert status["num_reward_errors"] == 4
     assert status["num_held_programs"] == status["num_branches_inside"] == 0

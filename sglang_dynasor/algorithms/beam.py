@@ -86,10 +86,11 @@ class Beam:
             self._fresh.append(self.state.add(node, sample._replace(is_terminal=is_terminal)))
             self._end_depth()
 
-    def lose(self, node: int) -> None:
+    def lose(self, node: int, num_tokens: int = 0) -> None:
         self._num_in_flight -= 1
-        self._num_failed += 1
+        self._num_tokens += num_tokens
         if self.reason is None:
+            self._num_failed += 1
             self._end_depth()
 
     def _end_depth(self) -> None:

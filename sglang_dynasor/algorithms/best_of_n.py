@@ -79,9 +79,10 @@ class BestOfN:
             self.reason = Reason.HOPELESS
         self._stop_if_used_up()
 
-    def lose(self, node: int) -> None:
+    def lose(self, node: int, num_tokens: int = 0) -> None:
         self._num_in_flight -= 1
-        self._num_failed += 1
+        self._num_tokens += num_tokens
+        self._num_failed += self.reason is None
         self._stop_if_used_up()
 
     def _stop_if_used_up(self) -> None:

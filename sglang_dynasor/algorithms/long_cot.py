@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from sglang_dynasor.answers import answer_key
 from sglang_dynasor.spec import ThoughtSpec
 
 PRICE_FRAC = 0.03  # of a thought's tokens that asking may take, where the client has not said how often to ask
@@ -35,8 +36,10 @@ class Trial:
     num_tokens: int  # of the thought at that place
 
 
-def hesitates(text: str) -> bool:
-    """Whether a trial takes itself back: it says "wait", "hmm" and the like."""
+def hesitates(text: str, answer: str | None = None) -> bool:
+    """Whether a trial takes itself back: it says "wait", "hmm" and the like. Not where "no" is all that it answers."""
+    if answer is not None and answer_key(answer) == "no":
+        text = text.replace(answer, " ", 1)
     return _HESITATION.search(text) is not None
 
 

@@ -7,6 +7,7 @@ and futile exit: arXiv 2412.20993, section B.1, and AP-MCTS, arXiv 2604.00510.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf, log, sqrt
 from typing import Any
 
@@ -144,10 +145,11 @@ class Mcts:
         self._num_tokens += sample.num_tokens
         if self.reason is not None:
             return
-        *steps, rest = self._steps(sample.text, self.max_depth - self.state[node].depth)
-        for text in steps:
-            node = self.state.add(node, Sample(text, 0, is_terminal=False))
-        node = self.state.add(node, sample._replace(text=rest, is_terminal=True))
+        steps = self._steps(sample.text, self.max_depth - self.state[node].depth)
+        lengths = _apportion(sample.num_tokens, steps)
+        for text, num_tokens in zip(steps[:-1], lengths[:-1], strict=True):
+            node = self.state.add(node, Sample(text, num_tokens, is_terminal=False))
+        node = self.state.add(node, sample._replace(text=steps[-1], num_tokens=lengths[-1], is_terminal=True))
         self.visits += [Visits() for _ in range(len(self.state) - len(self.visits))]
         for above in self.state.path(node):
             self.visits[above].num += 1
@@ -159,9 +161,10 @@ class Mcts:
             self.reason = Reason.HOPELESS
         self._stop_if_used_up()
 
-    def lose(self, node: int) -> None:
+    def lose(self, node: int, num_tokens: int = 0) -> None:
         self._land(node)
-        self._num_failed += 1
+        self._num_tokens += num_tokens
+        self._num_failed += self.reason is None
         self._stop_if_used_up()
 
     def _steps(self, text: str, most: int) -> list[str]:
@@ -187,3 +190,10 @@ class Mcts:
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,
         }
+
+
+def _apportion(num_tokens: int, texts: list[str]) -> list[int]:
+    """`num_tokens` shared out by the texts' lengths; the sum is kept."""
+    total = max(1, sum(map(len, texts)))
+    ends = [num_tokens * sum(map(len, texts[: i + 1])) // total for i in range(len(texts) - 1)] + [num_tokens]
+    return [end - start for start, end in pairwise([0, *ends])]

@@ -136,8 +136,9 @@ class Rebase:
             self._frontier.append(index)
         self._end_depth()
 
-    def lose(self, node: int) -> None:
+    def lose(self, node: int, num_tokens: int = 0) -> None:
         self._num_in_flight -= 1
+        self._num_tokens += num_tokens
         if self.reason is None:
             self._num_failed += 1
             self._left -= 1

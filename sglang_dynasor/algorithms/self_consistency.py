@@ -29,7 +29,7 @@ class SelfConsistency:
 
     @property
     def certaindex(self) -> float:
-        return self.program.record()["certaindex"]
+        return self.program.certaindex
 
     @property
     def budget(self) -> int:
@@ -53,8 +53,12 @@ class SelfConsistency:
         else:
             self.program.end(index, sample.num_tokens)
 
-    def lose(self, node: int) -> None:
-        self.program.fail(self._seats.pop(0), 0, closes=False)
+    def lose(self, node: int, num_tokens: int = 0) -> None:
+        index = self._seats.pop(0)
+        if self.program.reason is None:
+            self.program.fail(index, num_tokens, closes=False)
+        else:
+            self.program.end(index, num_tokens)
 
     def aggregate(self) -> Choice:
         winner = self.program.winner

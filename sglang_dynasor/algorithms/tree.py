@@ -128,8 +128,8 @@ class Algorithm(Protocol):
         """A child of `node` was sampled."""
         ...
 
-    def lose(self, node: int) -> None:
-        """A child of `node` was asked for and will not come."""
+    def lose(self, node: int, num_tokens: int = 0) -> None:
+        """A child of `node` was asked for and will not come, though `num_tokens` were generated for it."""
         ...
 
     def aggregate(self) -> Choice:

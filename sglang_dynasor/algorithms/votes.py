@@ -93,12 +93,18 @@ class Votes:
             is_contested=bool(ranking) and len(ranking[0]) < counts[0],
         )
 
+    def _by_reward(self, node: int) -> tuple[float, int]:
+        return self.tree[node].reward or 0.0, -node
+
     def answer(self) -> Choice:
-        """The leading answer and the node that speaks for it: its most rewarded, of equals the earliest."""
+        """The leading answer and the node that speaks for it: its most rewarded, of equals the earliest.
+
+        Where no answer was found, the most rewarded of all.
+        """
         ranking = self.ranking
         if not ranking:
-            return Choice(None, min(self.cast, default=None))
-        speaker = max(ranking[0], key=lambda node: (self.tree[node].reward or 0.0, -node))
+            return Choice(None, max(self.cast, key=self._by_reward, default=None))
+        speaker = max(ranking[0], key=self._by_reward)
         return Choice(self.tree[speaker].answer, speaker)
 
     def is_hopeless(self, level: float | None, rewards: list[float]) -> bool:
@@ -120,6 +126,7 @@ class Votes:
             "branch": None if choice.node is None else self.cast.index(choice.node),
             "num_branches": len(self.cast),
             "num_nodes": len(self.tree) - 1,
+            "branch_tokens": [sum(self.tree[i].num_tokens for i in self.tree.path(node)) for node in self.cast],
             "vote": self.vote,
             "rewards": [self.tree[node].reward for node in self.cast],
             "stop_rule": stop.text,

@@ -54,6 +54,7 @@ class Admission:
         self.num_probes = 0  # that ask one now
         self.max_overtaken_tokens = 0
         self._is_stale = False
+        self._is_front_new = False
         self._num_steps = 0
 
     # The line
@@ -63,10 +64,13 @@ class Admission:
 
     def wait(self, live: LiveProgram) -> None:
         """Let a program that wants branches stand in line, or move in it."""
-        self._expect(live, round(self.forecast.branches(live.program)))
         progress = sum(len(req.output_ids) for req in live.in_flight())
         self.order.wait(live.ticket, self.forecast.remaining_tokens(live.program, progress))
         self._is_stale = True
+
+    def expect(self, live: LiveProgram) -> None:
+        """Count the branches that the program still needs, as far as is known now: programs share rows by them."""
+        self._expect(live, round(self.forecast.branches(live.program)))
 
     def follow(self, live: LiveProgram) -> None:
         """Start the siblings that were promised to follow their leader."""
@@ -85,11 +89,16 @@ class Admission:
         """Remember when a request that is no program came, if programs are there to compare with."""
         if self.order.num_alive:
             set_arrival(req, self.order.line("").arrive())
+            self._is_stale |= not self.is_plain_due  # it may be its turn, though it was nobody's at the last look
 
     def note_finish(self, req: Req) -> None:
         """A request that is no program has finished: its rows are free, and it was served."""
-        self._is_stale = True
         self.forecast.plain_tokens.learn(len(req.output_ids))
+        self.note_loss(req)
+
+    def note_loss(self, req: Req) -> None:
+        """A request that is no program has left, whatever came of it."""
+        self._is_stale = True
         if arrival := arrival_of(req):
             num_tokens = len(req.origin_input_ids) + len(req.output_ids)
             self.order.charge_arrival(self.order.line(""), arrival, num_tokens)
@@ -104,6 +113,7 @@ class Admission:
         """Queue a branch behind ours and before all others."""
         self.scheduler.waiting_queue.insert(len(self.front), req)
         self.front[req] = None
+        self._is_front_new = True
 
     def sort(self, sort_plain: Callable[..., None], waiting_queue: list[Req], *args: Any, **kwargs: Any) -> None:
         """Let SGLang's policy order its own requests; our branches stay in front in our order.
@@ -122,9 +132,12 @@ class Admission:
             waiting_queue[:0] = ours
 
     def open_batch(self, running_batch: ScheduleBatch) -> None:
-        """Let SGLang read its queue: that the batch was full spoke of others, for ours room is kept."""
-        if self.front:
-            running_batch.batch_is_full = False
+        """Let SGLang read its queue for what was put in front: that the batch was full spoke of others, for ours room is kept.
+
+        Once only: where ours do not fit either, SGLang is to wait until something leaves, as it does for its own.
+        """
+        if self._is_front_new:
+            running_batch.batch_is_full = self._is_front_new = False
 
     def note_admitted(self, batch: ScheduleBatch | None) -> None:
         """SGLang has taken these into a prefill batch."""
@@ -203,6 +216,8 @@ class Admission:
         if not ticket.is_started:
             ticket.is_started, program.gang = True, num
             self.order.charge(ticket, len(live.parent.origin_input_ids))
+        if self._shares_prompts and not program.num_in_flight:
+            live.is_prompt_cached = False  # nobody holds its KV: it may have been evicted since
         if live.is_prompt_cached:
             self.start(live, num)
         else:  # one computes the prompt, the others find it in the cache
@@ -244,12 +259,12 @@ class Admission:
         """What SGLang will ask for to admit one request by itself."""
         tag = tag_of(req)
         is_cached = tag is not None and tag.live.is_prompt_cached and not req.output_ids and self._shares_prompts
-        return branch_cost(req, self.scheduler.page_size, is_cached=is_cached)
+        return branch_cost(req, self.scheduler.page_size, is_cached=is_cached and not computes_prompt(req))
 
     def _gang_cost(self, live: LiveProgram) -> Cost:
         """What more branches of a program take; its prompt is there while one is in flight."""
         assert live.parent is not None
-        if not self._shares_prompts:
+        if not self._shares_prompts or computes_prompt(live.parent):
             return Cost(0, self._cost(live.parent).tokens(1))
         is_there = live.is_prompt_cached and live.program.num_in_flight > 0
         return branch_cost(live.parent, self.scheduler.page_size, is_cached=is_there)
@@ -276,6 +291,11 @@ def tokens_left(req: Req) -> int:
     most = req.sampling_params.max_new_tokens
     assert most is not None  # SGLang sets it when the request comes
     return max(0, min(most - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
+
+
+def computes_prompt(req: Req) -> bool:
+    """Whether a request computes tokens of its prompt that the cache has: their log-probabilities are asked for."""
+    return req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1
 
 
 def branch_cost(req: Req, page_size: int, *, is_cached: bool) -> Cost:

@@ -193,7 +193,8 @@ def end_branch(scheduler: Any, req: Req) -> int:
     """Let a branch end normally with what it has; return the tokens it will have cost.
 
     A queued (or retracted) branch leaves the queue at once; a running one leaves with the step under way, and what
-    that step samples is cut off (`finished_len`). Idempotent for a branch that already ends.
+    that step samples is cut off (`finished_len`). One of ours in the middle of its prompt leaves after the chunk under
+    way, as SGLang aborts it: nobody needs the rest. Idempotent for a branch that already ends.
     """
     if req.finished() or req.to_finish is not None:
         return len(req.output_ids)
@@ -206,4 +207,6 @@ def end_branch(scheduler: Any, req: Req) -> int:
         req.finished_reason = FINISH_ENDED()
         return len(req.output_ids)
     req.to_finish = FINISH_ENDED()
+    if req is scheduler.chunked_req and is_internal(req) and scheduler._pending_chunked_abort_req is None:
+        scheduler._pending_chunked_abort_req = req
     return len(req.output_ids) + 1  # the step under way samples one more token

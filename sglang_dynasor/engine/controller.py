@@ -168,11 +168,10 @@ class Controller:
         """What happens when SGLang queues a request: a program's own request is held, anything else goes on."""
         self.enqueue = enqueue
         params = req.sampling_params.custom_params
-        field = params.get("dynasor") if params else None
+        field = params.get("dynasor") if isinstance(params, dict) else None  # SGLang takes any value there
         tag = tag_of(req)
-        if tag is not None and tag.is_internal:  # retracted: it comes back before new work
-            queue_time(self.scheduler, req)
-            self.admission.put_in_front(req)
+        if tag is not None and tag.is_internal:
+            self._take_back(req)
             return
         # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
         is_plain = field is None or is_retracted or tag is not None or req.to_finish is not None or req.finished()
@@ -203,6 +202,16 @@ class Controller:
             self._enter(tag)
             self.admission.note_arrival(req)
             enqueue(req, is_retracted)
+
+    def _take_back(self, req: Req) -> None:
+        """One of our own was retracted: it comes back before new work, unless it was ending with that very step."""
+        if isinstance(req.to_finish, FINISH_ENDED):
+            req.finished_reason, req.to_finish = req.to_finish, None
+            self.scheduler._release_aborted_request(req)
+            self.on_output([req])
+        else:
+            queue_time(self.scheduler, req)
+            self.admission.put_in_front(req)
 
     def _hold(self, req: Req, program: Program) -> None:
         if (old := self.held.get(req.rid)) is not None:  # a client that lost patience and sends the same again
@@ -252,6 +261,7 @@ class Controller:
             return
         if live.is_prompt_cached:
             self.admission.follow(live)
+        self.admission.expect(live)
         if live.program.num_unused and live not in self.admission.promised:
             self.admission.wait(live)
 
@@ -606,9 +616,10 @@ class Controller:
             self._advance(live)
 
     def on_aborted(self, abort: AbortReq, req: Req) -> bool:
-        """SGLang gave up a branch outside the output (time-out, full queue). Returns whether no client must be told."""
+        """SGLang gave up a request outside the output (time-out, full queue). Returns whether no client must be told."""
         tag = tag_of(req)
         if tag is None:
+            self.admission.note_loss(req)
             return False
         if tag.is_internal and not req.finished():
             req.finished_reason = FINISH_ENDED()  # a batch under way may still show it: then it is passed over
@@ -710,7 +721,10 @@ class Controller:
     def abort(self, abort: AbortReq) -> None:
         """The client gave up (abort, disconnect): end its programs' branches and tell it so."""
         if abort.rid and abort.rid.startswith(TOLD_RID):
-            self._hear(abort.rid)
+            try:
+                self._hear(abort.rid)
+            except Exception as error:
+                self.fall_back("told", error)
             return
         for rid, live in list(self.held.items()):
             if abort.abort_all or rid.startswith(abort.rid or ""):
@@ -770,7 +784,12 @@ class Controller:
             return
         program.reason = StopReason.DEADLINE
         self.admission.leave(live)
-        in_flight = {index: req for index, req in live.reqs.items() if not req.finished()}
+        branches = program.branches
+        in_flight = {
+            index: req
+            for index, req in live.reqs.items()
+            if branches[index].state is BranchState.IN_FLIGHT and not req.finished() and req.output_ids
+        }
         if program.winner is not None or not in_flight:
             self._answer(live)
             return

@@ -16,6 +16,7 @@ REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("speculative_algorithm", (None,), "a branch's tokens would be counted wrong"),
     ("pp_size", (1,), "pipeline ranks hold different batches"),
     ("attn_dp_size", (None, 1), "the ranks of data-parallel attention hold different batches"),
+    ("enable_dp_attention", (False,), "the ranks of data-parallel attention hold different batches"),
     ("enable_priority_scheduling", (False,), "its preemption takes gangs apart; use dynasor.tenant and its weight"),
     ("enable_pdmux", (False,), "it fills prefill batches past the line of programs"),
     ("enable_hisparse", (False,), "its rows are counted elsewhere"),

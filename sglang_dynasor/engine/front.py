@@ -15,7 +15,7 @@ from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError, PatchError
-from sglang_dynasor.ledger import RecordBook
+from sglang_dynasor.ledger import Owners, RecordBook
 from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
 # OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
@@ -38,6 +38,13 @@ def records_of(tokenizer_manager: Any) -> RecordBook:
     return tokenizer_manager._dynasor_records
 
 
+def owners_of(tokenizer_manager: Any) -> Owners:
+    """Whose the programs are whose branches clients send."""
+    if not hasattr(tokenizer_manager, "_dynasor_owners"):
+        tokenizer_manager._dynasor_owners = Owners()
+    return tokenizer_manager._dynasor_owners
+
+
 def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int]) -> None:
     """Refuse a wrong `dynasor` field (FieldError, a ValueError: HTTP 400) before anything is queued."""
     rid: Any = getattr(obj, "rid", None)
@@ -56,41 +63,60 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if spec.thought is not None:
         _check_thought(spec, obj, params, tokenizer_manager)
     if spec.program is not None:  # the client samples the branches itself
-        return
-    num_choices = params.get("n") or 1
-    if num_choices != 1:
-        if spec.thought is not None:
-            raise FieldError(
-                f"n={num_choices} with dynasor.algorithm='long_cot' is not supported; send n=1 and dynasor.branches"
-            )
-        obj.sampling_params = _as_choices(params, num_choices, custom["dynasor"], config)
+        owners_of(tokenizer_manager).check(spec)
         return
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")
-    temperature = params.get("temperature")
-    if temperature is None:
-        temperature = (tokenizer_manager.preferred_sampling_params or {}).get("temperature", 1.0)
-    is_greedy = params.get("top_k") == 1 or (isinstance(temperature, int | float) and temperature < 1e-6)
-    if spec.branches > 1 and is_greedy:
-        raise FieldError(
-            f"dynasor.branches={spec.branches} with temperature={temperature}, top_k={params.get('top_k', -1)}: "
-            "greedy branches would all be the same; send a temperature above 0, or dynasor.branches=1"
-        )
+    num_choices = params.get("n") or 1
+    num_branches = spec.branches if num_choices == 1 else num_choices
+    _check_sampling(num_branches, params, tokenizer_manager)
+    if num_choices != 1:
+        obj.sampling_params = _as_choices(spec, params, num_choices, custom["dynasor"], tokenizer_manager)
+        return
     for name in _UNSUPPORTED_INPUTS:
         if getattr(obj, name, None) is not None:
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
 
 
-def _as_choices(params: dict[str, Any], num_choices: int, field: Any, config: DynasorConfig) -> dict[str, Any]:
+def _check_sampling(num_branches: int, params: dict[str, Any], tokenizer_manager: Any) -> None:
+    temperature = params.get("temperature")
+    if temperature is None:
+        temperature = (tokenizer_manager.preferred_sampling_params or {}).get("temperature", 1.0)
+    is_greedy = params.get("top_k") == 1 or (isinstance(temperature, int | float) and temperature < 1e-6)
+    if num_branches > 1 and is_greedy:
+        raise FieldError(
+            f"{num_branches} branches with temperature={temperature}, top_k={params.get('top_k', -1)}: "
+            "greedy branches would all be the same; send a temperature above 0, or dynasor.branches=1"
+        )
+
+
+def _as_choices(
+    spec: ProgramSpec, params: dict[str, Any], num_choices: int, field: Any, tokenizer_manager: Any
+) -> dict[str, Any]:
     """`n` choices as a program whose branches they are: the client sees each, those not needed empty or cut short."""
     options: dict[str, Any] = {"algorithm": field} if isinstance(field, str) else dict(field)
+    # The choices are requests like any other: SGLang's, in its own queue.
+    wrong = (
+        "algorithm"
+        if spec.thought
+        else next((key for key in ("judge", "deadline_s", "tenant") if key in options), None)
+    )
+    if wrong is not None:
+        raise FieldError(
+            f"dynasor.{wrong}={options[wrong]!r} with n={num_choices} is not supported; send n=1 and dynasor.branches={num_choices}"
+        )
+    if tokenizer_manager.server_args.enable_deterministic_inference:
+        raise FieldError(
+            f"n={num_choices} with dynasor on a server started with --enable-deterministic-inference: the choices would sample "
+            f"by one seed and be the same; send n=1 and dynasor.branches={num_choices}"
+        )
     if options.get("branches", num_choices) != num_choices:
         raise FieldError(
             f"dynasor.branches={options['branches']} with n={num_choices}: the n choices are the branches; send one of the two"
         )
     # Looked at here, because SGLang makes n requests of it that nobody looks at again.
     program = options | {"program": f"n-{uuid.uuid4().hex}", "branches": num_choices}
-    parse_field(program, config.dynasor_max_branches)
+    parse_field(program, config_of(tokenizer_manager.server_args).dynasor_max_branches)
     return params | {"custom_params": params["custom_params"] | {"dynasor": program}}
 
 

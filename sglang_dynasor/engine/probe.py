@@ -136,7 +136,9 @@ def read_trial(req: Req, tag: BranchTag, tokens: ThoughtTokens, extractor: str) 
     if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN):  # that it stops there is no part of the answer
         logprobs = logprobs[:-1]
     text = _tokenizer(req).decode(ids, skip_special_tokens=True)
-    answer = None if hesitates(text) else extract_answer(tokens.lead + text, extractor)
+    answer = extract_answer(tokens.lead + text, extractor)
+    if hesitates(text, answer):
+        answer = None
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
     return Trial(answer, None if answer is None else answer_key(answer), probability, tag.num_thought_tokens)
 

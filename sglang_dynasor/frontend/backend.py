@@ -22,7 +22,8 @@ class Backend(Protocol):
         """What SGLang's `/generate` answers to one request, with `text` and `meta_info`; None where the server gave it up.
 
         Raises:
-            FieldError: the request is wrong.
+            FieldError: the `dynasor` field is wrong.
+            RefusedError: anything else about the request is.
         """
         ...
 

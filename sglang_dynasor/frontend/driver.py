@@ -20,6 +20,7 @@ from sglang_dynasor.frontend.seat import sample_seed
 from sglang_dynasor.program import StopReason
 
 DEFAULT_ROWS = 64
+SEEDED_ROOM = 8  # most samples at once of a search with a seed
 
 
 class Driven(NamedTuple):
@@ -118,7 +119,9 @@ class Driver:
                 self._num_live -= 1
 
     def _room(self, run: Run) -> int:
-        return max(0, max(1, self.rows // max(1, self._num_live)) - len(run.in_flight))
+        # With a seed the same search is to come again, so what it asks for must not depend on who else runs.
+        most = max(1, self.rows // max(1, self._num_live)) if run.seed is None else SEEDED_ROOM
+        return max(0, most - len(run.in_flight))
 
     def _drive(self, run: Run, until: float | None) -> bool:
         """Returns whether its deadline came first."""
@@ -156,7 +159,7 @@ class Driver:
         run.num_tokens += num_tokens
         run.num_judge_tokens += num_judge_tokens
         if sample is None:
-            run.algorithm.lose(node)
+            run.algorithm.lose(node, num_tokens)
         else:
             run.algorithm.report(node, sample)
 
@@ -172,11 +175,11 @@ class Driver:
 
     def _sample(self, run: Run, before: str, spent: int, rid: str, seed: int) -> Sampled:
         params: dict[str, Any] = {"max_new_tokens": 128, **run.sampling, "sampling_seed": seed}
+        params["max_new_tokens"] = max(1, params["max_new_tokens"] - spent)
         step = run.plan.step if run.algorithm.is_stepwise else None
         if step is not None:
             stop = params.get("stop") or []
             params["stop"] = [step, *([stop] if isinstance(stop, str) else stop)]
-            params["max_new_tokens"] = max(1, params["max_new_tokens"] - spent)
         out = self.backend.post({"text": run.prompt + before, "sampling_params": params, "rid": rid})
         if out is None:
             return Sampled(None)
@@ -195,7 +198,7 @@ class Driver:
 
     def _outcome(self, run: Run, is_late: bool) -> Driven:
         algorithm = run.algorithm
-        record = {"program": run.id, **algorithm.record(), "num_tokens": run.num_tokens}
+        record = {**algorithm.record(), "program": run.id, "num_tokens": run.num_tokens}
         if run.judge is not None:
             record["num_judge_tokens"] = run.num_judge_tokens
         if is_late:

@@ -10,7 +10,7 @@ from typing import Any
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.utils import http_request
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, RefusedError
 from sglang_dynasor.frontend import seat
 from sglang_dynasor.frontend.driver import DEFAULT_ROWS, Driver
 
@@ -48,8 +48,14 @@ class Endpoint(RuntimeEndpoint):
         if response.status_code == HTTPStatus.OK:
             return response.json()
         if response.status_code == HTTPStatus.BAD_REQUEST:
-            raise FieldError(_message(response.json()))
+            raise _refusal(response)
         return None
+
+    def _assert_success(self, res: Any) -> None:
+        """What SGLang calls for every request that an executor makes."""
+        if res.status_code == HTTPStatus.BAD_REQUEST:
+            raise _refusal(res)
+        super()._assert_success(res)
 
     def tokenize(self, text: str) -> list[int]:
         response = self._request("/tokenize", {"prompt": text, "add_special_tokens": False})
@@ -75,7 +81,9 @@ class Endpoint(RuntimeEndpoint):
         return seat.generate_stream(s, lambda: super(Endpoint, self).generate_stream(s, sampling_params))
 
 
-def _message(answer: Any) -> str:
-    """What a refusal says."""
+def _refusal(response: Any) -> FieldError:
+    """The error that an HTTP 400 is."""
+    answer = response.json()
     error = answer.get("error", answer) if isinstance(answer, dict) else answer
-    return str(error.get("message", error) if isinstance(error, dict) else error)
+    message = str(error.get("message", error) if isinstance(error, dict) else error)
+    return FieldError(message) if "dynasor" in message else RefusedError(message)

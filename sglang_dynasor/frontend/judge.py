@@ -45,14 +45,16 @@ class ModelJudge:
     bad: int
 
     def __call__(self, prompt: str, text: str) -> Verdict:
-        out = self.backend.post(
-            {
-                "text": prompt + text + self.suffix,
-                "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
-                "return_logprob": True,
-                "token_ids_logprob": [self.good, self.bad],
-            }
-        )
+        asked = {
+            "text": prompt + text + self.suffix,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+            "return_logprob": True,
+            "token_ids_logprob": [self.good, self.bad],
+        }
+        try:
+            out = self.backend.post(asked)
+        except FieldError:  # with the suffix the text is too long for the model: no reward, as in the engine
+            return Verdict(None)
         if out is None or not out["meta_info"].get("output_token_ids_logprobs"):
             return Verdict(None)
         meta: dict[str, Any] = out["meta_info"]
@@ -72,8 +74,10 @@ def model_judge(backend: Backend, judge: JudgeSpec) -> ModelJudge:
     """The judge that `judge` describes.
 
     Raises:
-        FieldError: a label that is not exactly one token, or both the same.
+        FieldError: a label that is not exactly one token, both the same, or a suffix of no tokens.
     """
+    if not backend.tokenize(judge.suffix):
+        raise FieldError(f"dynasor.judge_suffix={judge.suffix!r} is no token of this model; send a text that is")
     ids: list[int] = []
     for key, text in (("good", judge.good), ("bad", judge.bad)):
         tokens = backend.tokenize(text)

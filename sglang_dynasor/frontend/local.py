@@ -12,11 +12,38 @@ from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.chat_template import get_chat_template, get_chat_template_by_model_path
 from sglang.lang.global_config import global_config
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, RefusedError
 from sglang_dynasor.frontend import seat
 from sglang_dynasor.frontend.driver import DEFAULT_ROWS, Driver
 
 _LOGPROB_KEYS = ("return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob")
+
+
+_loops_lock = threading.Lock()
+_LOOP = "_dynasor_loop"  # of an engine: the backends that use its loop, and the thread that runs it for them
+
+
+def _hold_loop(engine: Any) -> None:
+    """Have the engine's loop run until as many have let it go as hold it."""
+    with _loops_lock:
+        num_users, thread = getattr(engine, _LOOP, (0, None))
+        if not engine.loop.is_running():  # else the author runs it
+            thread = threading.Thread(target=engine.loop.run_forever, daemon=True)
+            thread.start()
+            running = threading.Event()
+            engine.loop.call_soon_threadsafe(running.set)
+            running.wait()
+        setattr(engine, _LOOP, (num_users + 1, thread))
+
+
+def _let_loop_go(engine: Any) -> None:
+    with _loops_lock:
+        num_users, thread = getattr(engine, _LOOP)
+        if num_users == 1 and thread is not None:
+            engine.loop.call_soon_threadsafe(engine.loop.stop)
+            thread.join()
+            thread = None
+        setattr(engine, _LOOP, (num_users - 1, thread))
 
 
 class LocalEngine(RuntimeEndpoint):
@@ -40,13 +67,8 @@ class LocalEngine(RuntimeEndpoint):
             self.chat_template = get_chat_template(chat_template)
         else:
             self.chat_template = get_chat_template_by_model_path(self.model_info["model_path"])
-        self._thread: threading.Thread | None = None
-        if not engine.loop.is_running():  # else another backend on this engine, or the author, runs it
-            self._thread = threading.Thread(target=engine.loop.run_forever, daemon=True)
-            self._thread.start()
-            running = threading.Event()
-            engine.loop.call_soon_threadsafe(running.set)
-            running.wait()  # so that the next backend on this engine sees it run
+        _hold_loop(engine)
+        self._is_open = True
         self.driver = Driver(self, rows)
 
     def __enter__(self) -> LocalEngine:
@@ -56,12 +78,11 @@ class LocalEngine(RuntimeEndpoint):
         self.close()
 
     def close(self) -> None:
-        """Let the threads go, so that the engine can be used or shut down."""
+        """Let the threads go, so that the engine can be used or shut down. No harm if it was closed before."""
         self.driver.close()
-        if self._thread is not None:
-            self.engine.loop.call_soon_threadsafe(self.engine.loop.stop)
-            self._thread.join()
-            self._thread = None
+        if self._is_open:
+            self._is_open = False
+            _let_loop_go(self.engine)
 
     @property
     def name(self) -> str:
@@ -77,16 +98,17 @@ class LocalEngine(RuntimeEndpoint):
 
     def _request(self, data: dict[str, Any]) -> Any:
         """One request, or several where `text` is a list; its errors as they are."""
-        options = {key: data[key] for key in _LOGPROB_KEYS if key in data}
-        if "image_data" in data:
-            options["image_data"] = data["image_data"]
-        call = self.engine.async_generate(
-            data.get("text"), data["sampling_params"], data.get("input_ids"), rid=data.get("rid"), **options
-        )
-        out = self._run(call)
+        out = self._run(self._generate(data))
         if data.get("return_text_in_logprobs"):
             self._add_texts(out)
         return out
+
+    def _generate(self, data: dict[str, Any], **options: Any) -> Any:
+        """The engine's coroutine for one payload."""
+        options |= {key: data[key] for key in (*_LOGPROB_KEYS, "image_data") if key in data}
+        return self.engine.async_generate(
+            data.get("text"), data["sampling_params"], data.get("input_ids"), rid=data.get("rid"), **options
+        )
 
     def _add_texts(self, out: Any) -> None:
         """Put the tokens' texts into logprobs; the engine's own method has no parameter for it."""
@@ -102,7 +124,7 @@ class LocalEngine(RuntimeEndpoint):
         except HTTPException:
             return None
         except ValueError as error:
-            raise error if isinstance(error, FieldError) else FieldError(str(error)) from error
+            raise error if isinstance(error, FieldError) else RefusedError(str(error)) from error
 
     def tokenize(self, text: str) -> list[int]:
         return self.engine.tokenizer_manager.tokenizer.encode(text, add_special_tokens=False)
@@ -156,9 +178,7 @@ class LocalEngine(RuntimeEndpoint):
         return seat.generate_stream(s, lambda: self._stream(self._payload(s, sampling_params)))
 
     def _stream(self, data: dict[str, Any]) -> Generator[seat.Said, Any, None]:
-        chunks = self._run(
-            self.engine.async_generate(data["text"], data["sampling_params"], rid=data.get("rid"), stream=True)
-        )
+        chunks = self._run(self._generate(data, stream=True))
         position = 0
         while (chunk := self._run(_next(chunks))) is not None:
             yield chunk["text"][position:], chunk["meta_info"]

@@ -23,7 +23,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, SEARCHES, parse_plan, runs_on_server
-from sglang_dynasor.frontend.seat import let_go, make_collectable, sample_seed, set_extra, take_seat
+from sglang_dynasor.frontend.seat import check_seed, let_go, make_collectable, sample_seed, take_seat
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
@@ -59,6 +59,12 @@ class Branch(ProgramState):
         return self.text()[self.stream_executor.fork_start_text_pos :]
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it has begun and generates nothing now, but may yet vote."""
+        is_open = self.index is not None and not self.is_counted and not self.ended
+        return is_open and not self.stream_executor.queue.unfinished_tasks
+
+    @property
     def answer(self) -> str | None:
         """What the program's extractor finds in it; None: an abstention. Waits for its text."""
         return extract_answer(self.output, self.program.spec.answer)
@@ -75,8 +81,8 @@ class Branch(ProgramState):
     def finish(self, text: str, meta_info: dict[str, Any]) -> None:
         self.program.take(self, text, meta_info)
 
-    def fail(self, error: Exception) -> None:
-        self.program.lose(self, error)
+    def fail(self, error: Exception) -> bool:
+        return self.program.lose(self, error)
 
 
 def _current_name(executor: Any) -> str | None:
@@ -139,6 +145,8 @@ class Reasoning:
             else:
                 self.stop()
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             for branch in self.branches:
                 let_go(branch.stream_executor)
 
@@ -154,7 +162,8 @@ class Reasoning:
         if not self.branches:
             return record
         tokens = [branch.num_tokens for branch in self.branches]
-        return {**record, "program": self.id, "num_tokens": sum(tokens), "branch_tokens": tokens}
+        ours = {"program": self.id, "width": self.spec.width, "num_tokens": sum(tokens), "branch_tokens": tokens}
+        return {**record, **ours}
 
     @property
     def answer(self) -> str | None:
@@ -179,7 +188,7 @@ class Reasoning:
     @property
     def stopped(self) -> bool:
         """Whether it ended before its cap was used up."""
-        return self.stop_reason in (StopReason.CERTAIN, StopReason.DEADLINE)
+        return self.stop_reason not in (None, StopReason.CAP, StopReason.FAILED)
 
     @property
     def num_tokens(self) -> int:
@@ -188,7 +197,10 @@ class Reasoning:
 
     @property
     def saved(self) -> int:
-        """Tokens saved against using the whole cap, 0 or more: an estimate, by the mean length of finished branches."""
+        """Tokens saved against using the whole cap, 0 or more: an estimate, by the mean length of finished branches.
+
+        Of a server's own branches (`gen`) by that of all, so that it says too little rather than too much.
+        """
         record = self.record
         if self.branches:
             lengths = [b.num_tokens for b in self.branches if b.is_finished and not b.ended]
@@ -217,6 +229,10 @@ class Reasoning:
         if self.spec.tenant:
             raise FieldError(f"dynasor.tenant={self.spec.tenant!r} with fork(): branches of your own stand in line like any "
                              "other request; use gen(), or leave it out")  # fmt: skip
+        if "hopeless" in self.field:
+            raise FieldError(
+                f"dynasor.hopeless={self.field['hopeless']!r} with fork(): end a program of your own branches by stop(), or use gen()"
+            )
         if self._program.reason is not None:
             raise FieldError(f"program {self.id} has ended ({self._program.reason}); declare another")
         left = self.spec.branches - len(self.branches)
@@ -309,10 +325,14 @@ class Reasoning:
                 pass
         for branch in self.branches:
             branch.sync()
-        if self._timer is not None:
-            self._timer.cancel()
         with self._changed:
             self._raise_error()
+            if (
+                self.final is not None
+                and self._program.reason is None
+                and not any(b.is_finished for b in self.branches)
+            ):
+                raise FieldError(f"final={self.final!r}: no branch has generated that; name the variable that answers")
             for branch in self.branches:
                 self._settle(branch)
             if self._program.reason is None and self._program.recent:
@@ -326,11 +346,8 @@ class Reasoning:
             self._program.end(branch.index, branch.num_tokens)
 
     def _raise_error(self) -> None:
-        if (error := self._error) is None:
-            return
-        if "dynasor." in str(error) and not isinstance(error, FieldError):  # SGLang's endpoint makes its own of a 400
-            raise FieldError(str(error)) from error
-        raise error
+        if self._error is not None:
+            raise self._error
 
     # Called by the branches' threads
 
@@ -349,7 +366,7 @@ class Reasoning:
                 raise self._refuse(branch, name)
             # The first generation takes the branch's place in flight, whether or not it is the one that answers.
             if branch.index is None:
-                self._changed.wait_for(lambda: self._program.reason is not None or self._may_start)
+                self._wait_for_place()
             if self._program.reason is not None or self._error is not None:
                 branch.ended = branch.is_finished = True
                 self._changed.notify_all()
@@ -372,9 +389,16 @@ class Reasoning:
         self._changed.notify_all()
         return error
 
-    @property
-    def _may_start(self) -> bool:
-        return self._program.num_to_start(self.spec.width or DEFAULT_WIDTH)[0] > 0
+    def _wait_for_place(self) -> None:
+        while not self._changed.wait_for(lambda: self._program.reason is not None or self._may_start(), POLL_S):
+            # Authors may read all branches before they report any, or go on in none for a while. Those that
+            # generate nothing meanwhile take no place, or nobody would ever go on.
+            if self._may_start(num_idle=sum(branch.is_idle for branch in self.branches)):
+                return
+
+    def _may_start(self, num_idle: int = 0) -> bool:
+        width = (self.spec.width or DEFAULT_WIDTH) + num_idle
+        return self._program.num_to_start(width, is_fixed=self.spec.width is not None)[0] > 0
 
     def _branch_field(self) -> dict[str, Any]:
         """What the engine is told of a branch that it counts."""
@@ -443,16 +467,22 @@ class Reasoning:
             if branch.index is not None and not branch.is_finished:
                 self.backend.abort(branch.rid)
 
-    def lose(self, branch: Branch, error: Exception) -> None:
-        """A branch's request has failed."""
+    def lose(self, branch: Branch, error: Exception) -> bool:
+        """A branch's request has failed. Returns whether the program goes on without it.
+
+        It does where the server gave the request up (time-out, full queue), unless no branch is left; not where it is wrong.
+        """
+        is_wrong = isinstance(error, ValueError)
         with self._changed:
-            self._error = self._error or error
             branch.is_finished = branch.ended = True
-            if branch.index is not None:
-                self._program.fail(branch.index, branch.num_tokens, closes=True)
-            if self._program.reason is None:
+            if branch.index is not None and self._program.branches[branch.index].state is BranchState.IN_FLIGHT:
+                self._program.fail(branch.index, branch.num_tokens, closes=False)
+            if is_wrong and self._program.reason is None:
                 self._program.reason = StopReason.FAILED
+            if is_wrong or self._program.reason is StopReason.FAILED:
+                self._error = self._error or error
             self._changed.notify_all()
+        return self._error is None
 
     # One generation, whose branches are made for the author
 
@@ -471,30 +501,31 @@ class Reasoning:
         """
         if self.branches or self._told is not None:
             raise FieldError(f"gen({name!r}) in a program that has branches or an answer already; declare another")
-        executor = self.state.stream_executor
         self.state.sync()
-        if self.is_server_s:
-            params = {} if self.seed is None else {"sampling_seed": self.seed}
-            extra = {"sampling_params": {**params, "custom_params": {"dynasor": self.field}}}
-            set_extra(executor, extra)
-            try:
-                self.state += sgl.gen(name, **options)
-                self.state.sync()
-            finally:
-                set_extra(executor, None)
-            self._error = executor.error_
-            self._raise_error()
-            self._told = self.state.get_meta_info(name)["dynasor"]
-            return
         expression: Any = sgl.gen(name, **options)
-        resolved = executor._resolve_sampling_params(expression.sampling_params)
+        resolved = self.state.stream_executor._resolve_sampling_params(expression.sampling_params)
         sampling = {key: value for key, value in resolved.to_srt_kwargs().items() if value is not None and key != "n"}
+        said = self._ask_server(sampling) if self.is_server_s else self._drive(sampling)
+        self.state += said
+        self.state.sync()
+        self.state[name] = said
+
+    def _ask_server(self, sampling: dict[str, Any]) -> str:
+        params = sampling | {"custom_params": {"dynasor": self.field}}
+        if self.seed is not None:
+            params["sampling_seed"] = self.seed
+        out = self.backend.post({"text": self.state.text(), "sampling_params": params})
+        if out is None:
+            raise RuntimeError(f"{self.backend.name} gave up the program; see its log")
+        record = out["meta_info"].get("dynasor") or {}
+        self._told = record if "answer" in record else None  # the scheduler fell back to stock behaviour
+        return out["text"]
+
+    def _drive(self, sampling: dict[str, Any]) -> str:
         plan = parse_plan(self.field, has_reward=self.reward is not None)
         driven = self.backend.driver.run(self.state.text(), plan, sampling, reward=self.reward, seed=self.seed)
         self._told = driven.record
-        self.state += driven.text
-        self.state.sync()
-        self.state[name] = driven.text
+        return driven.text
 
 
 def _age(record: dict[str, Any]) -> tuple[bool, int]:
@@ -508,9 +539,9 @@ def _with_judge(field: dict[str, Any], *, needs: bool) -> dict[str, Any]:
 
 
 def _counting_spec(spec: ProgramSpec) -> ProgramSpec:
-    """The policy's program reads answers that were found already, and its rewards come from reports."""
+    """The policy's program reads answers that were found already, its rewards come from reports, its width from `admit`."""
     judge = None if spec.judge is None else JudgeSpec("", is_external=True)
-    return replace(spec, answer="last_line", judge=judge)
+    return replace(spec, answer="last_line", judge=judge, width=None)
 
 
 _warning_lock = threading.Lock()
@@ -554,6 +585,7 @@ def reason(
         FieldError: a key, a value or a backend that cannot be served; the message names it.
     """
     asked = {"algorithm": algorithm, **field}
+    check_seed(seed)
     if "program" in asked:
         raise FieldError(f"dynasor.program={asked['program']!r}: ids are made for you; leave it out")
     return Reasoning(s, asked, final=final, reports=reports, seed=seed, reward=reward)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
+from sglang_dynasor.errors import FieldError
+
 _SEAT = "_dynasor_seat"
 _EXTRA = "_dynasor_extra"
 
@@ -29,9 +31,15 @@ class Seat(Protocol):
         """The generation has come to an end."""
         ...
 
-    def fail(self, error: Exception) -> None:
-        """The generation has failed."""
+    def fail(self, error: Exception) -> bool:
+        """The generation has failed. Returns whether the branch goes on all the same, without its text."""
         ...
+
+
+def check_seed(seed: Any) -> None:
+    """Raise FieldError unless `seed` is a whole number or None."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise FieldError(f"seed={seed!r} is a {type(seed).__name__}; send a whole number, or none")
 
 
 def sample_seed(seed: int | None, program_id: str, number: int) -> int:
@@ -108,7 +116,8 @@ def generate(executor: Any, send: Callable[[], Said]) -> Said:
     try:
         text, meta_info = send()
     except Exception as error:
-        seat.fail(error)
+        if seat.fail(error):
+            return "", {}
         raise
     finally:
         set_extra(executor, None)
@@ -133,7 +142,9 @@ def generate_stream(executor: Any, send: Callable[[], Iterator[Said]]) -> Genera
             said += text
             yield text, meta_info
     except Exception as error:
-        seat.fail(error)
+        if seat.fail(error):
+            yield "", {}
+            return
         raise
     finally:
         set_extra(executor, None)

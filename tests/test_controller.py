@@ -1,0 +1,196 @@
+"""Decisions of the controller that only rare moments of the engine reach: our own logic, on stand-ins for SGLang's parts."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.admission import Admission, computes_prompt
+from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, set_tag
+from sglang_dynasor.engine.controller import Controller, LiveProgram
+from sglang_dynasor.engine.teller import TOLD_RID
+from sglang_dynasor.program import Program
+from sglang_dynasor.spec import parse_field
+
+
+class Stand(SimpleNamespace):
+    """A stand-in that is one of its kind, as a Req is."""
+
+    __hash__ = object.__hash__
+
+
+def request(num_output_tokens: int = 0, **fields: Any) -> Any:
+    given: dict[str, Any] = {
+        "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None,
+        "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
+        "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
+    }  # fmt: skip
+    req = Stand(**{**given, **fields})
+    req.finished = lambda: req.finished_reason is not None
+    return req
+
+
+def live_program(**field: Any) -> LiveProgram:
+    return LiveProgram(Program("p", parse_field(field, 64)), parent=request())
+
+
+def branch(live: LiveProgram, *, is_internal: bool = True, num_output_tokens: int = 0) -> Any:
+    req = request(num_output_tokens)
+    set_tag(req, BranchTag(live, live.program.start_branch(), is_internal=is_internal))
+    return req
+
+
+# A branch in the middle of its prompt
+
+
+@pytest.mark.parametrize(
+    ("is_chunked", "is_internal", "pending", "is_dropped"),
+    [(True, True, None, True), (False, True, None, False), (True, False, None, False), (True, True, "other", False)],
+)
+def test_the_rest_of_a_prompt_is_dropped(is_chunked: bool, is_internal: bool, pending: Any, is_dropped: bool) -> None:
+    """Only of one of ours that is being computed in chunks now; a client's branch ends as a normal stop."""
+    req = branch(live_program(), is_internal=is_internal)
+    scheduler = SimpleNamespace(
+        chunked_req=req if is_chunked else None, _pending_chunked_abort_req=pending, waiting_queue=[]
+    )
+    end_branch(scheduler, req)
+    assert isinstance(req.to_finish, FINISH_ENDED)
+    assert (scheduler._pending_chunked_abort_req is req) is is_dropped
+
+
+# What comes back from a retraction
+
+
+@pytest.mark.parametrize("is_ending", [True, False])
+def test_a_retracted_branch_that_was_ending_is_not_computed_again(is_ending: bool) -> None:
+    """It leaves as if its last step had been read; any other waits in front."""
+    req = branch(live_program(), num_output_tokens=7)
+    req.to_finish = FINISH_ENDED() if is_ending else None
+    req.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
+    happened: list[Any] = []
+    controller: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(
+            _release_aborted_request=lambda req: happened.append("released"),
+            _prefetch_kvcache=lambda req: None,
+            processed_tokens_counter=0,
+        ),
+        on_output=lambda reqs: happened.append(("left", reqs[0].finished_reason)),
+        admission=SimpleNamespace(put_in_front=lambda req: happened.append("queued")),
+    )
+    Controller._take_back(controller, req)
+    if is_ending:
+        (released, (left, reason)) = happened
+        assert (released, left, req.to_finish) == ("released", "left", None)
+        assert isinstance(reason, FINISH_ENDED)
+    else:
+        assert happened == ["queued"]
+
+
+# The line
+
+
+def admission(*, has_cache: bool = True) -> tuple[Admission, list[int]]:
+    started: list[int] = []
+    scheduler = SimpleNamespace(
+        max_total_num_tokens=10_000, max_running_requests=64, page_size=1, waiting_queue=[],
+        tree_cache=SimpleNamespace(disable=not has_cache),
+    )  # fmt: skip
+    made = Admission(scheduler, DynasorConfig(scheduler="dynasor"), lambda live, num: started.append(num))
+    return made, started
+
+
+@pytest.mark.parametrize(
+    ("has_cache", "num_in_flight", "expected"), [(True, 0, [1]), (True, 1, [4]), (False, 0, [4]), (False, 1, [4])]
+)
+def test_a_leader_goes_first_whenever_nobody_holds_the_prompt(
+    has_cache: bool, num_in_flight: int, expected: list[int]
+) -> None:
+    """Also in a program's later goes: its prompt may have been evicted since. Not where a sibling holds it, nor without a cache."""
+    made, started = admission(has_cache=has_cache)
+    live = live_program()
+    live.is_prompt_cached = True
+    live.ticket = made.arrive(live)
+    for _ in range(num_in_flight):
+        live.program.start_branch()
+    made._admit(live, 4)
+    assert started == expected
+    assert made.promised.get(live, 0) == 4 - expected[0]
+    assert live.is_prompt_cached is (expected == [4])
+
+
+def test_the_queue_is_opened_once_for_what_is_new_in_front() -> None:
+    """Where ours do not fit either, SGLang waits until something leaves instead of trying in every step."""
+    made, _ = admission()
+    batch: Any = SimpleNamespace(batch_is_full=True)
+    made.open_batch(batch)
+    assert batch.batch_is_full  # nothing of ours is there
+    queued = branch(live_program())
+    made.put_in_front(queued)
+    made.open_batch(batch)
+    assert not batch.batch_is_full
+    batch.batch_is_full = True  # it did not fit
+    made.open_batch(batch)
+    assert batch.batch_is_full
+    assert queued in made.front
+
+
+@pytest.mark.parametrize(
+    ("return_logprob", "start", "expected"), [(False, 0, False), (True, -1, False), (True, 99, False), (True, 0, True)]
+)
+def test_logprobs_of_a_prompt_are_no_cache_hit(return_logprob: bool, start: int, expected: bool) -> None:
+    """Then every sibling computes it, and room must be there for all."""
+    req = request(return_logprob=return_logprob, logprob_start_len=start)
+    assert computes_prompt(req) is expected
+    made, _ = admission()
+    live = live_program()
+    live.parent, live.is_prompt_cached = req, True
+    live.program.start_branch()
+    cost = made._gang_cost(live)
+    assert (cost.branch_tokens > 100) is expected
+
+
+def test_a_program_that_has_started_all_needs_ever_less() -> None:
+    """Its share of the rows falls with every branch that ends, so that others get more."""
+    made, _ = admission()
+    live = live_program(branches=4, stop="never", answer="hash")
+    live.ticket = made.arrive(live)
+    seen: list[int] = []
+    for index in [live.program.start_branch() for _ in range(4)]:
+        made.expect(live)
+        seen.append(made.num_expected)
+        live.program.finish(index, f"#### {index}", 5)
+    assert seen == [4, 3, 2, 1]
+
+
+def test_who_leaves_unseen_is_charged_and_looked_after() -> None:
+    """A plain request that SGLang gave up was served all the same, and has left room."""
+    made, _ = admission()
+    made.arrive(live_program())  # somebody to compare with
+    req = request(5)
+    made.note_arrival(req)
+    made._is_stale = False
+    before = made.order.line("").counter
+    made.note_loss(req)
+    assert made.order.line("").counter == before + 105
+    assert made._is_stale
+
+
+# What is told
+
+
+def test_what_nobody_has_told_is_ignored() -> None:
+    """A client may abort any rid it can think of: that is counted, and the scheduler goes on."""
+    for strict in (False, True):
+        controller = Controller(SimpleNamespace(), DynasorConfig(scheduler="dynasor", dynasor_strict=strict))
+        for rid in (TOLD_RID, f"{TOLD_RID}deadline:x", f"{TOLD_RID}reward:1"):
+            abort: Any = SimpleNamespace(rid=rid, abort_all=False)
+            if strict:
+                with pytest.raises((ValueError, IndexError)):
+                    controller.abort(abort)
+            else:
+                controller.abort(abort)
+        assert controller.totals.num_policy_errors == 3

@@ -1,0 +1,132 @@
+"""Searches and declared programs on a backend that answers by script: lengths, seeds, ends, and what a refusal does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dynasor.errors import FieldError, RefusedError
+from sglang_dynasor.frontend.driver import SEEDED_ROOM, Driver
+from sglang_dynasor.frontend.judge import ModelJudge, Verdict, model_judge
+from sglang_dynasor.frontend.plan import parse_plan
+from sglang_dynasor.frontend.seat import check_seed
+from sglang_dynasor.spec import JudgeSpec
+
+SOLUTION = "one\ntwo\nthree\n#### 4"
+
+
+class Script:
+    """A backend without our scheduler: each request gets `say(data)`, 10 tokens long."""
+
+    name = "the script"
+    has_scheduler = False
+
+    def __init__(self, say: Callable[[dict[str, Any]], str | None]):
+        self.say = say
+        self.sent: list[dict[str, Any]] = []
+        self.lock = threading.Lock()
+
+    def post(self, data: dict[str, Any]) -> dict[str, Any] | None:
+        with self.lock:
+            self.sent.append(data)
+        text = self.say(data)
+        if text is None:
+            return None
+        return {"text": text, "meta_info": {"finish_reason": {"type": "stop", "matched": 1}, "completion_tokens": 10}}
+
+    def tokenize(self, text: str) -> list[int]:
+        return [ord(c) for c in text.strip()]
+
+    def abort(self, rid: str) -> None: ...
+
+
+def drive(backend: Script, field: dict[str, Any], sampling: dict[str, Any], **options: Any) -> Any:
+    plan = parse_plan({"answer": "hash", **field}, has_reward=True)
+    driver = Driver(backend, rows=4)
+    try:
+        return driver.run("Q", plan, sampling, reward=lambda text: 0.5, **options)
+    finally:
+        driver.close()
+
+
+def test_max_new_tokens_holds_for_a_whole_solution() -> None:
+    """MCTS branches off in the middle of a solution: what is before was generated too."""
+    backend = Script(lambda data: SOLUTION.removeprefix(data["text"][1:]))
+    found = drive(
+        backend,
+        {"algorithm": "mcts", "branches": 6, "width": 1, "branching": 1, "stop": "never"},
+        {"max_new_tokens": 40},
+    )
+    assert found.record["num_tokens"] == 10  # one path and no place for another
+    found = drive(backend, {"algorithm": "mcts", "branches": 8, "width": 1, "stop": "never"}, {"max_new_tokens": 40})
+    middles = [data for data in backend.sent if data["text"] != "Q"]
+    assert middles
+    for data in middles:
+        spent = len(data["text"][1:]) / len(SOLUTION) * 10
+        assert data["sampling_params"]["max_new_tokens"] == pytest.approx(40 - spent, abs=4)
+        assert data["sampling_params"]["max_new_tokens"] < 40
+    assert found.record["program"] != "search"
+
+
+@pytest.mark.parametrize(("seed", "rooms"), [(3, [SEEDED_ROOM, SEEDED_ROOM]), (None, [64, 16])])
+def test_a_seed_does_not_ask_who_else_runs(seed: int | None, rooms: list[int]) -> None:
+    """What a search with a seed asks for must not depend on others; without one the rows are shared."""
+    driver = Driver(Script(lambda data: SOLUTION), rows=64)
+    found: list[int] = []
+    for driver._num_live in (1, 4):
+        found.append(driver._room(SimpleNamespace(seed=seed, in_flight={})))  # type: ignore[arg-type]
+    driver.close()
+    assert found == rooms
+
+
+def test_a_request_given_up_shrinks_the_cap() -> None:
+    """As in the engine; a wrong one ends the search."""
+    given_up = iter([None] + [SOLUTION] * 99)
+    record = drive(
+        Script(lambda data: next(given_up)), {"algorithm": "best_of_n", "branches": 4, "stop": "never"}, {}
+    ).record
+    assert (record["num_failed"], record["num_branches"], record["stop_reason"]) == (1, 3, "cap")
+
+    def refuse(data: dict[str, Any]) -> str:
+        raise RefusedError("too long")
+
+    with pytest.raises(RefusedError, match="too long"):
+        drive(Script(refuse), {"algorithm": "best_of_n", "branches": 4}, {})
+
+
+def test_a_judge_that_cannot_read_a_text_gives_no_reward() -> None:
+    """Prompt, solution and suffix may be too long for the model together: the solution goes on without."""
+
+    def refuse(data: dict[str, Any]) -> str:
+        raise RefusedError("too long")
+
+    assert ModelJudge(Script(refuse), "?", 1, 2)("Q", "text") == Verdict(None)
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (JudgeSpec(" ", "a", "b"), "dynasor.judge_suffix=' ' is no token"),
+        (JudgeSpec("?", "aa", "b"), "dynasor.judge_good='aa' is 2 tokens"),
+        (JudgeSpec("?", "a", " a"), "are the same token"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked_is_named(judge: JudgeSpec, message: str) -> None:
+    """Before anything is sampled."""
+    with pytest.raises(FieldError) as error:
+        model_judge(Script(lambda data: ""), judge)
+    assert message in str(error.value)
+    assert model_judge(Script(lambda data: ""), JudgeSpec("?", "a", "b")).good == ord("a")
+
+
+def test_a_seed_is_a_number() -> None:
+    """A string times a number is a long string, and no seed."""
+    for seed in ("7", 1.5, True):
+        with pytest.raises(FieldError, match=r"^seed="):
+            check_seed(seed)
+    check_seed(None)
+    check_seed(7)
