@@ -6,8 +6,8 @@ First the copy bandwidth of the card, then a correctness gate against the float6
 passes. Times are of CUDA graphs over as many buffers as it takes, each read once per replay, the L2 cache overwritten
 before every replay; median of 50 replays, with the range for ours. "GB/s" counts one read of the logits, "of copy" is
 that over the copy bandwidth, which counts bytes read and written. All ways but flashinfer's softmax give entropies;
-"eager", "compile" (the same through torch.compile) and ours also the 20 likeliest tokens and their mean. Without a GPU
-only the gate runs, on Triton's interpreter.
+"eager", "compile" (the same through torch.compile) and ours also the 20 likeliest tokens and their mean. "with programs" is
+row_stats and program_stats with its mixture. Without a GPU only the gate runs, on Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -35,7 +36,14 @@ if not HAS_GPU:
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of the gate's NaN
 import triton  # noqa: E402
 
-from sglang_dynasor_kernels import RowStats, row_stats, row_stats_ref  # noqa: E402
+from sglang_dynasor_kernels import (  # noqa: E402
+    ProgramStats,
+    RowStats,
+    program_stats,
+    program_stats_ref,
+    row_stats,
+    row_stats_ref,
+)
 
 BATCH_SIZES = [1, 8, 32, 64, 256, 1024]
 VOCAB_SIZES = [32_000, 128_256, 151_936, 262_144]  # Llama 2, Llama 3, Qwen 3, Gemma 3
@@ -58,9 +66,26 @@ def gate(device: str, shapes: list[tuple[int, int]]) -> None:
             what = f"{path} {batch_size}x{vocab_size} {dtype}: {RowStats._fields[i]}"
             if not torch.equal(got[i].nan_to_num(), again[i].nan_to_num()):
                 raise SystemExit(f"{what} differs between two runs")
-            if not torch.allclose(got[i].cpu().to(expected.dtype), expected, TOLERANCE, TOLERANCE, equal_nan=True):
+            if not is_close(got[i].cpu(), expected):
                 raise SystemExit(f"{what} differs from the twin's")
+        stats = row_stats_ref(logits, dtype=torch.float32)
+        num = torch.arange(batch_size)
+        columns = (num // 2, num % 3, num.float() / batch_size)
+        more = {"logits": logits, "lse": stats.lse, "entropy": stats.entropy, "at_answer": num % 2 == 0}
+        there = {key: value.to(device) for key, value in more.items()}
+        programs = program_stats(*(c.to(device) for c in columns), batch_size, path="kernel", **there)
+        expected_programs = program_stats_ref(*columns, batch_size, **more)
+        for name, a, b in zip(ProgramStats._fields[:-1], programs[:-1], expected_programs[:-1], strict=True):
+            if not is_close(a.cpu(), b):
+                raise SystemExit(f"program_stats {batch_size}x{vocab_size} {dtype}: {name} differs from the twin's")
     print(f"gate passed on {device}: both paths at {shapes}, {list(DTYPES)}")
+
+
+def is_close(got: Tensor, expected: Tensor) -> bool:
+    """Floats within TOLERANCE, all else exactly."""
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    return torch.allclose(got.to(expected.dtype), expected, TOLERANCE, TOLERANCE, equal_nan=True)
 
 
 def replay_us(function: Callable[[Tensor], Any], buffers: Tensor, flush: Tensor) -> list[float]:
@@ -95,10 +120,27 @@ def eager(logits: Tensor) -> tuple[Tensor, ...]:
     return -(logprobs.exp() * logprobs).sum(1), top.values, top.indices, -top.values.mean(1)
 
 
+def with_programs(logits: Tensor) -> Any:
+    """Rows and programs of eight branches, every second branch at its answer."""
+    stats = row_stats(logits, top_k=TOP_K)
+    num = torch.arange(len(logits), device=logits.device)
+    return program_stats(
+        num // 8,
+        num % 3,
+        num.float(),
+        -(-len(logits) // 8),
+        logits=logits,
+        lse=stats.lse,
+        entropy=stats.entropy,
+        at_answer=num % 2 == 0,
+    )
+
+
 def ways() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
     """Names and functions to time."""
     yield "split us", partial(row_stats, top_k=TOP_K, path="split")
     yield "row us", partial(row_stats, top_k=TOP_K, path="row")
+    yield "with programs us", with_programs
     yield "eager us", eager
     torch.compiler.reset()  # else the ninth shape is not compiled any more
     yield "compile us", torch.compile(eager, dynamic=False)
@@ -130,6 +172,7 @@ def facts(copy_gb_s: float, commit_name: str) -> dict[str, str]:
         "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "flashinfer": version("flashinfer-python") if find_spec("flashinfer") else "-",
         "commit": commit_name,
     }
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "online_bursty": 'python benchmarks/bench_online.py --processes bursty --rates 0.3 0.9 1.3 1.8 --ways "+gang +certainty" all',
     "starvation": "make bench",
     "policy_overhead": "make bench",
+    "kernels": "python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv",
     "soak": "make soak",
     "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2",
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 --ways ...",
@@ -39,6 +40,11 @@ CLOSING = (
     "orders",
     "model",
     "machine",
+    "copy GB/s",
+    "gpu",
+    "driver",
+    "triton",
+    "flashinfer",
     "sglang",
     "torch",
     "commit",
@@ -75,5 +81,6 @@ if __name__ == "__main__":
         ROOT / "docs" / "online.md",
         ROOT / "docs" / "long_cot.md",
         ROOT / "docs" / "frontend.md",
+        ROOT / "kernels" / "README.md",
     ):
         write(file)

@@ -396,8 +396,11 @@ class Program:
         if self.spec.needs_statistics:
             more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in self.branches]
             more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in self.branches)
-            more["answer_entropy"] = round(self.mixture.mean_entropy, 6)
-            more["disagreement"] = round(self.mixture.disagreement, 6)
+            mixture = (
+                self.mixture if self.mixture.num_branches else None
+            )  # nobody came to an answer that begins by a mark
+            more["answer_entropy"] = mixture and round(mixture.mean_entropy, 6)
+            more["disagreement"] = mixture and round(mixture.disagreement, 6)
         return more
 
 

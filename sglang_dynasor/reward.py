@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+# The operator's own server: never through a proxy that the environment names.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 Key = tuple[int, int]  # a program's number and its branch
 MOST_AT_ONCE = 16
 
@@ -21,8 +24,7 @@ MOST_AT_ONCE = 16
 class RewardModel:
     """A server with a reward model: SGLang's `/classify`.
 
-    A scalar head's number x becomes the reward 1 / (1 + exp(-x)); of several (a process reward model's steps) the least
-    counts. Whatever goes wrong costs that branch its reward and nothing else: counted, and logged once per kind. The time-out
+    Of several texts (the steps of a branch, for a process reward model) the least reward counts. Whatever goes wrong costs that branch its reward and nothing else: counted, and logged once per kind. The time-out
     counts from `ask`, also while others are before it.
     """
 
@@ -36,13 +38,13 @@ class RewardModel:
         self._pool: ThreadPoolExecutor | None = None
         self._logged: set[str] = set()
 
-    def ask(self, key: Key, text: str) -> None:
-        """Have `text` (prompt and branch) rewarded; the result is among `given` within the time-out."""
+    def ask(self, key: Key, texts: list[str]) -> None:
+        """Have `texts` (each of prompt and branch, 1 or more) rewarded; the result is among `given` within the time-out."""
         self._asked[key] = time.monotonic()
         try:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="dynasor-reward")
-            self._pool.submit(self._run, key, text)
+            self._pool.submit(self._run, key, texts)
         except RuntimeError as error:  # no more threads: this rank must not take another path than the others
             self._log(error)
             self._give(key, None)
@@ -73,22 +75,25 @@ class RewardModel:
                 self.num_errors += reward is None
                 self._given[key] = reward
 
-    def _run(self, key: Key, text: str) -> None:
+    def _run(self, key: Key, texts: list[str]) -> None:
         if key not in self._asked:
             return
         reward = None
         try:
-            reward = reward_of(self._post(text))
+            reward = min(rewards_of(self._post(texts)))
         except Exception as error:
             self._log(error)
         self._give(key, reward)
 
-    def _post(self, text: str) -> Any:
+    def _post(self, texts: list[str]) -> Any:
         request = urllib.request.Request(
-            f"{self.url}/classify", json.dumps({"text": text}).encode(), {"Content-Type": "application/json"}
+            f"{self.url}/classify", json.dumps({"text": texts}).encode(), {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-            return json.load(response)
+        try:
+            with _opener.open(request, timeout=self.timeout_s) as response:
+                return json.load(response)
+        except urllib.error.HTTPError as error:
+            raise ValueError(f"{error}: {error.read(200).decode(errors='replace')}") from error
 
     def _log(self, error: Exception) -> None:
         kind = type(error).__name__
@@ -101,20 +106,31 @@ class RewardModel:
             )  # fmt: skip
 
 
-def reward_of(answer: Any) -> float:
-    """The reward in [0, 1] that a `/classify` answer holds.
+def rewards_of(answer: Any) -> list[float]:
+    """The rewards in [0, 1] that a `/classify` answer holds, one for each text.
+
+    A scalar head's number x is 1 / (1 + exp(-x)); of two numbers, the logits of bad and good, the softmax of the second.
 
     Raises:
-        ValueError: no numbers in it.
+        ValueError: anything else.
     """
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
+    answers = answer if isinstance(answer, list) else [answer]
+    if not answers:
+        raise ValueError("its answer is empty")
+    return [_reward_of(one) for one in answers]
+
+
+def _reward_of(answer: Any) -> float:
     numbers = answer.get("embedding") if isinstance(answer, dict) else None
     if isinstance(numbers, int | float):
         numbers = [numbers]
     if not isinstance(numbers, list) or not numbers or not all(isinstance(x, int | float) and x == x for x in numbers):
         raise ValueError(f"its answer has no numbers under 'embedding': {str(answer)[:200]}")
-    return sigmoid(min(numbers))
+    if len(numbers) > 2:
+        raise ValueError(
+            f"its head gives {len(numbers)} numbers: {str(numbers)[:100]}; serve a model with one (a reward), or two (bad, good)"
+        )
+    return sigmoid(numbers[0] if len(numbers) == 1 else numbers[1] - numbers[0])
 
 
 def sigmoid(x: float) -> float:

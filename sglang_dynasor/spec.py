@@ -14,7 +14,7 @@ ALGORITHMS = ("self_consistency", "best_of_n", "long_cot")
 DEFAULT_BRANCHES = 16
 MAX_DEADLINE_S = 86_400.0
 MAX_SUFFIX_CHARS = 1024
-JUDGES = ("self", "model")
+JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
 DEFAULT_GROUP_TOKENS = 128
 MOST_GROUP_TOKENS = 8192
@@ -36,7 +36,7 @@ FIELD_HELP = {
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
     "vote": ("majority, confidence, reward, best", "what a branch's vote weighs (default majority; confidence with stop=confidence); best: the branch of the highest reward decides (default of best_of_n)"),
-    "judge": ("self, model", "who gives each finished branch a reward in [0, 1]: the model itself, or the operator's reward model (default nobody)"),
+    "judge": ("self, model, steps", "who gives each finished branch a reward in [0, 1]: the model itself, or the operator's reward model, asked once or after each line (default nobody)"),
     "judge_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what follows prompt and branch when they are judged; needed with judge=self"),
     "judge_good": ("one token", "with judge=self: what a good branch is followed by"),
     "judge_bad": ("one token", "with judge=self: what a bad branch is followed by"),
@@ -60,13 +60,15 @@ class JudgeSpec:
     """Who rewards a finished branch.
 
     Without `is_external` the model itself: what follows prompt, branch and `suffix` is read as one token, `good` or `bad`,
-    and the reward is p(good) / (p(good) + p(bad)). Else the operator's reward model, which is sent the same text.
+    and the reward is p(good) / (p(good) + p(bad)). Else the operator's reward model, which is sent the same text; with
+    `by_steps` also what was there after each line, and the least reward counts (a process reward model).
     """
 
     suffix: str
     good: str = ""
     bad: str = ""
     is_external: bool = False
+    by_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +183,9 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
     texts = {key: _text(options, key, "") for key in ("judge_suffix", "judge_good", "judge_bad")}
     if "judge" not in options:
         if key := next((key for key in texts if key in options), None):
-            raise FieldError(f"dynasor.{key}={options[key]!r} without dynasor.judge; send judge 'self' or 'model' too")
+            raise FieldError(
+                f"dynasor.{key}={options[key]!r} without dynasor.judge; send judge 'self', 'model' or 'steps' too"
+            )
         return None
     judge = _text(options, "judge", "")
     if judge not in JUDGES:
@@ -189,10 +193,10 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
     suffix, good, bad = texts.values()
     if len(suffix) > MAX_SUFFIX_CHARS:
         raise FieldError(f"dynasor.judge_suffix has {len(suffix)} characters; at most {MAX_SUFFIX_CHARS} are allowed")
-    if judge == "model":
+    if judge != "self":
         if key := next((key for key in ("judge_good", "judge_bad") if key in options), None):
-            raise FieldError(f"dynasor.{key}={options[key]!r} with judge 'model', which gives a number; leave it out")
-        return JudgeSpec(suffix, is_external=True)
+            raise FieldError(f"dynasor.{key}={options[key]!r} with judge {judge!r}, which gives a number; leave it out")
+        return JudgeSpec(suffix, is_external=True, by_steps=judge == "steps")
     if missing := next((key for key, text in texts.items() if not text), None):
         raise FieldError(f"dynasor.judge='self' without dynasor.{missing}; send {', '.join(texts)}")
     if good == bad:

@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from math import exp
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sglang_dynasor.reward import MOST_AT_ONCE, RewardModel, reward_of
+from sglang_dynasor.engine.judge import MOST_STEPS, reward_texts
+from sglang_dynasor.reward import MOST_AT_ONCE, RewardModel, rewards_of
+from sglang_dynasor.spec import JudgeSpec
 
 
 @contextmanager
@@ -54,15 +57,59 @@ def wait(rewards: RewardModel, num: int) -> dict[tuple[int, int], float | None]:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ({"embedding": [0.0]}, 0.5),
-        ({"embedding": 2.0}, 1 / (1 + exp(-2))),
-        ([{"embedding": [3.0, -1.0, 2.0]}], 1 / (1 + exp(1))),  # the least of a process reward model's steps
-        ({"embedding": [9999.0]}, 1.0),
+        ({"embedding": [0.0]}, [0.5]),
+        ({"embedding": 2.0}, [1 / (1 + exp(-2))]),
+        ([{"embedding": [3.0]}, {"embedding": [-1.0]}], [1 / (1 + exp(-3)), 1 / (1 + exp(1))]),
+        ({"embedding": [-5.0, 5.0]}, [1 / (1 + exp(-10))]),  # bad, good
+        ({"embedding": [5.0, -5.0]}, [1 / (1 + exp(10))]),
+        ({"embedding": [9999.0]}, [1.0]),
     ],
 )
-def test_what_an_answer_means(answer: Any, expected: float) -> None:
-    """A sigmoid of the one number, or of the least."""
-    assert reward_of(answer) == pytest.approx(expected)
+def test_what_an_answer_means(answer: Any, expected: list[float]) -> None:
+    """A sigmoid of the one number, the softmax of two; one for each text."""
+    assert rewards_of(answer) == pytest.approx(expected)
+
+
+def test_the_least_of_the_steps_counts() -> None:
+    """A solution is as good as its worst step; all are asked about at once."""
+    with model(b'[{"embedding": [3.0]}, {"embedding": [-1.0]}, {"embedding": [2.0]}]') as url:
+        rewards = RewardModel(url, 5)
+        rewards.ask((1, 0), ["a", "ab", "abc"])
+        assert wait(rewards, 1) == {(1, 0): pytest.approx(1 / (1 + exp(1)))}
+
+
+class Letters:
+    """A tokenizer of letters."""
+
+    bos_token_id = 0
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        return "".join(map(chr, ids))
+
+
+def finished(text: str) -> Any:
+    return SimpleNamespace(
+        origin_input_ids=[0, *map(ord, "Q\n")], output_ids_through_stop=[*map(ord, text)], finished_reason=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\nb\n#### 1", ["Q\na\n?", "Q\na\nb\n?", "Q\na\nb\n#### 1?"]),
+        ("\n\na\n\n", ["Q\n\n\na\n\n?"]),  # empty lines are no steps
+        ("a", ["Q\na?"]),
+    ],
+)
+def test_steps_are_lines(text: str, expected: list[str]) -> None:
+    """What was there after each line, and the whole; without steps the whole alone; never more than the limit."""
+    steps, whole = JudgeSpec("?", is_external=True, by_steps=True), JudgeSpec("?", is_external=True)
+    assert reward_texts(Letters(), finished(text), steps) == expected
+    assert reward_texts(Letters(), finished(text), whole) == expected[-1:]
+    for num in (MOST_STEPS - 1, MOST_STEPS, 5 * MOST_STEPS):
+        texts = reward_texts(Letters(), finished("x\n" * num + "y"), steps)
+        assert len(texts) <= MOST_STEPS
+        assert texts[-1].endswith("x\ny?")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +117,14 @@ def test_what_an_answer_means(answer: Any, expected: float) -> None:
 )
 def test_an_answer_without_numbers_is_an_error(answer: Any) -> None:
     """It says what it got."""
-    with pytest.raises(ValueError, match="no numbers under 'embedding'"):
-        reward_of(answer)
+    with pytest.raises(ValueError, match=r"no numbers under 'embedding'|is empty"):
+        rewards_of(answer)
+
+
+def test_a_head_of_many_numbers_is_an_error() -> None:
+    """Nobody can tell which of them is the reward."""
+    with pytest.raises(ValueError, match="its head gives 3 numbers"):
+        rewards_of({"embedding": [3.0, -1.0, 2.0]})
 
 
 def test_a_reward_is_given_until_it_is_forgotten() -> None:
@@ -79,7 +132,7 @@ def test_a_reward_is_given_until_it_is_forgotten() -> None:
     with model(b'{"embedding": [0.0]}') as url:
         rewards = RewardModel(url, 5)
         assert dict(rewards.given()) == {}
-        rewards.ask((1, 2), "text")
+        rewards.ask((1, 2), ["text"])
         assert wait(rewards, 1) == {(1, 2): 0.5}
         assert dict(rewards.given()) == {(1, 2): 0.5}
         rewards.forget((1, 2))
@@ -96,8 +149,8 @@ def test_a_model_that_fails_costs_the_reward_only(
     """Not JSON, no numbers, an error, too slow: None, counted, and one line that says what to do."""
     with model(answer, status, delay_s) as url, caplog.at_level(logging.ERROR):
         rewards = RewardModel(url, 0.5)
-        rewards.ask((1, 0), "text")
-        rewards.ask((1, 1), "text")
+        rewards.ask((1, 0), ["text"])
+        rewards.ask((1, 1), ["text"])
         assert wait(rewards, 2) == {(1, 0): None, (1, 1): None}
     assert rewards.num_errors == 2
     assert [r.message.count("--dynasor-reward-url") for r in caplog.records] == [1]
@@ -109,13 +162,13 @@ def test_the_timeout_counts_from_asking() -> None:
         rewards = RewardModel(url, 0.5)
         started = time.monotonic()
         for index in range(2 * MOST_AT_ONCE):
-            rewards.ask((1, index), "text")
+            rewards.ask((1, index), ["text"])
         assert dict(rewards.given()) == {}
         given = wait(rewards, 2 * MOST_AT_ONCE)
         assert time.monotonic() - started < 2
         assert set(given.values()) == {None}
         assert rewards.num_errors == 2 * MOST_AT_ONCE
-        rewards.ask((2, 0), "text")
+        rewards.ask((2, 0), ["text"])
         rewards.forget((2, 0))  # its program is over
         time.sleep(0.6)
         assert (2, 0) not in dict(rewards.given())
@@ -124,5 +177,5 @@ def test_the_timeout_counts_from_asking() -> None:
 def test_a_server_that_is_not_there() -> None:
     """Refused connections are errors like any other."""
     rewards = RewardModel("http://127.0.0.1:9", 0.5)
-    rewards.ask((0, 0), "text")
+    rewards.ask((0, 0), ["text"])
     assert wait(rewards, 1) == {(0, 0): None}

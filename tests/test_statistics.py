@@ -231,10 +231,17 @@ def test_a_reward_model_on_another_server(start_engine: Any, tmp_path: Path) -> 
         seeds = [11, 12, 13, 14]
         outs = {
             name: engine.generate(prompts, [{**params(**judge, **field), "sampling_seed": seed} for seed in seeds])
-            for name, judge in (("own", JUDGE), ("model", {"judge": "model", "judge_suffix": JUDGE["judge_suffix"]}))
+            for name, judge in (
+                ("own", JUDGE),
+                ("model", {"judge": "model", "judge_suffix": JUDGE["judge_suffix"]}),
+                ("steps", {"judge": "steps", "judge_suffix": JUDGE["judge_suffix"]}),
+            )
         }
-        for own, model in zip(outs["own"], outs["model"], strict=True):
-            mine, theirs = own["meta_info"]["dynasor"], model["meta_info"]["dynasor"]
+        for own, model, steps in zip(*outs.values(), strict=True):
+            mine, theirs, least = (out["meta_info"]["dynasor"] for out in (own, model, steps))
+            pairs = list(zip(least["rewards"], theirs["rewards"], strict=True))
+            assert all(reward <= whole + 1e-2 for reward, whole in pairs)  # the whole text is one of the steps
+            assert any(reward < whole - 1e-2 for reward, whole in pairs)
             assert theirs["rewards"] == pytest.approx(
                 mine["rewards"], abs=1e-2
             )  # SGLang rounds in bfloat16 or sends float32

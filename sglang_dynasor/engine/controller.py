@@ -36,7 +36,7 @@ from sglang_dynasor.engine.branch import (
     set_tag,
     tag_of,
 )
-from sglang_dynasor.engine.judge import branch_text, judge_tokens, make_judge
+from sglang_dynasor.engine.judge import judge_tokens, make_judge, reward_texts
 from sglang_dynasor.engine.probe import (
     ThoughtTokens,
     closed,
@@ -585,9 +585,7 @@ class Controller:
         if judge.is_external:
             live.judges[index] = None
             if self._is_first_rank:
-                self._teller.rewards.ask(
-                    (live.number, index), branch_text(self.scheduler.tokenizer, req) + judge.suffix
-                )
+                self._teller.rewards.ask((live.number, index), reward_texts(self.scheduler.tokenizer, req, judge))
             return True
         tokens = judge_tokens(judge, self.scheduler.tokenizer)
         tag = BranchTag(live, index, is_internal=True, is_judge=True, labels=(tokens.good, tokens.bad))

@@ -159,7 +159,7 @@ def _check_judge(judge: JudgeSpec, tokenizer_manager: Any, config: DynasorConfig
             )
     elif not config.dynasor_reward_url:
         raise FieldError(
-            "dynasor.judge='model' without a reward model: start the server with --dynasor-reward-url, or send judge 'self' "
+            f"dynasor.judge={'steps' if judge.by_steps else 'model'!r} without a reward model: start the server with --dynasor-reward-url, or send judge 'self' "
             "with judge_suffix, judge_good and judge_bad for the model to judge itself"
         )
 

@@ -11,6 +11,8 @@ from sglang_dynasor.engine.branch import BranchTag, make_side
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.spec import JudgeSpec
 
+MOST_STEPS = 64  # of one branch that a process reward model is asked about; of more, evenly spread ones
+
 
 class JudgeTokens(NamedTuple):
     """A judge's texts as the model reads them."""
@@ -59,6 +61,21 @@ def branch_text(tokenizer: Any, req: Req) -> str:
     if ids and ids[0] == getattr(tokenizer, "bos_token_id", None):
         ids = ids[1:]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def reward_texts(tokenizer: Any, req: Req, judge: JudgeSpec) -> list[str]:
+    """What the operator's reward model is asked about a finished branch, at most MOST_STEPS texts, the whole one last."""
+    text = branch_text(tokenizer, req)
+    if not judge.by_steps:
+        return [text + judge.suffix]
+    said = tokenizer.decode(branch_ids(req), clean_up_tokenization_spaces=False)
+    start, ends = (
+        len(text) - len(said),
+        [place + 1 for place, c in enumerate(said) if c == "\n" and said[:place].strip()],
+    )
+    ends = [end for end in ends if said[end:].strip()]
+    stride = -(-len(ends) // (MOST_STEPS - 1)) or 1
+    return [text[: start + end] + judge.suffix for end in [*ends[::stride], len(said)]]
 
 
 def make_judge(scheduler: Any, branch: Any, tokens: JudgeTokens, rid: str, tag: BranchTag) -> Req | None:

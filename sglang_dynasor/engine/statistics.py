@@ -67,9 +67,12 @@ class Observer:
     def warm_up(self, vocab_size: int, device: torch.device) -> None:
         """Let Triton compile, at the start, whatever `compute` may launch, so that no request waits for it."""
         try:
-            logits = torch.zeros(2, vocab_size, device=device)
+            padded = torch.zeros(2, vocab_size + -vocab_size % 64, device=device)[:, :vocab_size]
             pairs = torch.zeros(2, 2, dtype=torch.int64, device=device)
-            for path, labels, rows in product(("split", "row"), (None, pairs), (None, pairs[0])):
+            # SGLang hands out logits as they are, or cut from a padded vocabulary.
+            for logits, path, labels, rows in product(
+                (padded.contiguous(), padded), ("split", "row"), (None, pairs), (None, pairs[0])
+            ):
                 row_stats(logits, labels, rows=rows, top_k=TOP_K, path=path)
         except Exception as error:
             self.controller.fall_back("statistics", error)

@@ -104,7 +104,7 @@ def parse_plan(field: dict[str, Any], *, has_reward: bool) -> Plan:
         spec = replace(spec, judge=JudgeSpec("", is_external=True))
     elif spec.judge is not None and spec.judge.is_external:
         raise FieldError(
-            "dynasor.judge='model' outside the engine: the operator's reward model is asked by a server with --scheduler dynasor "
+            f"dynasor.judge={field['judge']!r} outside the engine: the operator's reward model is asked by a server with --scheduler dynasor "
             "only; send judge 'self', or give `reward`, a function of the text"
         )
     if spec.stop.needs_statistics or spec.vote == "confidence":
