@@ -260,6 +260,26 @@ def test_all_branches_may_be_read_before_any_is_reported(backend: Any) -> None:
         assert p.record["width"] == width
 
 
+def test_a_slow_verifier_holds_the_others_back(backend: Any) -> None:
+    """Branches taken as they finish keep their place until they are reported: what they say may end the program."""
+    started: list[int] = []
+
+    @sgl.function
+    def verified(s: Any, question: str) -> Any:
+        s += prompt(question)
+        with reason(s, answer="hash", branches=8, width=2, stop="best:1", vote="reward", reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
+            for branch in p.as_completed():
+                time.sleep(1.0)
+                started.append(sum(b.index is not None for b in p.branches))
+                p.report(branch, reward=float(len(started) == 2))
+        return p
+
+    assert run(verified, backend, EASY[0].text).stop_reason == "certain"
+    assert started == [2, 3]
+
+
 def test_a_final_generation_that_never_comes_is_named(backend: Any) -> None:
     """A misspelt variable is an error and no silent program without votes; nobody waits for it."""
 

@@ -68,11 +68,11 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")
     num_choices = params.get("n") or 1
-    num_branches = spec.branches if num_choices == 1 else num_choices
-    _check_sampling(num_branches, params, tokenizer_manager)
     if num_choices != 1:
         obj.sampling_params = _as_choices(spec, params, num_choices, custom["dynasor"], tokenizer_manager)
+        _check_sampling(num_choices, params, tokenizer_manager)
         return
+    _check_sampling(spec.branches, params, tokenizer_manager)
     for name in _UNSUPPORTED_INPUTS:
         if getattr(obj, name, None) is not None:
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")

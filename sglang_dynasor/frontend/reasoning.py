@@ -133,6 +133,7 @@ class Reasoning:
         self._error: Exception | None = None
         self._timer: threading.Timer | None = None
         self._is_joined = False
+        self._is_consumed = False  # the author takes branches as they finish
         self._is_ended_here = False
 
     def __enter__(self) -> Reasoning:
@@ -253,6 +254,7 @@ class Reasoning:
 
     def as_completed(self) -> Generator[Branch]:
         """Branches as they finish, until the program has decided; one that the author does not report abstains from rewards."""
+        self._is_consumed = True
         handed: Branch | None = None
         while True:
             with self._changed:
@@ -392,8 +394,9 @@ class Reasoning:
     def _wait_for_place(self) -> None:
         while not self._changed.wait_for(lambda: self._program.reason is not None or self._may_start(), POLL_S):
             # Authors may read all branches before they report any, or go on in none for a while. Those that
-            # generate nothing meanwhile take no place, or nobody would ever go on.
-            if self._may_start(num_idle=sum(branch.is_idle for branch in self.branches)):
+            # generate nothing meanwhile take no place, or nobody would ever go on. Not where the author takes them as they
+            # finish: then each is about to be reported, and what it says may end the program.
+            if not self._is_consumed and self._may_start(num_idle=sum(branch.is_idle for branch in self.branches)):
                 return
 
     def _may_start(self, num_idle: int = 0) -> bool:
