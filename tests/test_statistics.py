@@ -237,15 +237,17 @@ def test_a_reward_model_on_another_server(start_engine: Any, tmp_path: Path) -> 
                 ("steps", {"judge": "steps", "judge_suffix": JUDGE["judge_suffix"]}),
             )
         }
+        num_lower = 0
         for own, model, steps in zip(*outs.values(), strict=True):
             mine, theirs, least = (out["meta_info"]["dynasor"] for out in (own, model, steps))
             pairs = list(zip(least["rewards"], theirs["rewards"], strict=True))
             assert all(reward <= whole + 1e-2 for reward, whole in pairs)  # the whole text is one of the steps
-            assert any(reward < whole - 1e-2 for reward, whole in pairs)
+            num_lower += sum(reward < whole - 1e-2 for reward, whole in pairs)
             assert theirs["rewards"] == pytest.approx(
                 mine["rewards"], abs=1e-2
             )  # SGLang rounds in bfloat16 or sends float32
             assert theirs["answer"] == mine["answer"]
+        assert num_lower  # some solution was worth less on its way
         assert status_of(engine)["num_reward_errors"] == 0
     finally:
         server.stop()
