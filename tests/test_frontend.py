@@ -251,7 +251,7 @@ def test_all_branches_may_be_read_before_any_is_reported(backend: Any) -> None:
                 branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
             outputs = [branch.output for branch in branches]
             for branch, output in zip(branches, outputs, strict=True):
-                p.report(branch, cluster=output[:1] or "-")
+                p.report(branch, cluster=output[:1].strip() or "-")
         return p
 
     for width in (None, 3):
