@@ -300,8 +300,9 @@ def test_a_branch_that_the_server_gives_up_is_missed_by_nobody(backend: Any, mon
 
     def request(data: dict[str, Any]) -> Any:
         with lock:
-            left[0] -= 1
-            is_given_up = left[0] >= 0
+            is_branch = "dynasor-" in str(data.get("rid"))  # a fork's warm-up of the cache is none
+            left[0] -= is_branch
+            is_given_up = is_branch and left[0] >= 0
         if is_given_up:
             raise HTTPException(503, "The request queue is full.")
         return real(data)
