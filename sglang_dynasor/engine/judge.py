@@ -69,11 +69,9 @@ def reward_texts(tokenizer: Any, req: Req, judge: JudgeSpec) -> list[str]:
     if not judge.by_steps:
         return [text + judge.suffix]
     said = tokenizer.decode(branch_ids(req), clean_up_tokenization_spaces=False)
-    start, ends = (
-        len(text) - len(said),
-        [place + 1 for place, c in enumerate(said) if c == "\n" and said[:place].strip()],
-    )
-    ends = [end for end in ends if said[end:].strip()]
+    start = len(text) - len(said)
+    line_ends = (place + 1 for place, c in enumerate(said) if c == "\n")
+    ends = [end for end in line_ends if said[:end].strip() and said[end:].strip()]
     stride = -(-len(ends) // (MOST_STEPS - 1)) or 1
     return [text[: start + end] + judge.suffix for end in [*ends[::stride], len(said)]]
 
