@@ -101,6 +101,11 @@ class Program:
             self._needed = evidence, votes_needed(evidence, self.spec.stop)
         return self._needed[1]
 
+    @property
+    def needs_all(self) -> bool:
+        """Whether every branch that the cap leaves is needed, whatever they say: nothing short of the cap decides."""
+        return not self.votes_needed and not self.evidence.is_contested
+
     def num_to_start(self, width: int, *, is_fixed: bool = False) -> tuple[int, int]:
         """Branches to start now where `width` may be in flight, as (wanted, least).
 

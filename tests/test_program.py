@@ -84,6 +84,26 @@ def test_what_starts_where_nothing_is_in_flight(field: dict[str, object], load: 
     assert program(**field).num_to_start(load) == expected
 
 
+@pytest.mark.parametrize(
+    ("field", "answers", "expected"),
+    [
+        ({"stop": "never"}, "", True),
+        ({"stop": "never"}, "111", True),
+        ({"stop": "predictive:0.02"}, "", False),
+        ({"stop": "predictive:0.02"}, "1122", False),
+        ({"stop": "window:5"}, "1" * 4, False),
+        ({"stop": "window:5", "branches": 5}, "12", True),  # three are left, five in a row are needed
+    ],
+)
+def test_who_needs_its_whole_cap(field: dict[str, object], answers: str, expected: bool) -> None:
+    """Where no answers could decide it sooner; never where some could."""
+    p = program(**field)
+    start(p, len(answers))
+    for index, answer in enumerate(answers):
+        p.finish(index, f"#### {answer}", 1)
+    assert p.needs_all is expected
+
+
 def test_what_starts_where_some_are_in_flight() -> None:
     """Up to the width, and any number of them makes sense."""
     p = program(stop="beta")

@@ -146,6 +146,20 @@ def test_wide_when_idle_narrow_when_loaded(start_engine: Any) -> None:
     assert narrow[0]["gang"] == 3
 
 
+@pytest.mark.parametrize(("stop", "is_whole"), [("never", True), ("predictive:0.02", False)])
+def test_load_narrows_only_what_can_stop_early(start_engine: Any, admitted: Any, stop: str, is_whole: bool) -> None:
+    """A program that needs its whole cap takes the rows as they come free, before later ones; one that may not does not."""
+    requests = [("filler", {**params(200, branches=16, stop="never"), "ignore_eos": True})]  # until all have come
+    requests += [("first", {**params(100, branches=12, stop=stop), "ignore_eos": True})]
+    requests += [(f"later{i}", params(100, branches=12)) for i in range(20)]
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, max_running_requests=16, dynasor_patience_tokens=0)
+    run(engine, requests)
+    names = [name for batch in admitted() for name, branch in batch if name != "filler" and branch]  # without leaders
+    before = names[: next(i for i, name in enumerate(names) if name != "first")]
+    assert (len(before) == 11) == is_whole, names[:24]
+    assert_nothing_left(engine)
+
+
 def test_shortest_remaining_first_and_patience(start_engine: Any, admitted: Any) -> None:
     """While a long program fills the engine, a short one that came last goes first; with no patience it does not."""
     requests = [

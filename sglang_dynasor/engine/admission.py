@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from sglang_dynasor.engine.controller import LiveProgram
+    from sglang_dynasor.program import Program
 
 THOUGHTS_PER_ROW = 8
 LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
@@ -204,7 +205,10 @@ class Admission:
             touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
 
     def _offer(self, live: LiveProgram, num_rows: int) -> Offer:
-        wanted, least = live.program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
+        program = live.program
+        wanted, least = program.num_to_start(self._width(live, num_rows), is_fixed=self.fixed_width > 0)
+        if self._takes_all(program):
+            wanted = program.num_to_start(program.spec.branches)[0] - self.promised.get(live, 0)
         return Offer(wanted, least, self._gang_cost(live))
 
     def _admit(self, live: LiveProgram, num: int) -> None:
@@ -221,9 +225,17 @@ class Admission:
         if live.is_prompt_cached:
             self.start(live, num)
         else:  # one computes the prompt, the others find it in the cache
-            if num > 1:
-                self.promised[live] = num - 1
-            self.start(live, 1)
+            is_first = not program.num_in_flight
+            if num > is_first:
+                self.promised[live] = self.promised.get(live, 0) + num - is_first
+            if is_first:
+                self.start(live, 1)
+        if self._takes_all(program) and program.num_unused > self.promised.get(live, 0):
+            self.wait(live)  # for the others
+
+    def _takes_all(self, program: Program) -> bool:
+        """Whether load does not narrow it: no branch can be saved, so each is started as soon as there is room."""
+        return program.needs_all and not self.fixed_width
 
     def _width(self, live: LiveProgram, num_rows: int) -> int:
         """Branches that one program may have in flight under the present load."""
