@@ -436,6 +436,19 @@ def test_probes_do_not_starve_in_a_full_batch(start_engine: Any) -> None:
 
 
 @pytest.mark.engine
+def test_chains_that_would_fill_the_batch_leave_rows_to_their_probes(start_engine: Any) -> None:
+    """Though all of them are needed: probes that find no row would not be asked while they run."""
+    engine = start_engine(scheduler="dynasor", dynasor_strict=True, max_running_requests=8)
+    field = {**NEVER, "branches": 8, "stop": "never"}
+    out = ask(engine, QUESTIONS[0], field, temperature=1.0, max_new_tokens=150, ignore_eos=True)
+    record = out["meta_info"]["dynasor"]
+    assert record["num_branches"] == 8
+    assert record["gang"] == 7
+    assert record["num_probes"] >= 8
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
 def test_a_thought_without_room_for_an_answer_is_not_closed(engine: Any) -> None:
     """The limit on tokens holds: nothing is appended beyond it."""
     out = ask(engine, QUESTIONS[3], {**FIELD, "agree": 1, "min_tokens": 30}, max_new_tokens=31)

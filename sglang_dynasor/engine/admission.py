@@ -234,8 +234,11 @@ class Admission:
             self.wait(live)  # for the others
 
     def _takes_all(self, program: Program) -> bool:
-        """Whether load does not narrow it: no branch can be saved, so each is started as soon as there is room."""
-        return program.needs_all and not self.fixed_width
+        """Whether load does not narrow it: no branch can be saved, so each is started as soon as there is room.
+
+        Not thoughts: they end early whatever the vote, and leave rows to their probes.
+        """
+        return program.needs_all and program.spec.thought is None and not self.fixed_width
 
     def _width(self, live: LiveProgram, num_rows: int) -> int:
         """Branches that one program may have in flight under the present load."""
