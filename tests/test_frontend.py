@@ -426,11 +426,27 @@ def test_what_only_the_server_knows_comes_back_as_an_error(backend: Any) -> None
         vote(backend, EASY[0].text, branches=100)
 
 
+def test_what_is_refused_may_be_collected_anywhere(backend: Any) -> None:
+    """The error holds the state in a cycle."""
+    kept: list[Any] = []
+
+    @sgl.function
+    def refused(s: Any) -> None:
+        kept.append(s.stream_executor)
+        assert not isinstance(kept[0].worker, Worker)
+        reason(s, seed="7")  # type: ignore[arg-type]
+
+    with pytest.raises(FieldError, match="seed='7' is a str"):
+        run(refused, backend)
+    assert isinstance(kept[0].worker, Worker)
+
+
 def test_another_backend_is_refused() -> None:
     """SGLang's own endpoint carries no field."""
 
     class Executor:
         backend = object()
+        use_thread = False
 
     class State:
         stream_executor = Executor()

@@ -108,7 +108,6 @@ class Reasoning:
                 f"the state's backend is {type(self.backend).__name__}; run the function with backend=Endpoint(url) or "
                 "LocalEngine(engine) of sglang_dynasor.frontend"
             )
-        make_collectable(state.stream_executor)
         self.id = uuid.uuid4().hex  # unique among all authors of a server
         self.field, self.final, self.reports, self.seed, self.reward = field, final, reports, seed, reward
         self.algorithm: str = field.get("algorithm", "self_consistency")
@@ -587,6 +586,7 @@ def reason(
     Raises:
         FieldError: a key, a value or a backend that cannot be served; the message names it.
     """
+    make_collectable(s.stream_executor)  # first: what is refused is collected too
     asked = {"algorithm": algorithm, **field}
     check_seed(seed)
     if "program" in asked:
