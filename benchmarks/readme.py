@@ -11,7 +11,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "python benchmarks/bench_self_consistency.py --num-questions 128",
     "passthrough": "make bench",
-    "statistics": "python benchmarks/bench_statistics.py --num-questions 64",
+    "statistics": "make bench",
     "statistics_overhead": "make bench",
     "online": "python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
     "online_points": "python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
