@@ -12,19 +12,27 @@ from sglang_dynasor.program import Program
 from sglang_dynasor.stopping import Evidence
 
 MEMORY = 256  # observations after which a running mean forgets as fast as it learns
+STEP_FRAC = 0.2  # by which a mean must have moved before forecasts do
 PRIOR_BRANCHES = 2  # a program's own mean length is trusted like the server's after this many branches
 
 
 @dataclass(slots=True)
 class Mean:
-    """A running mean that starts from a guess and follows a changing load."""
+    """A running mean that starts from a guess and follows a changing load.
+
+    `value` follows it in steps: were it to move with every observation, programs that are alike would be forecast apart by
+    noise, and go in any order instead of in order of arrival.
+    """
 
     value: float
+    mean: float = 0.0
     num: int = 0
 
     def learn(self, x: float) -> None:
         self.num = min(self.num + 1, MEMORY)
-        self.value += (x - self.value) / self.num
+        self.mean += (x - self.mean) / self.num
+        if abs(self.mean - self.value) > STEP_FRAC * self.value:
+            self.value = self.mean
 
 
 class Forecast:

@@ -135,10 +135,23 @@ def test_a_mean_starts_from_its_guess_and_follows() -> None:
     assert mean.value == 150
     for _ in range(10_000):
         mean.learn(50)
-    assert mean.value == pytest.approx(50)
+    assert mean.value == pytest.approx(50, rel=0.2)
     for _ in range(MEMORY):
         mean.learn(1000)
     assert 500 < mean.value < 1000
+
+
+def test_noise_does_not_reorder_programs_that_are_alike() -> None:
+    """Branches of 90 to 110 tokens: whoever comes is forecast the same, and so goes in order of arrival. A new load is seen."""
+    learned = Forecast()
+    forecasts: set[float] = set()
+    for turn in range(200):
+        learned.branch_tokens.learn(90 + 20 * (turn % 7) / 6)
+        forecasts.add(learned.remaining_tokens(program(), 0))
+    assert len(forecasts) == 1
+    for _ in range(MEMORY):
+        learned.branch_tokens.learn(300)
+    assert learned.remaining_tokens(program(), 0) > 2 * forecasts.pop()
 
 
 def test_it_learns_how_much_of_the_cap_programs_use() -> None:

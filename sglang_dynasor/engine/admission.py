@@ -225,11 +225,11 @@ class Admission:
         if live.is_prompt_cached:
             self.start(live, num)
         else:  # one computes the prompt, the others find it in the cache
-            is_first = not program.num_in_flight
-            if num > is_first:
-                self.promised[live] = self.promised.get(live, 0) + num - is_first
-            if is_first:
-                self.start(live, 1)
+            num_leaders = 0 if program.num_in_flight else 1
+            if num_following := num - num_leaders:
+                self.promised[live] = self.promised.get(live, 0) + num_following
+            if num_leaders:
+                self.start(live, num_leaders)
         if self._takes_all(program) and program.num_unused > self.promised.get(live, 0):
             self.wait(live)  # for the others
 
