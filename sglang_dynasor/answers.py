@@ -18,10 +18,16 @@ from sglang_dynasor.errors import FieldError
 
 TAIL_CHARS = 4096
 MAX_ANSWER_CHARS = 256
+MAX_LEAD_CHARS = 256
 MAX_PATTERN_CHARS = 256
 MAX_DIGITS = 40  # beyond this a number is compared as text
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d))?(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?")
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)"  # commas stand between thousands only: "1,2" is two numbers
+_NUMBER = re.compile(rf"[-+]?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,2}}(?!\d))?(?:\s*/\s*{_WHOLE}(?:\.\d+)?)?")
+_MIXED = re.compile(r"([-+]?)(\d+) +(\d+/\d+)")
+_AROUND_SIGN = re.compile(r" *([-+/]) *")
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
+_BRACE = re.compile(r"\\boxed\{|[{}]")
 _FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
 _CHOICE = re.compile(
@@ -34,15 +40,14 @@ _CHOICE = re.compile(
 
 def _boxed(text: str) -> str | None:
     r"""The contents of the last complete `\boxed{...}`, braces balanced."""
-    end = len(text)
-    while (start := text.rfind("\\boxed{", 0, end)) >= 0:
-        depth = 1
-        for i in range(start + len("\\boxed{"), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start + len("\\boxed{") : i]
-        end = start
-    return None
+    opened: list[int | None] = []  # where each open brace's contents begin; None: of no box
+    last: tuple[int, int] | None = None
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append(None if brace[0] == "{" else brace.end())
+        elif opened and (start := opened.pop()) is not None:
+            last = max(last or (0, 0), (start, brace.start()))
+    return None if last is None else text[slice(*last)]
 
 
 def _hash(text: str) -> str | None:
@@ -146,6 +151,20 @@ def extract_answer(text: str, extractor: str) -> str | None:
     return found or None
 
 
+def read_answer(lead: str, text: str, extractor: str) -> str | None:
+    r"""The answer in `text`, or else one that begins on the line before it: a prompt may end with `\boxed{`.
+
+    Args:
+        lead: what stands before `text`; of it only the end of the last line is read, and no answer of its own counts.
+    """
+    found = extract_answer(text, extractor)
+    begun = lead.rpartition("\n")[2][-MAX_LEAD_CHARS:]
+    if found is None and begun:
+        whole = extract_answer(begun + text, extractor)
+        found = None if whole == extract_answer(begun, extractor) else whole
+    return found
+
+
 def is_complete(lead: str, text: str, extractor: str) -> bool:
     """Whether the answer that `text` gives after `lead` has come to its end: its braces are closed, or its line is over."""
     if extractor == "boxed" or (extractor == "auto" and "\\boxed{" in lead + text):
@@ -156,16 +175,22 @@ def is_complete(lead: str, text: str, extractor: str) -> bool:
 
 
 def as_number(text: str) -> Fraction | None:
-    """The exact rational that `text` writes (`1,234`, `-3/4`, `0.75`, `2e3`, LaTeX fractions); None if it is none."""
-    text = _FRAC.sub(r"\1/\2", text).replace(" ", "")
-    found = _NUMBER.fullmatch(text)
-    if not found or sum(c.isdigit() for c in text) > MAX_DIGITS:
+    r"""The exact rational that `text` writes; None if it is none, or is several numbers.
+
+    It may have commas between thousands, a point, an exponent, be a fraction (`-3/4`, `\frac{3}{4}`) or mixed (`3 1/2`).
+    """
+    text = _AROUND_SIGN.sub(r"\1", _FRAC.sub(r" \1/\2", text).strip())
+    if sum(c.isdigit() for c in text) > MAX_DIGITS:
+        return None
+    sign, whole, text = mixed.groups() if (mixed := _MIXED.fullmatch(text)) else ("", "0", text)
+    if not _NUMBER.fullmatch(text):
         return None
     numerator, _, denominator = text.replace(",", "").partition("/")
     try:
-        return Fraction(numerator) / Fraction(denominator or 1)
+        value = int(whole) + Fraction(numerator) / Fraction(denominator or 1)
     except (ValueError, ZeroDivisionError):
         return None
+    return -value if sign == "-" else value
 
 
 def answer_key(answer: str) -> str:
@@ -181,4 +206,5 @@ def answer_key(answer: str) -> str:
     number = as_number(text.removesuffix("%").removeprefix("$").strip())
     if number is not None:
         return f"{number}{'%' if percent else ''}"
-    return "".join(text.casefold().split()).strip("\"'`*()[]{}") or answer
+    apart = _BETWEEN_DIGITS.sub(",", text.casefold())  # "1 2" is not 12
+    return "".join(apart.split()).strip("\"'`*()[]{}") or answer

@@ -63,9 +63,9 @@ class DynasorConfig:
         """
         weights: dict[str, float] = {}
         for part in self.dynasor_tenant_weights.split(","):
-            if not part:
+            if not part.strip():
                 continue
-            name, _, text = part.partition("=")
+            name, _, text = map(str.strip, part.partition("="))
             try:
                 weights[name] = float(text)
             except ValueError:

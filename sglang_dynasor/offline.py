@@ -152,6 +152,8 @@ def solve(
         raise FieldError(
             f"sampling has {key!r}: branches are made for you; leave it out, and send dynasor's keys to solve()"
         )
+    if "program" in field:
+        raise FieldError(f"dynasor.program={field['program']!r}: ids are made for you; leave it out")
     asked = {"algorithm": algorithm, **field}
     with _backend(engine, rows) as backend:
         one = _solver(backend, asked, sampling or {}, reward)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang_dynasor.algorithms.long_cot import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled
 from sglang_dynasor.allocation import votes_needed
-from sglang_dynasor.answers import answer_key, extract_answer
+from sglang_dynasor.answers import answer_key, read_answer
 from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.mixture import Distribution, Mixture, mix
@@ -204,12 +204,19 @@ class Program:
         if self.speaker is not None and self.branches[self.speaker].state is BranchState.FINISHED:
             return self.speaker
         if self.votes:
-            eligible = self._ranking[0]
-        else:
-            eligible = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
+            return self._speaker(self._ranking[0])
+        finished = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
+        return self._speaker(finished) if finished else None
+
+    @property
+    def speakers(self) -> set[int]:
+        """The branch of each answer that would be the winner if that answer led."""
+        return {self._speaker(who) for who in self.votes.values()}
+
+    def _speaker(self, who: list[int]) -> int:
         if self.spec.vote == "best":
-            return max(eligible, key=lambda i: (self.branches[i].reward or 0.0, -i), default=None)
-        return min(eligible, default=None)
+            return max(who, key=lambda i: (self.branches[i].reward or 0.0, -i))
+        return min(who)
 
     @property
     def certaindex(self) -> float:
@@ -227,8 +234,10 @@ class Program:
         num_left = 0 if self.reason is StopReason.CAP else evidence.num_left
         return overtake_risk(evidence.counts, evidence.abstentions, num_left)
 
-    def finish(self, index: int, text: str, num_tokens: int, reward: float | None = None) -> None:
-        """Branch `index` came to its own end with this text. A branch that ends after the decision does not vote.
+    def finish(
+        self, index: int, text: str, num_tokens: int, reward: float | None = None, *, lead: str = ""
+    ) -> None:  # fmt: skip
+        """Branch `index` came to its own end with this text, after `lead`. One that ends after the decision does not vote.
 
         Whatever is raised in reading the text or by the rule, the branch has been counted: unread, it abstained.
         """
@@ -239,7 +248,7 @@ class Program:
         if branch.confidence is not None and len(self.warmup) < warmup_branches(self.spec.branches):
             self.warmup.append(branch.confidence.lowest)
         try:
-            branch.answer = extract_answer(text, self.spec.answer)
+            branch.answer = read_answer(lead, text, self.spec.answer)
             branch.key = None if branch.answer is None else answer_key(branch.answer)
         finally:
             if branch.key is not None:

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import exp
 from typing import Any
@@ -38,14 +38,15 @@ class RewardModel:
         self._pool: ThreadPoolExecutor | None = None
         self._logged: set[str] = set()
 
-    def ask(self, key: Key, texts: list[str]) -> None:
-        """Have `texts` (each of prompt and branch, 1 or more) rewarded; the result is among `given` within the time-out."""
+    def ask(self, key: Key, make_texts: Callable[[], list[str]]) -> None:
+        """Have texts (each of prompt and branch, 1 or more) rewarded; the result is among `given` within the time-out."""
         self._asked[key] = time.monotonic()
         try:
+            texts = make_texts()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="dynasor-reward")
             self._pool.submit(self._run, key, texts)
-        except RuntimeError as error:  # no more threads: this rank must not take another path than the others
+        except Exception as error:  # of threads, of the tokenizer: this rank must not take another path than the others
             self._log(error)
             self._give(key, None)
 

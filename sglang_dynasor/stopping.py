@@ -16,6 +16,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.mixture import Mixture, mix
 
 NO_MIXTURE = mix(())
+MAX_STOP_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +174,11 @@ def parse_stop(text: str) -> StopRule:
     """The rule that `text` writes.
 
     Raises:
-        FieldError: an unknown name, a level outside the rule's range, or "and" mixed with "or".
+        FieldError: an unknown name, a level outside the rule's range, "and" mixed with "or", or a text longer than
+            MAX_STOP_CHARS: every rule is asked after every branch.
     """
+    if len(text) > MAX_STOP_CHARS:
+        raise FieldError(f"dynasor.stop has {len(text)} characters; at most {MAX_STOP_CHARS} are allowed")
     words = text.split()
     joiners = set(words[1::2])
     if not words or len(words) % 2 == 0 or not joiners <= {"and", "or"} or len(joiners) > 1:

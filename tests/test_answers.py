@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.answers import EXTRACTORS, answer_key, check_extractor, extract_answer
+from sglang_dynasor.answers import EXTRACTORS, answer_key, as_number, check_extractor, extract_answer, read_answer
 from sglang_dynasor.errors import FieldError
 
 
@@ -99,3 +99,45 @@ def test_work_is_bounded(text: str) -> None:
     for extractor in (*EXTRACTORS, "regex:(a+)+$", "regex:(.*)*x"):
         answer_key(extract_answer(text, extractor) or "")
     assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("text", [r"3\frac{1}{2}", "3 1/2", "7/2", "3.5", "+3.5", "35e-1", r"$\tfrac{7}{2}$"])
+def test_mixed_numbers_are_numbers(text: str) -> None:
+    """Three and a half, however it is written; not thirty-one halves."""
+    assert answer_key(text) == "7/2"
+    assert answer_key("-" + text.lstrip("$+")) == "-7/2"
+
+
+@pytest.mark.parametrize("text", ["1,2", "1, 2", "1 2", "(1, 2)", "(1,2)", "1 ,2"])
+def test_two_numbers_are_not_one(text: str) -> None:
+    """A pair keeps its comma, whatever stands around it; commas between thousands are no pair's."""
+    assert as_number(text) is None
+    assert answer_key(text) == "1,2"
+    assert answer_key("1,200") == answer_key("1200") == "1200"
+
+
+@pytest.mark.parametrize(
+    ("lead", "text", "extractor", "answer"),
+    [
+        ("Q\nThe answer is \\boxed{", "19}.", "boxed", "19"),
+        ("Q ####", " 19\n", "hash", "19"),
+        ("Q ####", " so #### 20", "hash", "20"),  # its own answer comes first
+        ("Q \\boxed{5} is", " wrong", "boxed", None),  # what stood there before is not its own
+        ("Q \\boxed{5}\n", "19}", "boxed", None),  # nor what stood on a line before
+        ("", "19}", "boxed", None),
+        ("Q\n", "no answer", "number", None),
+    ],
+)
+def test_an_answer_may_begin_before_the_text(lead: str, text: str, extractor: str, answer: str | None) -> None:
+    """A prompt, or an author, may write the mark."""
+    assert read_answer(lead, text, extractor) == answer
+
+
+def test_boxes_that_never_close_cost_little() -> None:
+    """A branch that repeats itself must not hold up the scheduler's loop."""
+    for text in ("\\boxed{" * 600, "\\boxed{{" * 450, "}" * 4096):
+        started = time.perf_counter()
+        for _ in range(10):
+            assert extract_answer(text, "boxed") is None
+        assert time.perf_counter() - started < 0.25  # 1.3 s where each is followed to the end
+    assert extract_answer("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{", "boxed") == r"\frac{1}{2}"

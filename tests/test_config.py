@@ -58,6 +58,7 @@ def test_the_edges_are_allowed(settings: dict[str, Any]) -> None:
 def test_weights_are_read() -> None:
     """Named tenants only; a comma too many does no harm."""
     assert DynasorConfig(dynasor_tenant_weights="gold=4,free=0.5,").tenant_weights == {"gold": 4.0, "free": 0.5}
+    assert DynasorConfig(dynasor_tenant_weights="gold = 4, free=0.5, ").tenant_weights == {"gold": 4.0, "free": 0.5}
     assert DynasorConfig().tenant_weights == {}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.admission import Admission, computes_prompt
-from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, set_tag
+from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, go_on_from, set_tag
 from sglang_dynasor.engine.controller import Controller, LiveProgram
 from sglang_dynasor.engine.teller import TOLD_RID
 from sglang_dynasor.program import Program
@@ -136,6 +136,60 @@ def test_the_queue_is_opened_once_for_what_is_new_in_front() -> None:
     made.open_batch(batch)
     assert batch.batch_is_full
     assert queued in made.front
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, True),
+        ({"is_plain_due": True}, False),  # they may start
+        ({"chunked_req": "one"}, False),  # its next chunk must go on
+        ({"front": True}, False),  # one of ours is there
+        ({"has_grammar": True}, False),  # SGLang queues those that are ready
+        ({"prefill_delayer": "one"}, False),  # it counts passes
+    ],
+)
+def test_sglang_does_not_look_for_what_may_not_start(changed: dict[str, Any], expected: bool) -> None:
+    """Its look through the queue grows with the queue, and would come again in each step."""
+    made, _ = admission()
+    made.is_plain_due = bool(changed.get("is_plain_due"))
+    made.scheduler.chunked_req = changed.get("chunked_req")
+    made.scheduler.prefill_delayer = changed.get("prefill_delayer")
+    made.scheduler.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: bool(changed.get("has_grammar")))
+    if changed.get("front"):
+        made.put_in_front(branch(live_program()))
+    assert made.holds_back(SimpleNamespace(reqs=[])) is expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("min_new_tokens", "expected"), [(0, 0), (3, 0), (10, 5)])
+def test_a_closed_thought_counts_as_sampled(min_new_tokens: int, expected: int) -> None:
+    """Its tokens are reasoning tokens, the grammar of strict thinking has seen them, and fewer are to come at least."""
+    seen: list[int] = []
+    req = request(require_reasoning=True, grammar=SimpleNamespace(accept_token=seen.append))
+    req.sampling_params.min_new_tokens = min_new_tokens
+    go_on_from(req, array("q", range(5)))
+    assert (list(req.output_ids), seen) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
+    assert (req.reasoning_tokens, req._is_reasoning_over) == (5, True)
+    assert req.sampling_params.min_new_tokens == expected
+
+
+@pytest.mark.parametrize("is_only_one", [False, True])
+def test_who_cannot_speak_is_not_chosen_at_the_deadline(is_only_one: bool) -> None:
+    """A branch that is computed again in chunks is aborted by SGLang; a shorter one that runs gives the text."""
+    live = live_program(branches=4)
+    reqs = [branch(live, num_output_tokens=9), branch(live, num_output_tokens=5)][: 1 if is_only_one else 2]
+    live.reqs = dict(enumerate(reqs))
+    spared: list[int] = []
+    controller: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(chunked_req=reqs[0]),
+        admission=SimpleNamespace(leave=lambda live: None),
+        _end_judges=lambda live: None,
+        _end_rest=lambda live, spared: spared_add(spared),
+        _end=lambda req: None,
+    )
+    spared_add = spared.append
+    Controller._expire(controller, live)
+    assert spared == [0 if is_only_one else 1]
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,54 @@ def test_a_seed_is_a_number() -> None:
             check_seed(seed)
     check_seed(None)
     check_seed(7)
+
+
+def test_what_a_deadline_ends_is_no_failure() -> None:
+    """The certaindex is that of the votes there are, not of a cap that shrank."""
+    many = threading.Event()
+
+    class Slow(Script):
+        def abort(self, rid: str) -> None:
+            many.set()
+
+    backend = Slow(lambda data: SOLUTION if len(backend.sent) <= 2 else (many.wait(20), None)[1])
+    for algorithm in ("self_consistency", "best_of_n", "mcts"):
+        backend.sent.clear()
+        many.clear()
+        record = drive(backend, {"algorithm": algorithm, "branches": 8, "stop": "never", "deadline_s": 0.3}, {}).record
+        assert (record["stop_reason"], record["num_failed"]) == ("deadline", 0)
+        assert record["risk"] > 0.04  # two votes, six that may come
+
+
+def test_a_reward_may_ask_by_a_program_of_its_own() -> None:
+    """However few rows there are: who waits for it holds none."""
+    driver = Driver(Script(lambda data: SOLUTION), rows=2)
+    own = parse_plan({"answer": "hash", "branches": 4}, has_reward=False)
+    plan = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 6, "stop": "never"}, has_reward=True)
+
+    def reward(text: str) -> float:
+        return driver.run("Is it right? " + text, own, {}).record["certaindex"]
+
+    found: list[Any] = []
+    asking = threading.Thread(target=lambda: found.append(driver.run("Q", plan, {}, reward=reward)), daemon=True)
+    asking.start()
+    asking.join(20)
+    assert found[0].record["rewards"] == [1.0] * 6
+    driver.close()
+
+
+@pytest.mark.parametrize("algorithm", ["rebase", "beam"])
+def test_a_width_that_cannot_hold_is_refused(algorithm: str) -> None:
+    """They sample a whole depth at once."""
+    with pytest.raises(FieldError, match=f"dynasor.width=2 with algorithm '{algorithm}'"):
+        parse_plan({"algorithm": algorithm, "width": 2}, has_reward=True)
+
+
+def test_an_answer_may_begin_in_the_prompt() -> None:
+    """Whoever counts."""
+    backend = Script(lambda data: " 4")
+    for algorithm in ("self_consistency", "best_of_n", "rebase"):
+        plan = parse_plan({"algorithm": algorithm, "answer": "hash", "branches": 4}, has_reward=True)
+        driver = Driver(backend, rows=4)
+        assert driver.run("Q\n####", plan, {}, reward=lambda text: 0.5).record["answer"] == "4"
+        driver.close()

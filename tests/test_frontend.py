@@ -6,19 +6,21 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sglang as sgl
 from fastapi import HTTPException
 from questions import held_out, prompt
+from sglang.lang.interpreter import StreamExecutor
 
 from sglang_dynasor.answers import answer_key
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend import LocalEngine, Reasoning, reason
 from sglang_dynasor.frontend.judge import reward_of
 from sglang_dynasor.frontend.plan import parse_plan
-from sglang_dynasor.frontend.seat import Worker
+from sglang_dynasor.frontend.seat import Executor, mend
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
@@ -341,16 +343,16 @@ def test_a_rule_of_the_author_s_own(backend: Any) -> None:
 
 def test_an_executor_may_be_collected_anywhere() -> None:
     """Also where the lock is held that `Thread.is_alive` takes: by a thread that is being started."""
-    go = threading.Event()
-    thread = threading.Thread(target=go.wait)
-    thread.start()
-    worker = Worker(thread)
+    executor = StreamExecutor(SimpleNamespace(end_program=lambda executor: None), {}, None, object(), stream=False)
+    mend(executor)
+    worker = executor.worker
     with threading._shutdown_locks_lock:  # type: ignore[attr-defined]
-        assert worker.is_alive()
-    go.set()
-    thread.join()
+        executor.end()
+    worker.join(10)
+    assert not worker.is_alive()
     with threading._shutdown_locks_lock:  # type: ignore[attr-defined]
-        assert not worker.is_alive()
+        executor.end()
+    assert not executor.queue.unfinished_tasks  # nobody is there to be told again
 
 
 @pytest.mark.parametrize(
@@ -433,12 +435,12 @@ def test_what_is_refused_may_be_collected_anywhere(backend: Any) -> None:
     @sgl.function
     def refused(s: Any) -> None:
         kept.append(s.stream_executor)
-        assert not isinstance(kept[0].worker, Worker)
+        assert not isinstance(kept[0], Executor)
         reason(s, seed="7")  # type: ignore[arg-type]
 
     with pytest.raises(FieldError, match="seed='7' is a str"):
         run(refused, backend)
-    assert isinstance(kept[0].worker, Worker)
+    assert isinstance(kept[0], Executor)
 
 
 def test_another_backend_is_refused() -> None:
@@ -667,3 +669,179 @@ def test_reward_of_log_probabilities() -> None:
     assert reward_of(0.0, -2000.0) == 1.0
     assert reward_of(-float("inf"), 0.0) == pytest.approx(0.0)
     assert reward_of(-float("inf"), -float("inf")) == 0.5
+
+
+# Authors who go on with what has failed, or leave in the middle
+
+
+def within(seconds: float, function: Any, *args: Any) -> Any:
+    """What it returns or raises, or a failure where it hangs."""
+    found: list[Any] = []
+
+    def call() -> None:
+        try:
+            found.append(run(function, *args))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert found, "it hangs"
+    return found[0]
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+def test_a_branch_that_has_failed_may_be_asked_for_more(where: str, request: pytest.FixtureRequest) -> None:
+    """The author reads it, appends, and gets what it failed by; SGLang's own state would wait for ever."""
+
+    @sgl.function
+    def twice(s: Any) -> None:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=4) as p:
+            for branch in p.fork():
+                branch += sgl.gen("a", **HOT)
+                branch.text()
+                branch += sgl.gen("b", **HOT)
+                branch.text()
+                branch += "\n"
+
+    error = within(30, twice, request.getfixturevalue(where))
+    assert isinstance(error, FieldError)
+    assert "generates 'b' after the generation that answered" in str(error)
+
+
+def test_a_refused_branch_says_why(backend: Any) -> None:
+    """Also where the author reads and goes on before the block ends."""
+
+    @sgl.function
+    def long(s: Any) -> None:
+        s += "1 " * 5000
+        with reason(s, answer="hash", branches=2, final="b") as p:
+            for branch in p.fork():
+                branch += sgl.gen("a", **HOT)
+                branch.text()
+                branch += " so "
+                branch += sgl.gen("b", **HOT)
+
+    error = within(30, long, backend)
+    assert isinstance(error, ValueError)
+    assert "long" in str(error)
+
+
+@pytest.mark.parametrize("by_gen", [True, False])
+def test_a_state_that_has_failed_declares_nothing(backend: Any, by_gen: bool) -> None:
+    """The failure of what came before is the author's answer."""
+
+    @sgl.function
+    def planned(s: Any) -> None:
+        s += "1 " * 5000
+        s += sgl.gen("plan", max_tokens=4)
+        with reason(s, answer="hash", branches=2) as p:
+            if by_gen:
+                p.gen("steps", **HOT)
+            else:
+                p.fork()
+
+    error = within(30, planned, backend)
+    assert isinstance(error, ValueError)
+    assert "long" in str(error)
+
+
+@pytest.mark.parametrize("width", [1, None])
+def test_an_author_may_leave_before_reporting(plain: Any, width: int | None) -> None:
+    """The branch that was handed out votes without a reward, and holds nobody up."""
+    field = {} if width is None else {"width": width}
+
+    @sgl.function
+    def left(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=6, stop="never", reports=True, **field) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", **HOT)
+            for _ in p.as_completed():
+                break
+        return p
+
+    p = within(60, left, plain)
+    assert p.stop_reason == "cap"
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == 6
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+def test_the_record_speaks_of_branches_as_they_were_forked(where: str, request: pytest.FixtureRequest) -> None:
+    """Whatever the order in which they came: the winner's text has the answer."""
+
+    @sgl.function
+    def backwards(s: Any) -> Any:
+        s += prompt(EASY[1].text)
+        with reason(s, answer="hash", branches=6, width=1, stop="never") as p:
+            for branch in reversed(p.fork()):
+                branch += sgl.gen("steps", **HOT)
+                branch.text()
+        return p
+
+    p = run(backwards, request.getfixturevalue(where))
+    assert p.winner is p.branches[p.record["branch"]]
+    assert p.winner.answer == p.answer
+    # Of those that gave the leading answer the first to come: the last of the fork.
+    leading = [b.number for b in p.branches if b.answer is not None and answer_key(b.answer) == answer_key(p.answer)]
+    assert p.winner.number == max(leading)
+
+
+def test_rewards_are_told_by_fork(plain: Any) -> None:
+    """Each branch's own."""
+
+    @sgl.function
+    def rewarded(s: Any) -> Any:
+        s += prompt(EASY[1].text)
+        with reason(s, answer="hash", branches=4, stop="never", vote="reward", reports=True) as p:
+            for branch in reversed(p.fork()):
+                branch += sgl.gen("steps", **HOT)
+                branch.text()
+            for branch in p.as_completed():
+                p.report(branch, reward=branch.number / 4)
+        return p
+
+    p = run(rewarded, plain)
+    assert p.record["rewards"] == [0.0, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+@pytest.mark.parametrize("reports", [True, False])
+def test_an_author_may_write_the_mark(where: str, reports: bool, request: pytest.FixtureRequest) -> None:
+    """The vote reads what the branch's own `answer` reads, whoever counts."""
+
+    @sgl.function
+    def marked(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=6, stop="never", final="answer", reports=reports) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", **HOT, stop="####")
+                branch += "####"
+                branch += sgl.gen("answer", max_tokens=8, temperature=1.0, stop="\n")
+        return p
+
+    p = run(marked, request.getfixturevalue(where))
+    own = [b.answer for b in p.branches]
+    assert sum(p.votes.values()) == sum(answer is not None for answer in own) >= 4
+    assert p.answer in own
+
+
+def test_what_gen_has_answered_stays(backend: Any) -> None:
+    """Whatever happens to the author afterwards."""
+    kept: list[Reasoning] = []
+
+    @sgl.function
+    def fails(s: Any) -> None:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=4) as p:
+            kept.append(p)
+            p.gen("steps", **HOT)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(fails, backend)
+    assert kept[0].answer is not None
+    assert kept[0].stop_reason in ("certain", "cap")
+    assert kept[0].num_tokens > 0

@@ -201,6 +201,14 @@ def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: 
     assert server.status() == before
 
 
+def test_a_beam_search_of_sglang_s_own_is_a_400(server: Server) -> None:
+    """SGLang drops the field from it."""
+    body = {"text": "Q", "sampling_params": {"beam_width": 2, "custom_params": {"dynasor": "self_consistency"}}}
+    response = httpx.post(f"{server.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "beam_width=2 with dynasor is not supported" in response.text
+
+
 def test_greedy_branches_are_a_400(server: Server) -> None:
     """Sixteen times the same answer would be no evidence."""
     body = {"text": "Q", "sampling_params": {"temperature": 0, "custom_params": {"dynasor": "self_consistency"}}}

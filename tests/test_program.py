@@ -226,7 +226,7 @@ def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPa
 
     p = program(branches=2, width=2)
     start_all(p)
-    monkeypatch.setattr("sglang_dynasor.program.extract_answer", broken)
+    monkeypatch.setattr("sglang_dynasor.program.read_answer", broken)
     for index in range(2):
         with pytest.raises(RuntimeError, match="injected"):
             p.finish(index, "#### 1", 1)
@@ -617,3 +617,21 @@ def test_votes_needed_are_counted_once_per_change(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     p.finish(p.start_branch(), "#### 1", 5)
     assert p.votes_needed == 3
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("AB"), st.integers(0, 3)), min_size=1, max_size=8),
+    st.sampled_from(["best", "reward", "majority"]),
+)
+def test_whoever_may_yet_speak_is_among_the_speakers(branches: list[tuple[str, int]], vote: str) -> None:
+    """Who is not, when another branch finishes, never becomes the winner: its text may be dropped. Also where rewards are equal."""
+    program = Program(
+        "p", parse_field({"branches": 8, "stop": "never", "answer": "last_line", "vote": vote, "judge": "model"}, 64)
+    )
+    for _ in branches:
+        program.start_branch()
+    dropped: set[int] = set()
+    for index, (answer, reward) in enumerate(branches):
+        program.finish(index, answer, 5, reward / 3)
+        dropped |= set(range(index + 1)) - program.speakers
+        assert program.winner not in dropped

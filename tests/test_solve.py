@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +163,11 @@ def test_no_questions(engine: Any) -> None:
         (lambda e: sglang_dynasor.solve(e, ["Q"], branchs=2), "dynasor.branchs is not a key"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"n": 4}), "sampling has 'n'"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], seed="7"), "seed='7' is a str"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], program="p"), "dynasor.program='p': ids are made for you"),
+        (
+            lambda e: sglang_dynasor.solve(e, ["Q"], "beam", reward=len, width=2),
+            "dynasor.width=2 with algorithm 'beam'",
+        ),
         (lambda e: sglang_dynasor.solve(e, ["Q"], "rebase"), "without rewards"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"temperature": 0}, progress=False), "greedy"),
     ],
@@ -180,3 +187,14 @@ def test_importing_the_package_stays_light() -> None:
     assert callable(sglang_dynasor.solve)
     with pytest.raises(AttributeError, match="no attribute 'resolve'"):
         _ = sglang_dynasor.resolve
+
+
+def test_an_engine_of_the_calling_loop_is_refused(engine: Any) -> None:
+    """A notebook's: its loop would wait for itself."""
+
+    async def call() -> None:
+        theirs = SimpleNamespace(loop=asyncio.get_running_loop(), server_args=engine.server_args)
+        with pytest.raises(FieldError, match="belongs to the event loop that is calling"):
+            solve(theirs, 1, "self_consistency")
+
+    asyncio.run(call())

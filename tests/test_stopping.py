@@ -214,3 +214,10 @@ def test_names_of_answers_do_not_matter(answers: list[str], renamed: list[str], 
 
     mapping = dict(zip("abcde", renamed, strict=True))
     assert decide(answers) == decide([mapping[a] for a in answers])
+
+
+def test_a_rule_is_short() -> None:
+    """It is asked after every branch, of every request: a long one would hold up the scheduler."""
+    assert parse_stop(" or ".join(["margin"] * 25)).parts
+    with pytest.raises(FieldError, match=r"dynasor.stop has 308 characters; at most 256 are allowed"):
+        parse_stop(" or ".join(["margin"] * 31) + "  ")

@@ -20,8 +20,9 @@ class SelfConsistency:
 
     is_stepwise = False
 
-    def __init__(self, spec: ProgramSpec):
+    def __init__(self, spec: ProgramSpec, prompt: str = ""):
         self.is_judged = spec.judge is not None
+        self.prompt = prompt
         self.program = Program("search", spec)
         self.state = Tree()
         self._seats: list[int] = []  # branches in flight, the longest first
@@ -49,7 +50,7 @@ class SelfConsistency:
         index = self._seats.pop(0)
         self._nodes[index] = self.state.add(node, sample._replace(is_terminal=True))
         if self.program.reason is None:
-            self.program.finish(index, sample.text, sample.num_tokens, sample.reward)
+            self.program.finish(index, sample.text, sample.num_tokens, sample.reward, lead=self.prompt)
         else:
             self.program.end(index, sample.num_tokens)
 

@@ -156,6 +156,13 @@ class Admission:
         rows = scheduler.get_num_allocatable_reqs(len(running_batch.reqs), running_batch=running_batch)
         return max(0, rows - len(self.front) - sum(self.promised.values()) - self.probe_rows)
 
+    def holds_back(self, running_batch: ScheduleBatch) -> bool:
+        """Whether SGLang would look through its queue for nothing, and again in each step: all that is there waits for its turn."""
+        scheduler = self.scheduler
+        if self.front or scheduler.chunked_req is not None or scheduler.grammar_manager.has_waiting_grammars():
+            return False
+        return scheduler.prefill_delayer is None and self.plain_rows(running_batch) == 0
+
     def latest_plain(self) -> float:
         """The arrival up to which plain requests may start: that of the program they would overtake beyond patience."""
         order = self.order

@@ -156,6 +156,19 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
     return req
 
 
+def go_on_from(req: Req, given: array[int]) -> None:
+    """Let a fresh branch begin with `given`, a thought that is closed, as if it had sampled that itself."""
+    req.output_ids = given
+    params = req.sampling_params
+    params.min_new_tokens = max(0, params.min_new_tokens - len(given))  # SGLang counts from where the Req begins
+    if req.require_reasoning:
+        req.reasoning_tokens, req._is_reasoning_over = len(given), True
+    grammar: Any = req.grammar
+    if grammar is not None:  # that of strict thinking: others are refused
+        for token in given:
+            grammar.accept_token(token)
+
+
 def make_side(scheduler: Any, branch: Any, ids: list[int], rid: str, tag: BranchTag, max_new_tokens: int) -> Req | None:
     """An internal greedy Req over `ids` that asks something about `branch`; None where they are too many for the model."""
     if len(ids) + max_new_tokens >= scheduler.max_req_input_len:

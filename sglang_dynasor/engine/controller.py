@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
 from typing import Any
 
@@ -29,6 +29,7 @@ from sglang_dynasor.engine.branch import (
     FINISH_ENDED,
     BranchTag,
     end_branch,
+    go_on_from,
     hide,
     make_branch,
     queue_time,
@@ -62,6 +63,7 @@ WAVE_STEPS = 8  # that a probe waits for others at most, among many
 THOUGHTS_PER_WAVE_STEP = 4  # a pass holds up fewer where fewer think, and so is worth fewer steps of waiting
 MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
+LEAD_TOKENS = 64  # of the prompt, that an answer may begin in
 BRANCH_RID = (
     "\0dynasor-"  # followed by a number and a dot; the front process refuses clients' rids with a NUL (front.py)
 )
@@ -82,6 +84,7 @@ class LiveProgram:
     probes: dict[int, Req] = field(default_factory=dict[int, Req])  # by branch asked
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
     num_expected: int = 0  # branches it is expected to need still (forecast.py)
+    lead: str | None = None  # the end of its prompt, once somebody asked (`_lead`)
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
     ticket: Ticket = field(init=False)  # its place in the line; programs whose branches clients send have none
 
@@ -381,7 +384,7 @@ class Controller:
                 self._finish(program, index, req)
         self._forget_silent(live, index)
         if live.parent is None:
-            set_record(req, program.record())
+            set_record(req, {**program.record(), "index": index})
             if program.reason is not None:
                 self._end_rest(live)
         elif self.holds(live):
@@ -391,21 +394,33 @@ class Controller:
     def _forget_silent(self, live: LiveProgram, index: int) -> None:
         """Keep no Req of a branch that will never speak."""
         program = live.program
-        may_speak = program.winner == index or any(min(who) == index for who in program.votes.values())
+        may_speak = program.winner == index or index in program.speakers
         if live.parent is None or not (may_speak or index in live.judges):
             live.reqs.pop(index, None)
 
     def _finish(self, program: Program, index: int, req: Req, reward: float | None = None) -> None:
         ids = req.output_ids_through_stop
         try:
-            text = self.scheduler.tokenizer.decode(list(ids[-TAIL_TOKENS:]), skip_special_tokens=True)
+            text = self._decode(ids[-TAIL_TOKENS:])
             if not isinstance(req.finished_reason, FINISH_ENDED):
                 self.admission.forecast.branch_tokens.learn(len(ids))
-            program.finish(index, text, self._generated(req, len(ids)), reward)
+            program.finish(index, text, self._generated(req, len(ids)), reward, lead=self._lead(req))
         except Exception as error:
             if program.branches[index].state is BranchState.IN_FLIGHT:
                 raise
             self.fall_back("vote", error)  # counted as an abstention: the program goes on to its cap, as stock would
+
+    def _lead(self, req: Req) -> str:
+        """The end of a branch's prompt, where its answer may begin; read once where the server makes the branches."""
+        tag = tag_of(req)
+        if tag is None or tag.live.parent is None:
+            return self._decode(req.origin_input_ids[-LEAD_TOKENS:])
+        if tag.live.lead is None:
+            tag.live.lead = self._decode(req.origin_input_ids[-LEAD_TOKENS:])
+        return tag.live.lead
+
+    def _decode(self, ids: Any) -> str:
+        return self.scheduler.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _fail(self, live: LiveProgram, index: int, req: Req, why: dict[str, Any]) -> None:
         live.failure = why
@@ -561,7 +576,7 @@ class Controller:
         given, spent = closed(chain.output_ids[:num_tokens], tokens, is_line_end=is_line_end), self._end(chain)
         tag = BranchTag(live, index, is_internal=True, given_tokens=len(given), spent_tokens=spent)
         req = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
-        req.output_ids = given
+        go_on_from(req, given)
         live.reqs[index] = req
         self._put_inside(req, tag)
 
@@ -585,7 +600,8 @@ class Controller:
         if judge.is_external:
             live.judges[index] = None
             if self._is_first_rank:
-                self._teller.rewards.ask((live.number, index), reward_texts(self.scheduler.tokenizer, req, judge))
+                texts = partial(reward_texts, self.scheduler.tokenizer, req, judge)
+                self._teller.rewards.ask((live.number, index), texts)
             return True
         tokens = judge_tokens(judge, self.scheduler.tokenizer)
         tag = BranchTag(live, index, is_internal=True, is_judge=True, labels=(tokens.good, tokens.bad))
@@ -651,7 +667,7 @@ class Controller:
             tag = tag_of(req)
             if live.parent is None and tag is not None and not tag.is_inside:  # it left the queue: no step will show it
                 live.reqs.pop(index, None)
-                set_record(req, live.program.record())
+                set_record(req, {**live.program.record(), "index": index})
                 self._emit([req])
         self._end_judges(live)
 
@@ -791,7 +807,9 @@ class Controller:
         if program.winner is not None or not in_flight:
             self._answer(live)
             return
-        index = max(in_flight, key=lambda index: (len(in_flight[index].output_ids), -index))
+        # One that was retracted and is computed again in chunks cannot speak: SGLang only aborts it.
+        chunked = self.scheduler.chunked_req
+        index = max(in_flight, key=lambda i: (in_flight[i] is not chunked, len(in_flight[i].output_ids), -i))
         self._end_rest(live, spared=index)
         self._end(in_flight[index])
         if in_flight[index].finished():  # it was queued: no step will show it

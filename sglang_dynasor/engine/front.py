@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.runtime_context import get_exec, get_memory
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.flag import config_of
@@ -58,6 +59,8 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if not config.is_on or not isinstance(obj, GenerateReqInput):
         return
     spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
+    if (params.get("beam_width") or 1) != 1:
+        raise FieldError(f"beam_width={params['beam_width']!r} with dynasor is not supported; leave out one of the two")
     if spec.judge is not None:
         _check_judge(spec.judge, tokenizer_manager, config)
     if spec.thought is not None:
@@ -105,9 +108,9 @@ def _as_choices(
         raise FieldError(
             f"dynasor.{wrong}={options[wrong]!r} with n={num_choices} is not supported; send n=1 and dynasor.branches={num_choices}"
         )
-    if tokenizer_manager.server_args.enable_deterministic_inference:
+    if get_exec().deterministic.enable_deterministic_inference:
         raise FieldError(
-            f"n={num_choices} with dynasor on a server started with --enable-deterministic-inference: the choices would sample "
+            f"n={num_choices} with dynasor on a server with deterministic inference: the choices would sample "
             f"by one seed and be the same; send n=1 and dynasor.branches={num_choices}"
         )
     if options.get("branches", num_choices) != num_choices:
@@ -123,9 +126,9 @@ def _as_choices(
 def _check_thought(spec: ProgramSpec, obj: GenerateReqInput, params: dict[str, Any], tokenizer_manager: Any) -> None:
     assert spec.thought is not None
     thought_tokens(spec.thought, spec.answer, tokenizer_manager.tokenizer)
-    if tokenizer_manager.server_args.disable_radix_cache:
+    if get_memory().disable_radix_cache:
         raise FieldError(
-            "dynasor.algorithm='long_cot' on a server started with --disable-radix-cache: probes would compute the whole "
+            "dynasor.algorithm='long_cot' on a server without radix cache (--disable-radix-cache, or SGLang turned it off): probes would compute the whole "
             "thought again; use another algorithm"
         )
     constraint = next((key for key in ("json_schema", "regex", "ebnf", "structural_tag") if params.get(key)), None)

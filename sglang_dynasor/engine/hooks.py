@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from sglang.srt.managers.schedule_batch import NextBatchPlan
 
 from sglang_dynasor import __version__
 from sglang_dynasor.engine.admission import adder_class
@@ -73,6 +74,8 @@ def next_prefill(original: Callable[..., Any], scheduler: Any, running_batch: An
         return original(scheduler, running_batch)
     controller.admit(running_batch)
     controller.admission.open_batch(running_batch)
+    if controller.admission.holds_back(running_batch):
+        return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
     plan = original(scheduler, running_batch)
     controller.admission.note_admitted(plan.batch_to_run)
     return plan

@@ -45,27 +45,32 @@ class ThoughtTokens(NamedTuple):
     word_ends: frozenset[int]  # with which the word may end after which it is asked; empty: at the end of a line
 
 
-@lru_cache(maxsize=256)
 def thought_tokens(thought: ThoughtSpec, extractor: str, tokenizer: Any) -> ThoughtTokens:
     """The tokens that probe and close a thought of this model.
 
     Raises:
         FieldError: nothing tells how the model ends a thought or what asks for the answer, or a text of no tokens.
     """
-    end = thought.end
+    return _thought_tokens(thought.suffix, thought.end, thought.word, extractor, tokenizer)
+
+
+@lru_cache(maxsize=8)
+def _think_end(tokenizer: Any) -> str | None:
+    """How the model ends a thought, as far as its tokenizer knows. Kept: a vocabulary takes a tenth of a second to copy."""
+    template, vocabulary = str(getattr(tokenizer, "chat_template", None) or ""), getattr(tokenizer, "get_vocab", dict)()
+    return next((mark for mark in THINK_ENDS if mark in vocabulary or mark in template), None)
+
+
+@lru_cache(maxsize=256)
+def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer: Any) -> ThoughtTokens:
     if not end:
-        template, vocabulary = (
-            str(getattr(tokenizer, "chat_template", None) or ""),
-            getattr(tokenizer, "get_vocab", dict)(),
-        )
-        mark = next((mark for mark in THINK_ENDS if mark in vocabulary or mark in template), None)
+        mark = _think_end(tokenizer)
         if mark is None:
             raise FieldError(
                 "dynasor.algorithm='long_cot': neither the tokenizer nor its chat template tells how this model ends a thought; "
                 "send think_end, such as '</think>'"
             )
         end = f"{mark}\n\n"
-    suffix = thought.suffix
     if not suffix:
         if extractor not in LEADS:
             raise FieldError(
@@ -80,8 +85,8 @@ def thought_tokens(thought: ThoughtSpec, extractor: str, tokenizer: Any) -> Thou
     for key, tokens in ids.items():
         if not tokens:
             raise FieldError(f"dynasor.{key} is no token of this model; send a text that is")
-    new_line = () if thought.word else tuple(tokenizer.encode("\n", add_special_tokens=False))
-    word_ends = _word_ends(thought.word, tokenizer) if thought.word else frozenset[int]()
+    new_line = () if word else tuple(tokenizer.encode("\n", add_special_tokens=False))
+    word_ends = _word_ends(word, tokenizer) if word else frozenset[int]()
     return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line, word_ends)
 
 

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sglang_dynasor.algorithms.tree import Algorithm, Sample
-from sglang_dynasor.answers import extract_answer
+from sglang_dynasor.algorithms.tree import Algorithm, Choice, Sample
+from sglang_dynasor.answers import read_answer
 from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, model_judge
 from sglang_dynasor.frontend.plan import Plan
@@ -48,6 +48,7 @@ class Run:
     judge: Judge | None
     seed: int | None
     algorithm: Algorithm
+    pool: ThreadPoolExecutor
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     num_asked: int = 0
     num_tokens: int = 0
@@ -65,6 +66,7 @@ class Driver:
         self.backend = backend
         self.rows = rows
         self._pool = ThreadPoolExecutor(rows, thread_name_prefix="dynasor")
+        self._places = threading.Semaphore(rows)
         self._num_live = 0
         self._lock = threading.Lock()
 
@@ -98,15 +100,31 @@ class Driver:
             judge = OwnJudge(reward)
         elif plan.spec.judge is not None:
             judge = model_judge(self.backend, plan.spec.judge)
-        run = Run(prompt, plan, sampling, judge, seed, plan.start())
+        algorithm = plan.start(prompt)
         deadline_s = plan.spec.deadline_s
         until = None if deadline_s is None else time.monotonic() + deadline_s
-        with self._share():
+        found: tuple[dict[str, Any], Choice] | None = None
+        with self._share(), self._threads(judge) as pool:
+            run = Run(prompt, plan, sampling, judge, seed, algorithm, pool)
             try:
-                is_late = self._drive(run, until)
+                if self._drive(run, until):  # late: what is ended now is no failure of the search
+                    found = {**algorithm.record(), "stop_reason": str(StopReason.DEADLINE)}, algorithm.aggregate()
             finally:
                 self._end_rest(run)
-        return self._outcome(run, is_late)
+        record, choice = found or (algorithm.record(), algorithm.aggregate())
+        record |= {"program": run.id, "num_tokens": run.num_tokens}
+        if run.judge is not None:
+            record["num_judge_tokens"] = run.num_judge_tokens
+        return Driven(record, "" if choice.node is None else algorithm.state.text(choice.node))
+
+    @contextmanager
+    def _threads(self, judge: Judge | None) -> Generator[ThreadPoolExecutor]:
+        """Those that sample and judge: a run's own where its rewards may ask by programs of their own, and so wait for others."""
+        if isinstance(judge, OwnJudge):
+            with ThreadPoolExecutor(self.rows, thread_name_prefix="dynasor-reward") as pool:
+                yield pool
+        else:
+            yield self._pool
 
     @contextmanager
     def _share(self) -> Generator[None]:
@@ -147,7 +165,7 @@ class Driver:
         seed = sample_seed(run.seed, run.id, run.num_asked)
         run.num_asked += 1
         spent = sum(tree[i].num_tokens for i in tree.path(node))
-        future = self._pool.submit(self._sample, run, tree.text(node), spent, rid, seed)
+        future = run.pool.submit(self._sample, run, tree.text(node), spent, rid, seed)
         run.in_flight[future] = node, rid
 
     def _take(self, run: Run, future: Future[Sampled]) -> None:
@@ -180,7 +198,8 @@ class Driver:
         if step is not None:
             stop = params.get("stop") or []
             params["stop"] = [step, *([stop] if isinstance(stop, str) else stop)]
-        out = self.backend.post({"text": run.prompt + before, "sampling_params": params, "rid": rid})
+        with self._places:
+            out = self.backend.post({"text": run.prompt + before, "sampling_params": params, "rid": rid})
         if out is None:
             return Sampled(None)
         finish: dict[str, Any] = out["meta_info"]["finish_reason"] or {}
@@ -192,16 +211,6 @@ class Driver:
         reward, num_judge_tokens = None, 0
         if run.judge is not None and run.algorithm.is_judged and run.algorithm.reason is None:
             reward, num_judge_tokens = run.judge(run.prompt, before + text)
-        answer = None if goes_on else extract_answer(before + text, run.plan.spec.answer)
+        answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer)
         sample = Sample(text, num_tokens, not goes_on, reward, answer)
         return Sampled(sample, num_tokens, num_judge_tokens)
-
-    def _outcome(self, run: Run, is_late: bool) -> Driven:
-        algorithm = run.algorithm
-        record = {**algorithm.record(), "program": run.id, "num_tokens": run.num_tokens}
-        if run.judge is not None:
-            record["num_judge_tokens"] = run.num_judge_tokens
-        if is_late:
-            record["stop_reason"] = str(StopReason.DEADLINE)
-        node = algorithm.aggregate().node
-        return Driven(record, "" if node is None else algorithm.state.text(node))

@@ -23,8 +23,20 @@ _loops_lock = threading.Lock()
 _LOOP = "_dynasor_loop"  # of an engine: the backends that use its loop, and the thread that runs it for them
 
 
+def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:  # none is
+        return False
+
+
 def _hold_loop(engine: Any) -> None:
     """Have the engine's loop run until as many have let it go as hold it."""
+    if _is_running_here(engine.loop):
+        raise FieldError(
+            "this engine belongs to the event loop that is calling (a notebook's, for one), which would wait for itself; make the "
+            "engine in a thread of its own, or serve the model and use Endpoint(url)"
+        )
     with _loops_lock:
         num_users, thread = getattr(engine, _LOOP, (0, None))
         if not engine.loop.is_running():  # else the author runs it

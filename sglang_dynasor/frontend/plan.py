@@ -30,6 +30,7 @@ OWN_KEYS: dict[str, tuple[str, ...]] = {
 _COMMON_KEYS = (
     "branches", "width", "stop", "answer", "deadline_s", "vote", "judge", "judge_suffix", "judge_good", "judge_bad",
 )  # fmt: skip
+_WHOLE_DEPTHS = ("rebase", "beam")  # sample a whole depth at once, so that no width can hold for them
 # ... and these may be left out where nobody knows them: the answer is the same.
 _IDLE_KEYS = ("tenant", "statistics", "group_tokens")
 
@@ -43,8 +44,8 @@ class Plan:
     options: dict[str, Any]  # of OWN_KEYS, but for step
     step: str
 
-    def start(self) -> Algorithm:
-        """A fresh run of the algorithm.
+    def start(self, prompt: str = "") -> Algorithm:
+        """A fresh run of the algorithm, on what the samples continue.
 
         Raises:
             FieldError: an option out of range.
@@ -63,7 +64,7 @@ class Plan:
             case "beam":
                 return Beam(cap, stop, **options)
             case _:
-                return SelfConsistency(self.spec)
+                return SelfConsistency(self.spec, prompt)
 
 
 def parse_plan(field: dict[str, Any], *, has_reward: bool) -> Plan:
@@ -87,6 +88,11 @@ def parse_plan(field: dict[str, Any], *, has_reward: bool) -> Plan:
         if key not in _COMMON_KEYS:
             keys = ", ".join([*_COMMON_KEYS, *OWN_KEYS[algorithm]])
             raise FieldError(f"dynasor.{key} is not a key of {algorithm} outside the engine; the keys are {keys}")
+    if algorithm in _WHOLE_DEPTHS and "width" in field:
+        raise FieldError(
+            f"dynasor.width={field['width']!r} with algorithm {algorithm!r}: it samples a whole depth at once; leave it out, or "
+            "bound the requests of all programs by `rows` of the backend"
+        )
     if has_reward and "judge" in field:
         raise FieldError(f"dynasor.judge={field['judge']!r} with rewards of your own code; leave out one of the two")
     if algorithm != "self_consistency" and not has_reward and "judge" not in field:

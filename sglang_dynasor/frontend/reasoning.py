@@ -18,12 +18,12 @@ import sglang as sgl
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 
 from sglang_dynasor.algorithms.votes import check_reward
-from sglang_dynasor.answers import extract_answer
+from sglang_dynasor.answers import read_answer
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, SEARCHES, parse_plan, runs_on_server
-from sglang_dynasor.frontend.seat import check_seed, let_go, make_collectable, sample_seed, take_seat
+from sglang_dynasor.frontend.seat import POLL_S, check_seed, let_go, mend, raise_failure, sample_seed, take_seat
 from sglang_dynasor.program import BranchState, Program, StopReason
 from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 
@@ -31,7 +31,6 @@ from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
 # (docs/architecture.md, "Sliding, load-adaptive width").
 DEFAULT_WIDTH = 8
 MOST_CLUSTER_CHARS = 256
-POLL_S = 0.2
 
 
 class Branch(ProgramState):
@@ -49,6 +48,8 @@ class Branch(ProgramState):
         self.reward: float | None = None
         self.num_tokens = 0
         self.index: int | None = None  # in the policy's program; None: never started
+        self.served_index: int | None = None  # in the engine's, where that counts; known once it has answered
+        self.lead = self.said = ""  # before the generation that answers, and what it has generated
         self.is_finished = False  # its answer is there
         self.is_counted = False  # it has voted or abstained
         self.is_answering = False
@@ -66,8 +67,9 @@ class Branch(ProgramState):
 
     @property
     def answer(self) -> str | None:
-        """What the program's extractor finds in it; None: an abstention. Waits for its text."""
-        return extract_answer(self.output, self.program.spec.answer)
+        """What the program's extractor finds in the generation that answers; None: an abstention. Waits for it."""
+        self.sync()
+        return read_answer(self.lead, self.said, self.program.spec.answer)
 
     @property
     def rid(self) -> str:
@@ -76,6 +78,7 @@ class Branch(ProgramState):
     # Called by the executor's thread (seat.py).
 
     def start(self, executor: Any) -> dict[str, Any] | None:
+        self.lead = executor.text_
         return self.program.admit(self, _current_name(executor))
 
     def finish(self, text: str, meta_info: dict[str, Any]) -> None:
@@ -132,6 +135,7 @@ class Reasoning:
         self._error: Exception | None = None
         self._timer: threading.Timer | None = None
         self._is_joined = False
+        self._handed: Branch | None = None  # the last of these
         self._is_consumed = False  # the author takes branches as they finish
         self._is_ended_here = False
 
@@ -161,14 +165,28 @@ class Reasoning:
             record = self._program.record()
         if not self.branches:
             return record
+        # Whoever counted knows branches by the order in which they came; the author knows them by that of the fork.
+        is_told = record is self._told
+        order = [branch.served_index if is_told else branch.index for branch in self.branches]
         tokens = [branch.num_tokens for branch in self.branches]
-        ours = {"program": self.id, "width": self.spec.width, "num_tokens": sum(tokens), "branch_tokens": tokens}
-        return {**record, **ours}
+        ours: dict[str, Any] = {"program": self.id, "width": self.spec.width, "num_tokens": sum(tokens)}
+        ours["branch_tokens"] = tokens
+        winner = record["branch"]
+        ours["branch"] = None if winner is None or winner not in order else order.index(winner)
+        for key in {"rewards", "confidences"} & record.keys():
+            ours[key] = [None if index is None else record[key][index] for index in order]
+        return {key: value for key, value in {**record, **ours}.items() if key != "index"}
 
     @property
     def answer(self) -> str | None:
         """The winning answer so far, as written; a cluster, where the author reported clusters."""
         return self.record["answer"]
+
+    @property
+    def winner(self) -> Branch | None:
+        """The branch that gave the answer; None where none has yet, or the branches are not the author's own."""
+        number = self.record["branch"] if self.branches else None
+        return None if number is None else self.branches[number]
 
     @property
     def certaindex(self) -> float:
@@ -239,6 +257,7 @@ class Reasoning:
         num = left if num is None else num
         if not 1 <= num <= left:
             raise FieldError(f"fork({num!r}) is outside [1, {left}], what dynasor.branches={self.spec.branches} leaves")
+        self._sync_state()
         fresh: list[Branch] = []
         for executor in self.state.stream_executor.fork(num):
             branch = Branch(executor, self, len(self.branches))
@@ -254,17 +273,17 @@ class Reasoning:
     def as_completed(self) -> Generator[Branch]:
         """Branches as they finish, until the program has decided; one that the author does not report abstains from rewards."""
         self._is_consumed = True
-        handed: Branch | None = None
         while True:
             with self._changed:
-                if handed is not None:
-                    self._count(handed)
+                if self._handed is not None:  # also one of an earlier loop that the author has left
+                    self._count(self._handed)
+                    self._handed = None
                 while not self._changed.wait_for(self._has_news, POLL_S):
                     pass
                 self._raise_error()
                 if self._program.reason is not None or not self._ready:
                     return
-                handed = self._ready.popleft()
+                handed = self._handed = self._ready.popleft()
             yield handed
 
     def _has_news(self) -> bool:
@@ -328,6 +347,9 @@ class Reasoning:
             branch.sync()
         with self._changed:
             self._raise_error()
+            if self._program.reason is None and not any(b.is_finished for b in self.branches):
+                for branch in self.branches:  # by something else than a generation
+                    raise_failure(branch.stream_executor)
             if (
                 self.final is not None
                 and self._program.reason is None
@@ -340,6 +362,11 @@ class Reasoning:
                 self._program.reason = StopReason.CAP  # nothing else will come
         if self.branches:
             ProgramStateGroup(list(self.branches), self.state).join()
+
+    def _sync_state(self) -> None:
+        """Wait for what the state was asked before; raise what it has failed by."""
+        self.state.sync()
+        raise_failure(self.state.stream_executor)
 
     def _settle(self, branch: Branch) -> None:
         """A branch that never gave its answer leaves the program."""
@@ -417,35 +444,36 @@ class Reasoning:
             )
             if not branch.is_answering and not was_ended:
                 return
-            self._hear(meta_info.get("dynasor"))
+            self._hear(branch, meta_info.get("dynasor"))
             branch.ended = was_ended
             branch.is_finished = True
+            branch.said = text
             if was_ended:
                 if finish.get("type") == "abort" and self._program.reason is None and branch.index is not None:
                     self._program.fail(branch.index, branch.num_tokens, closes=False)
                 else:
                     self._settle(branch)
             elif not self.reports:
-                self._count(branch, text=text)
+                self._count(branch)
             self._ready.append(branch)
             self._changed.notify_all()
 
-    def _hear(self, record: dict[str, Any] | None) -> None:
+    def _hear(self, branch: Branch, record: dict[str, Any] | None) -> None:
         """Keep the engine's newest record; its decision is the program's."""
         if record is None or self._is_ended_here:
             return
+        branch.served_index = record.get("index")
         if self._told is None or _age(record) >= _age(self._told):
             self._told = record
         if record["stop_reason"] is not None and self._program.reason is None:
             self._program.reason = StopReason(record["stop_reason"])
 
-    def _count(self, branch: Branch, cluster: str | None = None, text: str | None = None) -> None:
+    def _count(self, branch: Branch, cluster: str | None = None) -> None:
         """Let a finished branch vote."""
         if branch.is_counted or branch.index is None or branch.ended:
             return
         branch.is_counted = True
-        text = branch.output if text is None else text
-        answer = cluster or extract_answer(text, self.spec.answer) or ""
+        answer = cluster or read_answer(branch.lead, branch.said, self.spec.answer) or ""
         # The policy's program reads one line: the answer that was found, or the author's cluster.
         if self._program.branches[branch.index].state is BranchState.IN_FLIGHT:
             self._program.finish(branch.index, " ".join(answer.split()), branch.num_tokens, branch.reward)
@@ -455,7 +483,8 @@ class Reasoning:
 
     def _end(self, reason: StopReason) -> None:
         with self._changed:
-            if self._program.reason is None:
+            has_answered = self._told is not None and self._told["stop_reason"] is not None
+            if self._program.reason is None and not has_answered:
                 self._program.reason = reason
                 self._told, self._is_ended_here = None, True  # the engine does not know of it
             self._changed.notify_all()
@@ -503,7 +532,7 @@ class Reasoning:
         """
         if self.branches or self._told is not None:
             raise FieldError(f"gen({name!r}) in a program that has branches or an answer already; declare another")
-        self.state.sync()
+        self._sync_state()
         expression: Any = sgl.gen(name, **options)
         resolved = self.state.stream_executor._resolve_sampling_params(expression.sampling_params)
         sampling = {key: value for key, value in resolved.to_srt_kwargs().items() if value is not None and key != "n"}
@@ -586,7 +615,7 @@ def reason(
     Raises:
         FieldError: a key, a value or a backend that cannot be served; the message names it.
     """
-    make_collectable(s.stream_executor)  # first: what is refused is collected too
+    mend(s.stream_executor)  # first: what is refused is collected too
     asked = {"algorithm": algorithm, **field}
     check_seed(seed)
     if "program" in asked:

@@ -6,8 +6,11 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol
 
+from sglang.lang.interpreter import StreamExecutor
+
 from sglang_dynasor.errors import FieldError
 
+POLL_S = 0.2
 _SEAT = "_dynasor_seat"
 _EXTRA = "_dynasor_extra"
 
@@ -52,25 +55,42 @@ def sample_seed(seed: int | None, program_id: str, number: int) -> int:
     return (base * _SPREAD + number) % 2**31
 
 
-class Worker:
-    """An executor's thread, safe to ask about from the garbage collector.
+class Executor(StreamExecutor):
+    """SGLang's executor, mended where branches need it (`mend`)."""
 
-    SGLang's executor asks its thread `is_alive` when it is collected. That takes a lock which the collecting thread holds
-    already if it is just being started (CPython 3.11, `_set_tstate_lock`): it would wait for itself for ever. Executors of
-    branches belong to reference cycles, so the collector does find them anywhere.
-    """
+    def submit(self, expr: Any) -> None:
+        """As SGLang's; one that has failed raises its error: nobody would ever do what it is asked."""
+        raise_failure(self)
+        super().submit(expr)
 
-    def __init__(self, thread: threading.Thread):
-        self.thread = thread
+    def sync(self) -> None:
+        """Wait for its work, or its failure: SGLang's own waits for ever for what was asked after that."""
+        if self.use_thread:
+            with self.queue.all_tasks_done:
+                while self.queue.unfinished_tasks and not self.is_finished:
+                    self.queue.all_tasks_done.wait(POLL_S)
 
-    def is_alive(self) -> bool:
-        return self.thread in threading.enumerate()  # under a lock that may be taken again
+    def end(self) -> None:
+        """As SGLang's, safe in the garbage collector, which finds the executors of branches in reference cycles.
+
+        SGLang asks the thread `is_alive`, which takes a lock that the collecting thread holds already if it is just being
+        started (CPython 3.11, `_set_tstate_lock`): it would wait for itself for ever.
+        """
+        if self.use_thread and self.worker in threading.enumerate():  # under a lock that may be taken again
+            self.queue.put(None)
+        self.backend.end_program(self)
 
 
-def make_collectable(executor: Any) -> None:
-    """Let the garbage collector find `executor` at any time."""
-    if executor.use_thread and not isinstance(executor.worker, Worker):
-        executor.worker = Worker(executor.worker)
+def mend(executor: Any) -> None:
+    """Make an executor that SGLang has made one of ours."""
+    if type(executor) is StreamExecutor:  # not one that only traces a program
+        executor.__class__ = Executor
+
+
+def raise_failure(executor: Any) -> None:
+    """Raise what an executor has failed by, if it has."""
+    if executor.error_ is not None:
+        raise executor.error_
 
 
 def let_go(executor: Any) -> None:
@@ -86,7 +106,7 @@ def let_go(executor: Any) -> None:
 
 def take_seat(executor: Any, seat: Seat) -> None:
     """Let what `executor` generates belong to a branch."""
-    make_collectable(executor)
+    mend(executor)
     setattr(executor, _SEAT, seat)
 
 
