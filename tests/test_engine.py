@@ -155,6 +155,9 @@ def test_branches_sent_by_the_client_end_together(engine: Any) -> None:
     assert last["stop_reason"] == "certain"
     assert all(extract_answer(out["text"], "hash") is None for out in outs[12:])
     assert all(out["meta_info"]["finish_reason"]["type"] == "stop" for out in outs[12:])
+    texts = {out["meta_info"]["dynasor"]["index"]: out["text"] for out in outs}
+    assert sorted(texts) == list(range(16))
+    assert extract_answer(texts[last["branch"]], "hash") == last["answer"]
     late = engine.generate(prompt(short.text), params(99, **field))
     assert late["text"] == ""
     assert late["meta_info"]["dynasor"]["answer"] == last["answer"]
@@ -168,7 +171,7 @@ def test_a_wrong_field_disturbs_nobody(engine: Any) -> None:
             engine.generate("Q", params(**field))
     with pytest.raises(ValueError, match="greedy"):
         engine.generate("Q", {**params(), "temperature": 0})
-    with pytest.raises(ValueError, match="n=2 with dynasor on a server started with --enable-deterministic-inference"):
+    with pytest.raises(ValueError, match="n=2 with dynasor on a server with deterministic inference"):
         engine.generate("Q", {**params(), "n": 2})
     assert status_of(engine) == before
 

@@ -35,14 +35,14 @@ def greedy(engine: Any) -> list[str]:
 
 def test_a_crash_in_the_vote_falls_back(start_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading an answer crashes on some texts: they abstain, programs are answered, plain requests are not touched."""
-    real = program.extract_answer
+    real = program.read_answer
 
-    def extract(text: str, extractor: str) -> str | None:
+    def extract(lead: str, text: str, extractor: str) -> str | None:
         if len(text) % 2:
             raise RuntimeError("injected")
-        return real(text, extractor)
+        return real(lead, text, extractor)
 
-    monkeypatch.setattr(program, "extract_answer", extract)  # the scheduler forks from here
+    monkeypatch.setattr(program, "read_answer", extract)  # the scheduler forks from here
     engine = start_engine(scheduler="dynasor")
     before = greedy(engine)
     outs = ask(engine, QUESTIONS)

@@ -132,6 +132,12 @@ class Controller:
         return parallel.pp_rank == parallel.attn_tp_rank == parallel.attn_cp_rank == 0
 
     @cached_property
+    def _may_probe(self) -> bool:
+        """Whether the KV of a running thought can be shared; where it cannot, thoughts are thought to their end."""
+        tree_cache = self.scheduler.tree_cache
+        return not (tree_cache.disable or tree_cache.supports_mamba())
+
+    @cached_property
     def reader(self) -> AnswerReader:
         """Finds answers in running branches."""
         return AnswerReader(self.scheduler.tokenizer)
@@ -298,7 +304,7 @@ class Controller:
         thought = live.program.spec.thought
         for _ in range(num_branches):
             tag = BranchTag(live, live.program.start_branch(), is_internal=True)
-            if thought is not None:
+            if thought is not None and self._may_probe:
                 tag.probe_at = self._next_probe(live, tag)
                 self.admission.num_thoughts += 1
             live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
