@@ -36,16 +36,16 @@ lint: install
 	$(BIN)/pyright
 
 bench: install
-	$(BIN)/python benchmarks/bench_self_consistency.py --csv benchmarks/results/self_consistency.csv
+	$(BIN)/python benchmarks/bench_self_consistency.py --num-questions 128 --csv benchmarks/results/self_consistency.csv
 	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
 	$(BIN)/python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8 --csv benchmarks/results/online --plot docs/online.png
 	$(BIN)/python benchmarks/bench_online.py --processes bursty --rates 0.3 0.9 1.3 1.8 --ways "+gang +certainty" all \
 		--csv benchmarks/results/online_bursty --plot docs/online_bursty.png
-	$(BIN)/python benchmarks/bench_statistics.py --csv benchmarks/results/statistics.csv
+	$(BIN)/python benchmarks/bench_statistics.py --num-questions 128 --csv benchmarks/results/statistics.csv
 	$(BIN)/python benchmarks/bench_statistics_overhead.py --csv benchmarks/results/statistics_overhead.csv
-	$(BIN)/python benchmarks/bench_starvation.py --csv benchmarks/results/starvation.csv
-	$(BIN)/python benchmarks/bench_long_cot.py --csv benchmarks/results/long_cot.csv
-	$(BIN)/python benchmarks/bench_algorithms.py --csv benchmarks/results/algorithms.csv
+	$(BIN)/python benchmarks/bench_starvation.py --seconds 20 --repeats 2 --csv benchmarks/results/starvation.csv
+	$(BIN)/python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2 --csv benchmarks/results/long_cot.csv
+	$(BIN)/python benchmarks/bench_algorithms.py --num-questions 48 --csv benchmarks/results/algorithms.csv
 	$(BIN)/python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv
 	$(BIN)/python benchmarks/bench_policy_overhead.py --csv benchmarks/results/policy_overhead.csv
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -11,7 +12,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "python benchmarks/bench_self_consistency.py --num-questions 128",
     "passthrough": "make bench",
-    "statistics": "make bench",
+    "statistics": "python benchmarks/bench_statistics.py --num-questions 128",
     "statistics_overhead": "make bench",
     "online": "python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
     "online_points": "python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
@@ -59,17 +60,41 @@ def table(name: str) -> str:
     keys = [key for key in rows[0] if key not in same]
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
     lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
-    facts = ", ".join(f"{key} {rows[0][key]}" for key in same)
-    return "\n".join([*lines, "", f"{facts}. Command: `{COMMANDS[name]}`; CSV: `benchmarks/results/{name}.csv`."])
+    return "\n".join([*lines, "", source(name, {key: rows[0][key] for key in same})])
+
+
+def source(name: str, facts: dict[str, str]) -> str:
+    """The line below a table."""
+    told = ", ".join(f"{key} {value}" for key, value in facts.items())
+    return f"{told}{'. ' if told else ''}Command: `{COMMANDS[name]}`; CSV: `benchmarks/results/{name}.csv`."
+
+
+def summary(name: str) -> str:
+    """Of a CSV of pairs, each way after what it is compared with, the ways alone."""
+    with (RESULTS / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    keys = "tokens saved %", "wall-clock saved %"
+    lines = ["| algorithm | " + " | ".join(keys) + " | accuracy % uniform | stopped |", "|" + " --- |" * 5]
+    for uniform, stopped in pairwise(rows):
+        if uniform["way"] == "uniform":
+            cells = [
+                stopped["algorithm"],
+                *(stopped[key] for key in keys),
+                uniform["accuracy %"],
+                stopped["accuracy %"],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", source(name, {key: rows[0][key] for key in CLOSING if key in rows[0]})])
 
 
 def write(path: Path) -> None:
-    """Replace what stands between the markers `table:NAME` and `end`."""
+    """Replace what stands between the markers `table:NAME` or `summary:NAME` and `end`."""
     text = path.read_text()
-    for name in re.findall(r"<!-- table:(\w+) -->", text):
+    for kind, name in re.findall(r"<!-- (table|summary):(\w+) -->", text):
         if (RESULTS / f"{name}.csv").exists():
-            block = f"<!-- table:{name} -->\n{table(name)}\n<!-- end -->"
-            text = re.sub(rf"<!-- table:{name} -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+            mark = f"<!-- {kind}:{name} -->"
+            block = f"{mark}\n{table(name) if kind == 'table' else summary(name)}\n<!-- end -->"
+            text = re.sub(rf"{mark}\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
     path.write_text(text)
 
 
@@ -81,6 +106,7 @@ if __name__ == "__main__":
         ROOT / "docs" / "online.md",
         ROOT / "docs" / "long_cot.md",
         ROOT / "docs" / "frontend.md",
+        ROOT / "docs" / "cost.md",
         ROOT / "kernels" / "README.md",
     ):
         write(file)

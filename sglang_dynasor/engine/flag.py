@@ -52,10 +52,6 @@ def attach(server_args: ServerArgs, config: DynasorConfig) -> ServerArgs:
                 f"--scheduler dynasor does not work with --{name.replace('_', '-')}={value!r} ({why}); "
                 f"use {fine[0]!r}, or leave --scheduler out"
             )
-    if config.dynasor_reward_url and getattr(server_args, "sleep_on_idle", False):
-        raise ConfigError(
-            "--dynasor-reward-url does not work with --sleep-on-idle (an engine asleep does not hear the reward); leave out one of the two"
-        )
     if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
         raise ConfigError("--scheduler dynasor does not work with SGLANG_RUST_SERVER; unset it")
     server_args._dynasor = config  # type: ignore[attr-defined]  # an underscore attribute survives pickling
