@@ -22,8 +22,9 @@ MAX_LEAD_CHARS = 256
 MAX_PATTERN_CHARS = 256
 MAX_DIGITS = 40  # beyond this a number is compared as text
 
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?![,\d])|\d+)"  # commas stand between thousands only: "1,2" is two numbers
+_WHOLE = r"(?:(?<![\d,])\d{1,3}(?:,\d{3})++(?!,?\d)|\d+)"  # commas stand between thousands only: "1,2" is two numbers
 _NUMBER = re.compile(rf"[-+]?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,2}}(?!\d))?(?:\s*/\s*{_WHOLE}(?:\.\d+)?)?")
+_SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # spaces between thousands
 _MIXED = re.compile(r"([-+]?)(\d+) +(\d+/\d+)")
 _AROUND_SIGN = re.compile(r" *([-+/]) *")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
@@ -157,6 +158,9 @@ def read_answer(lead: str, text: str, extractor: str) -> str | None:
     Args:
         lead: what stands before `text`; of it only the end of the last line is read, and no answer of its own counts.
     """
+    if extractor == "auto":  # its last line is there in any text
+        begun = read_answer(lead, text, "boxed") or read_answer(lead, text, "hash")
+        return begun or extract_answer(text, "last_line")
     found = extract_answer(text, extractor)
     begun = lead.rpartition("\n")[2][-MAX_LEAD_CHARS:]
     if found is None and begun:
@@ -177,9 +181,11 @@ def is_complete(lead: str, text: str, extractor: str) -> bool:
 def as_number(text: str) -> Fraction | None:
     r"""The exact rational that `text` writes; None if it is none, or is several numbers.
 
-    It may have commas between thousands, a point, an exponent, be a fraction (`-3/4`, `\frac{3}{4}`) or mixed (`3 1/2`).
+    It may have commas or spaces between thousands, a point, an exponent, be a fraction (`-3/4`, `\frac{3}{4}`) or mixed (`3 1/2`).
     """
     text = _AROUND_SIGN.sub(r"\1", _FRAC.sub(r" \1/\2", text).strip())
+    if _SPACED.fullmatch(text):
+        text = text.replace(" ", "")
     if sum(c.isdigit() for c in text) > MAX_DIGITS:
         return None
     sign, whole, text = mixed.groups() if (mixed := _MIXED.fullmatch(text)) else ("", "0", text)

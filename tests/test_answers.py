@@ -113,7 +113,7 @@ def test_two_numbers_are_not_one(text: str) -> None:
     """A pair keeps its comma, whatever stands around it; commas between thousands are no pair's."""
     assert as_number(text) is None
     assert answer_key(text) == "1,2"
-    assert answer_key("1,200") == answer_key("1200") == "1200"
+    assert answer_key("1,200") == answer_key("1 200") == answer_key("1200") == "1200"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,9 @@ def test_two_numbers_are_not_one(text: str) -> None:
         ("Q \\boxed{5}\n", "19}", "boxed", None),  # nor what stood on a line before
         ("", "19}", "boxed", None),
         ("Q\n", "no answer", "number", None),
+        ("Q \\boxed{", "42}\nSo it holds.", "auto", "42"),
+        ("Q ####", " 42\nbecause", "auto", "42"),
+        ("Q\n", "so it is\n42", "auto", "42"),
     ],
 )
 def test_an_answer_may_begin_before_the_text(lead: str, text: str, extractor: str, answer: str | None) -> None:
@@ -141,3 +144,27 @@ def test_boxes_that_never_close_cost_little() -> None:
             assert extract_answer(text, "boxed") is None
         assert time.perf_counter() - started < 0.25  # 1.3 s where each is followed to the end
     assert extract_answer("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{", "boxed") == r"\frac{1}{2}"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The total is 1,234, as shown.", "1,234"),
+        ("It costs $1,250,000, which is right", "1,250,000"),
+        ("1,234,\n", "1,234"),
+        ("of 3, 5, 7", "7"),
+        ("(1,2)", "2"),
+        ("12 or 1,234.5", "1,234.5"),
+    ],
+)
+def test_a_comma_after_a_number_is_no_part_of_it(text: str, number: str) -> None:
+    """Nor does it cut the number."""
+    assert extract_answer(text, "number") == number
+
+
+def test_many_commas_cost_little() -> None:
+    """Quadratic, they would take 20 ms of the scheduler's loop."""
+    started = time.perf_counter()
+    for _ in range(10):
+        extract_answer("234," * 1024, "number")
+    assert time.perf_counter() - started < 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -181,3 +182,24 @@ def test_an_answer_may_begin_in_the_prompt() -> None:
         driver = Driver(backend, rows=4)
         assert driver.run("Q\n####", plan, {}, reward=lambda text: 0.5).record["answer"] == "4"
         driver.close()
+
+
+def test_what_is_over_sends_nothing_more() -> None:
+    """A sample that waits for a place is not sent when its search has ended meanwhile; and rows bound judges, too."""
+    go = threading.Event()
+    backend = Script(lambda data: (go.wait(20), SOLUTION)[1])
+    driver = Driver(backend, rows=2)
+    plan = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 2, "stop": "never"}, has_reward=True)
+    late = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 2, "deadline_s": 0.1}, has_reward=True)
+    first = threading.Thread(target=lambda: driver.run("first", plan, {}, reward=lambda text: 0.5))
+    first.start()
+    while len(backend.sent) < 2:
+        time.sleep(0.01)
+    threading.Timer(0.5, go.set).start()
+    record = driver.run("second", late, {}, reward=lambda text: 0.5).record
+    first.join()
+    assert record["stop_reason"] == "deadline"
+    assert {data["text"] for data in backend.sent} == {"first"}
+    driver.close()
+    with pytest.raises(RuntimeError, match="is closed"):
+        driver.run("third", plan, {}, reward=lambda text: 0.5)

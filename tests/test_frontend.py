@@ -845,3 +845,23 @@ def test_what_gen_has_answered_stays(backend: Any) -> None:
     assert kept[0].answer is not None
     assert kept[0].stop_reason in ("certain", "cap")
     assert kept[0].num_tokens > 0
+
+
+def test_branches_that_have_failed_hold_no_place(plain: Any) -> None:
+    """By something else than the generation that answers; the others go on."""
+
+    @sgl.function
+    def some(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="hash", branches=4, width=1, stop="never", reports=True, final="b") as p:
+            for branch in p.fork():
+                branch += sgl.gen("a", max_tokens=2, temperature=1.7)
+                if branch.number < 2:
+                    branch += sgl.image("/no/such/image.png")
+                branch += sgl.gen("b", **HOT)
+            for branch in p.as_completed():
+                p.report(branch)
+        return p
+
+    p = within(60, some, plain)
+    assert sum(p.votes.values()) + p.record["num_abstentions"] == 2

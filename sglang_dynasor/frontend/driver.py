@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,6 +50,7 @@ class Run:
     algorithm: Algorithm
     pool: ThreadPoolExecutor
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    is_over: bool = False  # what has not been sent yet is not wanted any more
     num_asked: int = 0
     num_tokens: int = 0
     num_judge_tokens: int = 0
@@ -67,11 +68,13 @@ class Driver:
         self.rows = rows
         self._pool = ThreadPoolExecutor(rows, thread_name_prefix="dynasor")
         self._places = threading.Semaphore(rows)
+        self._is_closed = False
         self._num_live = 0
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Wait for what is in flight and let the threads go."""
+        self._is_closed = True
         self._pool.shutdown(cancel_futures=True)
 
     def run(
@@ -120,6 +123,8 @@ class Driver:
     @contextmanager
     def _threads(self, judge: Judge | None) -> Generator[ThreadPoolExecutor]:
         """Those that sample and judge: a run's own where its rewards may ask by programs of their own, and so wait for others."""
+        if self._is_closed:
+            raise RuntimeError(f"the driver of {self.backend.name} is closed; make another backend")
         if isinstance(judge, OwnJudge):
             with ThreadPoolExecutor(self.rows, thread_name_prefix="dynasor-reward") as pool:
                 yield pool
@@ -183,10 +188,12 @@ class Driver:
 
     def _end_rest(self, run: Run) -> None:
         """The search is over: end what is in flight, and count what it has cost."""
-        for future, (_, rid) in run.in_flight.items():
-            if not future.cancel() and not future.done():
-                self.backend.abort(rid)
-        wait(run.in_flight)
+        run.is_over = True
+        running = [future for future in run.in_flight if not future.cancel()]
+        for future in running:
+            if not future.done():
+                self.backend.abort(run.in_flight[future][1])
+        wait(running)
         for future in list(run.in_flight):
             if future.cancelled() or future.exception() is None:
                 self._take(run, future)
@@ -199,6 +206,8 @@ class Driver:
             stop = params.get("stop") or []
             params["stop"] = [step, *([stop] if isinstance(stop, str) else stop)]
         with self._places:
+            if run.is_over:
+                return Sampled(None)
             out = self.backend.post({"text": run.prompt + before, "sampling_params": params, "rid": rid})
         if out is None:
             return Sampled(None)
@@ -210,7 +219,9 @@ class Driver:
         text: str = out["text"] + (run.plan.step if goes_on else "")
         reward, num_judge_tokens = None, 0
         if run.judge is not None and run.algorithm.is_judged and run.algorithm.reason is None:
-            reward, num_judge_tokens = run.judge(run.prompt, before + text)
+            # The author's own rewards may wait for programs of their own, so they hold no place.
+            with nullcontext() if isinstance(run.judge, OwnJudge) else self._places:
+                reward, num_judge_tokens = run.judge(run.prompt, before + text)
         answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer)
         sample = Sample(text, num_tokens, not goes_on, reward, answer)
         return Sampled(sample, num_tokens, num_judge_tokens)

@@ -63,7 +63,18 @@ class Branch(ProgramState):
     def is_idle(self) -> bool:
         """Whether it has begun and generates nothing now, but may yet vote."""
         is_open = self.index is not None and not self.is_counted and not self.ended
-        return is_open and not self.stream_executor.queue.unfinished_tasks
+        return is_open and not self.is_under_way
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether its executor has something to do, and will do it."""
+        return bool(self.stream_executor.queue.unfinished_tasks) and not self.stream_executor.is_finished
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it will never vote, by something else than a generation: that is told by `fail`."""
+        is_open = self.index is not None and not self.is_counted and not self.ended
+        return is_open and self.stream_executor.error_ is not None
 
     @property
     def answer(self) -> str | None:
@@ -288,7 +299,7 @@ class Reasoning:
 
     def _has_news(self) -> bool:
         # A branch in which nothing was generated tells nobody that it is done.
-        under_way = any(not b.is_finished and b.stream_executor.queue.unfinished_tasks for b in self.branches)
+        under_way = any(not b.is_finished and b.is_under_way for b in self.branches)
         return bool(self._ready) or self._program.reason is not None or self._error is not None or not under_way
 
     def report(self, branch: Branch | int, *, reward: float | None = None, cluster: str | None = None) -> None:
@@ -426,7 +437,7 @@ class Reasoning:
                 return
 
     def _may_start(self, num_idle: int = 0) -> bool:
-        width = (self.spec.width or DEFAULT_WIDTH) + num_idle
+        width = (self.spec.width or DEFAULT_WIDTH) + (num_idle or sum(branch.has_failed for branch in self.branches))
         return self._program.num_to_start(width, is_fixed=self.spec.width is not None)[0] > 0
 
     def _branch_field(self) -> dict[str, Any]:
