@@ -47,7 +47,7 @@ def check_rows() -> list[Row]:
     names = [entry.name for entry in entry_points(group="sglang.srt.plugins")]
     rows.append(Row("plugin is registered", "dynasor" in names, ", ".join(names) or "none; reinstall sglang-dynasor"))
     allowed = os.environ.get("SGLANG_PLUGINS", "")
-    is_allowed = not allowed or "dynasor" in allowed.split(",")
+    is_allowed = not allowed or "dynasor" in map(str.strip, allowed.split(","))
     rows.append(
         Row(
             "plugin is not filtered out",

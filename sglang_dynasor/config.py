@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang_dynasor.errors import ConfigError
 
-SGLANG_RANGE = ">=0.5.22,<0.5.24"
+SGLANG_RANGE = ">=0.5.23,<0.5.24"
 
 
 @dataclass(frozen=True, slots=True)

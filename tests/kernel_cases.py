@@ -176,6 +176,7 @@ def test_rows_asked_for(path: str) -> None:
     got = check_rows(logits, path, labels, rows=torch.tensor([4, 0, 4, 2]))
     assert not got.lse.isnan().any()
     check_rows(logits, path, labels[:, 0], rows=torch.tensor([2], dtype=torch.int32))
+    check_rows(logits, path, labels, rows=torch.tensor([4, 1, 0, 1, 4, 1, 2, 1])[::2])  # strided
 
 
 @pytest.mark.parametrize("path", PATHS)

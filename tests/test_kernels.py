@@ -263,7 +263,7 @@ def test_program_errors() -> None:
         program_stats(index, index, rewards, 2, logits=LOGITS)
     with pytest.raises(ValueError, match="give \\[4, V\\]"):
         program_stats(index, index, rewards, 2, logits=LOGITS[:2], lse=rewards, entropy=rewards)
-    with pytest.raises(ValueError, match="temperature=0 must be above 0"):
+    with pytest.raises(ValueError, match="temperature=0 must be at least 1e-30"):
         program_stats(index, index, rewards, 2, temperature=0)
 
 

@@ -55,13 +55,27 @@ def test_a_missing_target_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "is_fine"), [("0.5.21", False), ("0.5.22", True), ("0.5.23", True), ("0.5.24", False), ("0.6.0", False)]
+    ("version", "is_fine"), [("0.5.22", False), ("0.5.23", True), ("0.5.24", False), ("0.6.0", False)]
 )
 def test_the_supported_range(version: str, is_fine: bool) -> None:
     """Versions outside the range are refused with the remedy."""
     wrong = install.check_version(version)
     assert (wrong is None) == is_fine
     assert is_fine or (wrong is not None and "pip install" in wrong)
+
+
+def test_an_engine_is_refused_where_hooks_do_not_fit() -> None:
+    """Also `sgl.Engine`, which knows no such argument itself."""
+    code = (
+        "from sglang_dynasor_patches import install; install.check_version = lambda *version: 'SGLang 9 is not supported'\n"
+        "install.register()\n"
+        "from sglang.srt.entrypoints.engine import Engine\n"
+        "Engine.server_args_class(model_path='x', scheduler='dynasor')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"{PatchError.__name__}: " in done.stderr
+    assert "SGLang 9 is not supported" in done.stderr
 
 
 def test_hooks_that_are_not_live_are_refused() -> None:

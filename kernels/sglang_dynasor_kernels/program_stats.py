@@ -18,6 +18,8 @@ Path = Literal["ref", "kernel"]
 
 BLOCK_V = 4096  # logits of a row that a program of _mixture_kernel holds in registers; an estimate: NOTES.md
 
+LEAST_TEMPERATURE = 1e-30  # of which float32 still has the inverse
+
 
 class ProgramStats(NamedTuple):
     """Statistics of P programs and of the B rows given, float32 but for the counts."""
@@ -60,7 +62,7 @@ def program_stats(
         lse: [B] float32, of `row_stats`.
         entropy: [B] float32, of `row_stats`.
         at_answer: [B] bool: the rows whose next token is an answer's; None for all.
-        temperature: of the reward weights, above 0.
+        temperature: of the reward weights, at least LEAST_TEMPERATURE.
         path: for tests and timings. None: "ref" on the CPU, else "kernel".
 
     Returns:
@@ -184,8 +186,8 @@ def _check(
     for name, tensor in given.items():
         if tensor.shape != (num_rows,) or not tensor.is_contiguous():
             raise ValueError(f"{name} of shape {tuple(tensor.shape)}: give [{num_rows}], contiguous")
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
+    if not temperature >= LEAST_TEMPERATURE:
+        raise ValueError(f"temperature={temperature} must be at least {LEAST_TEMPERATURE:g}")
 
 
 @triton.jit

@@ -83,6 +83,8 @@ def row_stats(
     num_rows = batch_size if rows is None else len(rows)
     path = path or choose_path(num_rows, vocab_size, _num_sms(logits.device))
 
+    if rows is not None:
+        rows = rows.contiguous()
     num_labels, stride_label = 0, 0
     if label_ids is not None:
         label_ids = label_ids.contiguous()

@@ -76,14 +76,15 @@ def register() -> None:
     Then `--scheduler dynasor` still gets a clear refusal, and without it SGLang is untouched.
     """
     roles = process_roles()
+    is_main = "main" in roles
     _problems[:] = preflight(roles)
     if _problems:
         roles = tuple(role for role in roles if role == "flag")
     for patch in PATCHES:
         if patch.role in roles and not (_problems and check_patch(patch)):
             HookRegistry.register(patch.target, pkgutil.resolve_name(patch.hook), HookType(patch.kind))
-    if "main" in roles:
-        # Not a hook: SGLang's own seam for the arguments of sgl.Engine.
+    if is_main:
+        # Also where hooks are missing: it is what refuses then. Not a hook: SGLang's own seam for the arguments of sgl.Engine.
         from sglang.srt.entrypoints.engine import Engine
 
         from sglang_dynasor.engine.flag import engine_server_args
