@@ -204,16 +204,16 @@ class Program:
         if self.speaker is not None and self.branches[self.speaker].state is BranchState.FINISHED:
             return self.speaker
         if self.votes:
-            return self._speaker(self._ranking[0])
+            return self._speaks_for(self._ranking[0])
         finished = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
-        return self._speaker(finished) if finished else None
+        return self._speaks_for(finished) if finished else None
 
     @property
     def speakers(self) -> set[int]:
         """The branch of each answer that would be the winner if that answer led."""
-        return {self._speaker(who) for who in self.votes.values()}
+        return {self._speaks_for(who) for who in self.votes.values()}
 
-    def _speaker(self, who: list[int]) -> int:
+    def _speaks_for(self, who: list[int]) -> int:
         if self.spec.vote == "best":
             return max(who, key=lambda i: (self.branches[i].reward or 0.0, -i))
         return min(who)

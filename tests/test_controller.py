@@ -248,3 +248,13 @@ def test_what_nobody_has_told_is_ignored() -> None:
             else:
                 controller.abort(abort)
         assert controller.totals.num_policy_errors == 3
+
+
+@pytest.mark.parametrize(
+    ("is_off", "has_mamba", "expected"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_a_thought_is_probed_where_its_kv_can_be_shared(is_off: bool, has_mamba: bool, expected: bool) -> None:
+    """Not without a radix cache, nor where a state stands beside the KV: there it is thought to its end."""
+    tree_cache = SimpleNamespace(disable=is_off, supports_mamba=lambda: has_mamba)
+    controller = Controller(SimpleNamespace(tree_cache=tree_cache), DynasorConfig(scheduler="dynasor"))
+    assert controller._may_probe is expected
