@@ -4,8 +4,9 @@
 
 The loop is what clients do without an engine that helps (the Dynasor repository's, for one): sample a chunk, send the text
 back with the probe's suffix, sample the next chunk; it runs twice, by tokens and by the word after which it asks. All ways are
-clients of one server, `--concurrency` questions at a time. Tokens are all that were computed besides the prompt: thought, answer
-and probes.
+clients of one server, `--concurrency` questions at a time. A question has the same seed in every way, and the server reads seeds:
+all of them watch the same thoughts, as far as they let them go on. Tokens are all that were computed besides the prompt: thought,
+answer and probes.
 """
 
 from __future__ import annotations
@@ -66,19 +67,23 @@ class Done:
 Way = Callable[[httpx.AsyncClient, dict[str, Any]], Awaitable[tuple[str, int, int, int]]]
 
 
+def sampling(question: dict[str, Any]) -> dict[str, Any]:
+    return SAMPLING | {"sampling_seed": question["seed"]}
+
+
 async def generate(client: httpx.AsyncClient, text: str, params: dict[str, Any], **more: Any) -> dict[str, Any]:
     response = await client.post("/generate", json={"text": text, "sampling_params": params, **more})
     return response.raise_for_status().json()
 
 
 async def whole(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
-    out = await generate(client, question["prompt"] + THINK, SAMPLING)
+    out = await generate(client, question["prompt"] + THINK, sampling(question))
     return out["text"], out["meta_info"]["completion_tokens"], 0, 1
 
 
 def probed(rule: dict[str, Any]) -> Way:
     async def way(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
-        params = SAMPLING | {"custom_params": {"dynasor": {**TEXTS, **rule}}}
+        params = sampling(question) | {"custom_params": {"dynasor": {**TEXTS, **rule}}}
         out = await generate(client, question["prompt"] + THINK, params)
         record = out["meta_info"]["dynasor"]
         return out["text"], record["num_tokens"], record["num_probe_tokens"], 1
@@ -99,7 +104,7 @@ def loop(rule: dict[str, Any]) -> Way:
         prompt, trials, text = question["prompt"] + THINK, list[Trial](), ""
         num_tokens = num_probe_tokens = num_requests = 0
         while num_tokens < most_tokens:
-            params = SAMPLING | {"max_new_tokens": min(chunk_tokens, most_tokens - num_tokens)}
+            params = sampling(question) | {"max_new_tokens": min(chunk_tokens, most_tokens - num_tokens)}
             if word:
                 params |= {"stop": [word], "no_stop_trim": True}
             chunk = await generate(client, prompt + text, params)
@@ -116,7 +121,7 @@ def loop(rule: dict[str, Any]) -> Way:
             num_probe_tokens += cost
             trials.append(trial)
             if is_settled(trials, thought):
-                rest = await generate(client, prompt + text + THINK_END, SAMPLING | {"max_new_tokens": 32})
+                rest = await generate(client, prompt + text + THINK_END, sampling(question) | {"max_new_tokens": 32})
                 num_tokens += rest["meta_info"]["completion_tokens"]
                 return text + THINK_END + rest["text"], num_tokens, num_probe_tokens, num_requests + 1
         return text, num_tokens, num_probe_tokens, num_requests
@@ -130,6 +135,10 @@ async def ask(client: httpx.AsyncClient, text: str, num_tokens: int) -> tuple[Tr
     out = await generate(client, text, params, return_logprob=True)
     meta = out["meta_info"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+    if isinstance(
+        meta["finish_reason"].get("matched"), int
+    ):  # that it stops there is no part of the answer, as in the engine
+        logprobs = logprobs[:-1]
     answer = None if hesitates(out["text"]) else extract_answer("####" + out["text"], "hash")
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
     trial = Trial(answer, None if answer is None else answer_key(answer), probability, num_tokens)
@@ -157,6 +166,10 @@ async def run(
     return done, time.perf_counter() - started
 
 
+def seeded(questions: list[dict[str, Any]], turn: int) -> list[dict[str, Any]]:
+    return [{**question, "seed": turn * len(questions) + i} for i, question in enumerate(questions)]
+
+
 async def measure(
     url: str, ways: dict[str, Way], questions: list[dict[str, Any]], concurrency: int, num_repeats: int
 ) -> dict[str, list[tuple[list[Done], float]]]:
@@ -164,10 +177,10 @@ async def measure(
     runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         for way in ways.values():
-            await run(client, way, questions[:concurrency], concurrency)  # warm up
+            await run(client, way, seeded(questions[:concurrency], num_repeats), concurrency)  # warm up
         for turn in range(num_repeats):
             for name, way in ways.items():
-                runs[name].append(await run(client, way, questions, concurrency))
+                runs[name].append(await run(client, way, seeded(questions, turn), concurrency))
                 print(f"repeat {turn + 1}, {name}: {runs[name][-1][1]:.1f} s", flush=True)
     return runs
 
@@ -188,6 +201,7 @@ def main() -> None:
     ways = {name: way for name, way in ways.items() if name == "whole thought" or not args.ways or name in args.ways}
     with TemporaryDirectory() as folder:
         options = ("--scheduler", "dynasor", "--max-running-requests", "64", "--max-total-tokens", "65536")
+        options += ("--enable-deterministic-inference",)  # it reads seeds
         server = Server(
             Path(folder) / "log", "--dtype", "float32", "--log-level", "error", *options, checkpoint=THINKER
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from sglang_dynasor.algorithms.long_cot import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled
+from sglang_dynasor.algorithms.long_cot import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled, may_settle
 from sglang_dynasor.allocation import votes_needed
 from sglang_dynasor.answers import answer_key, read_answer
 from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
@@ -260,6 +260,11 @@ class Program:
                 self._stop_if_used_up()
         if index != self.speaker:
             self._stop_if_certain()
+
+    def may_close(self, index: int) -> bool:
+        """Whether the next trial of branch `index` could close its thought; among several chains each could, by their votes."""
+        thought = self.spec.thought
+        return thought is not None and (self.spec.branches > 1 or may_settle(self.branches[index].trials, thought))
 
     def see_trial(self, index: int, trial: Trial) -> bool:
         """Branch `index` was asked for its answer. Returns whether its thought is to be closed now.

@@ -11,7 +11,7 @@ import pytest
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.admission import Admission, computes_prompt
 from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, go_on_from, set_tag
-from sglang_dynasor.engine.controller import Controller, LiveProgram
+from sglang_dynasor.engine.controller import WAVE_STEPS, Controller, LiveProgram
 from sglang_dynasor.engine.teller import TOLD_RID
 from sglang_dynasor.program import Program
 from sglang_dynasor.spec import parse_field
@@ -120,6 +120,35 @@ def test_a_leader_goes_first_whenever_nobody_holds_the_prompt(
     assert started == expected
     assert made.promised.get(live, 0) == 4 - expected[0]
     assert live.is_prompt_cached is (expected == [4])
+
+
+@pytest.mark.parametrize(
+    ("agree", "num_thoughts", "is_prefill_next", "num_steps"),
+    [
+        (2, 8, False, WAVE_STEPS),  # whatever it answers, the thought goes on
+        (1, 8, False, 2),  # it could close the thought
+        (1, 64, False, WAVE_STEPS),
+        (2, 8, True, 1),  # a pass comes anyway
+        (2, 1, False, 1),  # it holds up nobody
+    ],
+)
+def test_a_probe_waits_for_others(agree: int, num_thoughts: int, is_prefill_next: bool, num_steps: int) -> None:
+    """As long as that costs less than a prefill pass of its own."""
+    live = live_program(algorithm="long_cot", think_end="end", agree=agree)
+    probe, tag = request(), BranchTag(live, live.program.start_branch(), is_internal=True, is_probe=True)
+    live.probes[0] = probe
+    sent: list[Any] = []
+    controller: Any = SimpleNamespace(
+        admission=SimpleNamespace(num_thoughts=num_thoughts, num_probes=0, front={"a branch": None} if is_prefill_next else {}),
+        asked=[(probe, tag)], num_steps_asked=0, num_probe_waves=0, holds=lambda live: True,
+        _put_inside=lambda req, tag: sent.append(req),
+    )  # fmt: skip
+    for _ in range(num_steps - 1):
+        Controller._send_probes(controller)
+        assert not sent
+    Controller._send_probes(controller)
+    assert sent == [probe]
+    assert (controller.asked, controller.num_steps_asked, controller.num_probe_waves) == ([], 0, 1)
 
 
 def test_the_queue_is_opened_once_for_what_is_new_in_front() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from sglang_dynasor.algorithms.long_cot import (
     agreement,
     hesitates,
     is_settled,
+    may_settle,
     next_probe_tokens,
 )
 from sglang_dynasor.answers import is_complete
@@ -59,6 +61,28 @@ def trial(key: str | None, probability: float = 0.99, num_tokens: int = 10) -> T
 def test_a_thought_settles_by_agreement_and_probability(trials: Any, expected: bool) -> None:
     """Both are needed; the authors' code returned True on every path."""
     assert is_settled([trial(*t) for t in trials], THOUGHT) is expected
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["1", "2", None]), st.sampled_from([0.5, 0.99])), max_size=6), st.integers(1, 4)
+)
+def test_one_more_trial_could_settle_it_or_not(seen: list[tuple[str | None, float]], agree: int) -> None:
+    """Exactly where there is a trial that would; so it is for a program of one chain."""
+    thought, trials = replace(THOUGHT, agree=agree), [trial(*t) for t in seen]
+    expected = any(is_settled([*trials, trial(key)], thought) for key in ("1", "2"))
+    assert may_settle(trials, thought) is expected
+    program = chains(1, agree=agree)
+    program.branches[0].trials = trials
+    assert program.may_close(0) is expected
+
+
+def test_among_chains_each_trial_may_close_one() -> None:
+    """By what the others would answer."""
+    program = chains(4, stop="margin", branches=4)
+    program.see_trial(0, trial("7"))
+    program.see_trial(1, trial("7"))
+    assert program.may_close(2)
+    assert program.see_trial(2, trial("7"))
 
 
 @given(st.lists(st.sampled_from(["1", "2", None]), max_size=12), st.integers(1, 6))

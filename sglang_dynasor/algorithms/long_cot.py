@@ -56,6 +56,13 @@ def is_settled(trials: Sequence[Trial], thought: ThoughtSpec) -> bool:
     )
 
 
+def may_settle(trials: Sequence[Trial], thought: ThoughtSpec) -> bool:
+    """Whether one more trial could settle it: there are `thought.agree - 1` before it that agree, each confidently."""
+    num_before = thought.agree - 1
+    last = trials[max(0, len(trials) - num_before) :]
+    return len(last) == num_before and len({t.key for t in last}) <= 1 and all(is_confident(t, thought) for t in last)
+
+
 def next_probe_tokens(thought: ThoughtSpec, num_tokens: int, costs: Sequence[int], num_suffix_tokens: int) -> int:
     """The length in tokens, at least 1, from which on a thought is asked next.
 

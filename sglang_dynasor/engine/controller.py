@@ -59,8 +59,10 @@ from sglang_dynasor.spec import parse_field
 
 logger = logging.getLogger(__name__)
 
-WAVE_STEPS = 8  # that a probe waits for others at most, among many
-THOUGHTS_PER_WAVE_STEP = 4  # a pass holds up fewer where fewer think, and so is worth fewer steps of waiting
+WAVE_STEPS = 8  # that a probe waits for others at most
+THOUGHTS_PER_WAVE_STEP = (
+    4  # a pass holds up fewer where fewer think, and so is worth fewer steps of a thought to be closed
+)
 MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
 LEAD_TOKENS = 64  # of the prompt, that an answer may begin in
@@ -279,8 +281,6 @@ class Controller:
         due, self.due_probes = self.due_probes, []
         for tag in due:
             self.guarded(tag.live, lambda live, tag=tag: self._probe(live, tag))
-        if self.asked:
-            self._send_probes()
         try:
             self.admission.look(running_batch)
         except Exception as error:
@@ -291,6 +291,8 @@ class Controller:
                 if not any(live.in_flight()):
                     self.admission.order.stop_waiting(live.ticket)
                     self._start(live, live.program.num_unused)
+        if self.asked:  # last: they go with what was started
+            self._send_probes()
 
     def _start(self, live: LiveProgram, num_branches: int) -> None:
         """Make and queue branches."""
@@ -512,12 +514,16 @@ class Controller:
         return next_probe_tokens(thought, tag.num_thought_tokens, tag.probe_costs, num_suffix_tokens)
 
     def _send_probes(self) -> None:
-        """Queue the probes that were made, several at once: every prefill pass holds up all that decode."""
+        """Queue the probes that were made, several at once: every prefill pass holds up all that decode.
+
+        Where one of them could close its thought, waiting costs what is thought meanwhile.
+        """
         self.num_steps_asked += 1
         num_thoughts = self.admission.num_thoughts
         is_prefill_next = bool(self.admission.front)
         is_everybody = len(self.asked) + self.admission.num_probes >= num_thoughts
-        num_steps = min(WAVE_STEPS, num_thoughts // THOUGHTS_PER_WAVE_STEP)
+        is_urgent = any(tag.live.program.may_close(tag.index) for _, tag in self.asked)
+        num_steps = min(WAVE_STEPS, num_thoughts // THOUGHTS_PER_WAVE_STEP) if is_urgent else WAVE_STEPS
         if not (is_prefill_next or is_everybody or self.num_steps_asked >= num_steps):
             return
         asked, self.asked, self.num_steps_asked = self.asked, [], 0
