@@ -160,7 +160,7 @@ async def run(
         is_right = answer is not None and answer_key(answer) == str(question["answer"])
         return Done(is_right, num_tokens, num_probe_tokens, num_requests, took_s)
 
-    (await client.post("/flush_cache")).raise_for_status()
+    (await client.post("/flush_cache", params={"timeout": 30})).raise_for_status()  # once the last probes have left
     started = time.perf_counter()
     done = await asyncio.gather(*(one(question) for question in questions))
     return done, time.perf_counter() - started
@@ -175,7 +175,9 @@ async def measure(
 ) -> dict[str, list[tuple[list[Done], float]]]:
     """By way: its repeats, the ways in turns."""
     runs: dict[str, list[tuple[list[Done], float]]] = {name: [] for name in ways}
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    # The server closes what has been idle for 5 s; a request sent just then would be lost.
+    limits = httpx.Limits(keepalive_expiry=2)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         for way in ways.values():
             await run(client, way, seeded(questions[:concurrency], num_repeats), concurrency)  # warm up
         for turn in range(num_repeats):

@@ -347,15 +347,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--drop-at", type=float, default=1.5, help="SLOs of p90 beyond which higher rates are skipped")
     parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], metavar="WAY", help=f"some of {names}")
-    parser.add_argument("--processes", nargs="+", choices=["poisson", "bursty"], default=["poisson", "bursty"])
+    parser.add_argument("--processes", nargs="+", choices=["poisson", "bursty"], default=["poisson"])
     parser.add_argument("--traces", type=Path, default=Path(__file__).parents[2] / "shared" / "traces")
     parser.add_argument("--csv", type=Path, metavar="PREFIX")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     args = parser.parse_args()
     args.rates.sort()
     if "bursty" in args.processes and not (args.traces / TRACE).exists():
-        print(f"bursty arrivals are skipped: {TRACE} is not in {args.traces}; give its folder with --traces")
-        args.processes.remove("bursty")
+        parser.error(f"--processes bursty plays {TRACE}, which is not in {args.traces}; give its folder with --traces")
     ways = [way for way in WAYS if way is WAYS[0] or not args.ways or way.name in args.ways]  # fcfs gives the SLO
     facts = machine()
     bench = Bench(args)

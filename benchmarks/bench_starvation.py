@@ -100,7 +100,7 @@ def measure(way: Way, questions: list[dict[str, Any]], args: argparse.Namespace)
         "hard mean s": spread([mean(end.latency_s for end in run) for run in hard], 1),
         "easy p99 s": spread(easy_p99_s, 1),
         "most tokens overtaken": "-" if way.is_stock else max(end.overtaken_tokens for run in hard for end in run),
-        "bound": POOL_TOKENS if is_bounded else "-",
+        "patience": POOL_TOKENS if is_bounded else "-",
         "hard programs": len(hard[0]),
         "seconds": args.seconds,
         "repeats": args.repeats,

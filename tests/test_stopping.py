@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from math import log
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from sglang_dynasor.certaindex import answer_entropy, beta_certainty, entropy_ce
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.stopping import RULES, Evidence, parse_stop
 
+DOCS = Path(__file__).parents[1] / "docs" / "stopping.md"
 VOTES = st.lists(st.integers(1, 12), min_size=1, max_size=6).map(lambda c: tuple(sorted(c, reverse=True)))
 
 
@@ -221,3 +224,14 @@ def test_a_rule_is_short() -> None:
     assert parse_stop(" or ".join(["margin"] * 25)).parts
     with pytest.raises(FieldError, match=r"dynasor.stop has 308 characters; at most 256 are allowed"):
         parse_stop(" or ".join(["margin"] * 31) + "  ")
+
+
+def test_the_page_has_every_rule_with_its_levels() -> None:
+    """As the code has them."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*?) ?\| (.*?) ?\|$", DOCS.read_text(), re.MULTILINE)
+    told = {name: (levels, default) for name, levels, default in rows}
+    expected = {
+        name: (f"{rule.low:g} to {rule.high:g}", f"{rule.default:g}") if rule.high > rule.low else ("", "")
+        for name, rule in RULES.items()
+    }
+    assert told == expected

@@ -56,7 +56,7 @@ def program_stats(
     Args:
         program_index: [B] int: the program of each row, 0 to num_programs - 1; any other number is no program.
         answer_index: [B] int: rows of a program with the same number gave the same answer; -1 is no answer yet.
-        rewards: [B] float; NaN is no reward.
+        rewards: [B] float, finite; NaN is no reward. An infinite one makes the reward statistics of its program meaningless.
         num_programs: P.
         logits: [B, V] float32, bfloat16 or float16, contiguous along V; with `lse` and `entropy`.
         lse: [B] float32, of `row_stats`.
@@ -190,7 +190,7 @@ def _check(
         raise ValueError(f"temperature={temperature} must be at least {LEAST_TEMPERATURE:g}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # or it would be compiled for batches of one and of sixteens by themselves
 def _mixture_kernel(
     logits_ptr, vocab_size, stride_row, lse_ptr, program_index_ptr, at_answer_ptr, num_rows, parts_ptr,
     BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -212,7 +212,7 @@ def _mixture_kernel(
     tl.store(parts_ptr + program * tl.num_programs(1) + tl.program_id(1), part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _program_stats_kernel(
     program_index_ptr, answer_index_ptr, rewards_ptr, num_rows, inverse_temperature,
     num_votes_ptr, votes_ptr, reward_ptr, reward_weight_ptr,

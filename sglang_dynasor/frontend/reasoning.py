@@ -62,8 +62,7 @@ class Branch(ProgramState):
     @property
     def is_idle(self) -> bool:
         """Whether it has begun and generates nothing now, but may yet vote."""
-        is_open = self.index is not None and not self.is_counted and not self.ended
-        return is_open and not self.is_under_way
+        return self._is_open and not self.is_under_way
 
     @property
     def is_under_way(self) -> bool:
@@ -73,8 +72,11 @@ class Branch(ProgramState):
     @property
     def has_failed(self) -> bool:
         """Whether it will never vote, by something else than a generation: that is told by `fail`."""
-        is_open = self.index is not None and not self.is_counted and not self.ended
-        return is_open and self.stream_executor.error_ is not None
+        return self._is_open and self.stream_executor.error_ is not None
+
+    @property
+    def _is_open(self) -> bool:
+        return self.index is not None and not self.is_counted and not self.ended
 
     @property
     def answer(self) -> str | None:
