@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from math import comb, log
+from operator import mul
 
 PRIOR = 0.5  # Jeffreys' Dirichlet prior on each answer seen, on one unseen answer, and on abstention
 
@@ -68,12 +69,12 @@ def overtake_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> f
         if lead > num_left:
             continue
         rival = _rising(votes + PRIOR, num_left)
-        rest = _rising(total_alpha - first - votes - 2 * PRIOR, num_left)
+        others = _rising(total_alpha - first - votes - 2 * PRIOR, num_left)[::-1]  # by what they leave to these two
         overtaken = 0.0
         for y1 in range((num_left - lead) // 2 + 1):
-            for yj in range(y1 + lead, num_left - y1 + 1):
-                weight = 0.5 if yj - y1 == lead else 1.0
-                overtaken += weight * leader[y1] * rival[yj] * rest[num_left - y1 - yj]
+            tie = y1 + lead  # votes of the rival at which it is level
+            ahead = sum(map(mul, rival[tie : num_left - y1 + 1], others[y1 + tie :]))
+            overtaken += leader[y1] * (ahead - rival[tie] * others[y1 + tie] / 2)
         risk += multiplicity * overtaken / norm
     return min(1.0, risk)
 

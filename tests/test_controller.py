@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from sglang_dynasor.algorithms.long_cot import Trial
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine import controller as controller_module
 from sglang_dynasor.engine.admission import Admission, computes_prompt
-from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, go_on_from, set_tag
+from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, go_on_from, set_tag, tag_of
 from sglang_dynasor.engine.controller import WAVE_STEPS, Controller, LiveProgram
+from sglang_dynasor.engine.retraction import retract_whole
 from sglang_dynasor.engine.teller import TOLD_RID
 from sglang_dynasor.program import Program
 from sglang_dynasor.spec import parse_field
@@ -24,7 +27,7 @@ class Stand(SimpleNamespace):
 
 
 def request(num_output_tokens: int = 0, **fields: Any) -> Any:
-    given: dict[str, Any] = {
+    given: dict[str, Any] = {"rid": "r",
         "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None,
         "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
         "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
@@ -80,6 +83,7 @@ def test_a_retracted_branch_that_was_ending_is_not_computed_again(is_ending: boo
         ),
         on_output=lambda reqs: happened.append(("left", reqs[0].finished_reason)),
         admission=SimpleNamespace(put_in_front=lambda req: happened.append("queued")),
+        _end_probe=lambda live, index: None,
     )
     Controller._take_back(controller, req)
     if is_ending:
@@ -88,6 +92,90 @@ def test_a_retracted_branch_that_was_ending_is_not_computed_again(is_ending: boo
         assert isinstance(reason, FINISH_ENDED)
     else:
         assert happened == ["queued"]
+
+
+@pytest.mark.parametrize("is_probe", [True, False])
+def test_what_asks_a_thought_does_not_come_back(is_probe: bool) -> None:
+    """Neither a probe that was retracted nor that of a branch that was: what it was to read may be gone."""
+    live = live_program()
+    req = branch(live, num_output_tokens=7)
+    probe = request()
+    set_tag(probe, BranchTag(live, 0, is_internal=True, is_probe=True))
+    live.probes[0] = probe
+    for each in (req, probe):
+        each.kv, each.cached_tokens = SimpleNamespace(holds_kv=False, holds_mamba=False), 0
+        each.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
+    queued: list[Any] = []
+    left: list[Any] = []
+    controller: Any = SimpleNamespace(
+        scheduler=SimpleNamespace(
+            waiting_queue=[], chunked_req=None, _release_aborted_request=lambda req: None,
+            _prefetch_kvcache=lambda req: None, processed_tokens_counter=0,
+        ),
+        on_output=left.extend, admission=SimpleNamespace(put_in_front=queued.append),
+    )  # fmt: skip
+    controller._generated = lambda req, num: num
+    controller._end = lambda req: Controller._end(controller, req)
+    controller._end_probe = lambda live, index: Controller._end_probe(controller, live, index)
+    Controller._take_back(controller, probe if is_probe else req)
+    assert not live.probes
+    if is_probe:
+        assert left == [probe]
+        assert not queued
+    else:
+        assert queued == [req]
+        assert isinstance(probe.to_finish, FINISH_ENDED)  # it leaves with the step under way
+
+
+@pytest.mark.parametrize("is_aside", [True, False])
+def test_a_probe_that_is_retracted_does_not_take_its_program_along(is_aside: bool) -> None:
+    """A branch does: the siblings would hold memory and come to no decision."""
+    live, plain = live_program(), request()
+    chain, sibling, probe = branch(live), branch(live), request()
+    set_tag(probe, BranchTag(live, 0, is_internal=True, is_probe=True))
+    released: list[int] = []
+
+    def keep(keep_indices: list[int]) -> None:
+        batch.reqs = [batch.reqs[i] for i in keep_indices]
+
+    batch = SimpleNamespace(release_req=lambda index, num: released.append(index) or True, filter_batch=keep)
+    if is_aside:
+        batch.reqs, gone = [plain, chain, sibling], probe
+    else:
+        batch.reqs, gone = [plain, chain, probe], sibling
+    retracted, _, _ = retract_whole(batch, [gone], 0.5, [])
+    assert retracted == ([probe] if is_aside else [sibling, chain, probe])
+    assert batch.reqs == ([plain, chain, sibling] if is_aside else [plain])
+
+
+# Probes
+
+
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_a_thought_that_has_ended_by_itself_is_not_closed(has_ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its trial was computed: it is writing its answer."""
+    live = live_program(algorithm="long_cot", think_end="end", agree=1, exit="trial:0.9")
+    chain, probe = branch(live, num_output_tokens=30), request(2)
+    aside = BranchTag(live, 0, is_internal=True, is_probe=True, num_thought_tokens=20)
+    set_tag(probe, aside)
+    live.reqs[0], live.probes[0] = chain, probe
+    probe.cached_tokens = 100
+    tag = tag_of(chain)
+    assert tag is not None
+    tag.probe_at = 25
+    monkeypatch.setattr(controller_module, "has_ended", lambda req, tokens, since: has_ended and since == 20)
+    monkeypatch.setattr(controller_module, "read_trial", lambda *args: Trial("7", "7", 0.99, 20))
+    closed: list[int] = []
+    controller: Any = SimpleNamespace(
+        num_probe_tokens_read=0, num_probe_tokens_cached=0, admission=SimpleNamespace(num_thoughts=1),
+        holds=lambda live: True, _next_probe=lambda live, tag: 40, _end_rest=lambda live, spared: None,
+        _thought_tokens=lambda live: SimpleNamespace(new_line=(), end=(0,)),
+        _close=lambda live, index, chain, num_tokens: closed.append(num_tokens),
+    )  # fmt: skip
+    controller._stop_asking = lambda tag: Controller._stop_asking(controller, tag)
+    Controller._settle_probe(controller, live, 0, probe)
+    assert closed == ([] if has_ended else [20])
+    assert (tag.probe_at, controller.admission.num_thoughts) == ((0, 0) if has_ended else (40, 1))
 
 
 # The line
@@ -139,8 +227,8 @@ def test_a_probe_waits_for_others(agree: int, num_thoughts: int, is_prefill_next
     live.probes[0] = probe
     sent: list[Any] = []
     controller: Any = SimpleNamespace(
-        admission=SimpleNamespace(num_thoughts=num_thoughts, num_probes=0, front={"a branch": None} if is_prefill_next else {}),
-        asked=[(probe, tag)], num_steps_asked=0, num_probe_waves=0, holds=lambda live: True,
+        admission=SimpleNamespace(num_thoughts=num_thoughts, num_probes=0, is_pass_due=is_prefill_next),
+        asked=[(probe, tag)], num_steps_asked=0, num_probe_waves=0,
         _put_inside=lambda req, tag: sent.append(req),
     )  # fmt: skip
     for _ in range(num_steps - 1):
@@ -149,6 +237,30 @@ def test_a_probe_waits_for_others(agree: int, num_thoughts: int, is_prefill_next
     Controller._send_probes(controller)
     assert sent == [probe]
     assert (controller.asked, controller.num_steps_asked, controller.num_probe_waves) == ([], 0, 1)
+
+
+def test_a_probe_that_nobody_waits_for_is_not_sent() -> None:
+    """Its program has ended, or its thought was retracted."""
+    live = live_program(algorithm="long_cot", think_end="end")
+    tag = BranchTag(live, live.program.start_branch(), is_internal=True, is_probe=True)
+    sent: list[Any] = []
+    controller: Any = SimpleNamespace(
+        admission=SimpleNamespace(num_thoughts=1, num_probes=0, is_pass_due=True),
+        asked=[(request(), tag)], num_steps_asked=3, num_probe_waves=0, _put_inside=lambda req, tag: sent.append(req),
+    )  # fmt: skip
+    Controller._send_probes(controller)
+    assert (sent, controller.asked, controller.num_steps_asked, controller.num_probe_waves) == ([], [], 0, 0)
+
+
+def test_probes_go_before_branches() -> None:
+    """A branch that does not fit would hold them up, and with them what gives memory back."""
+    made, _ = admission()
+    live = live_program()
+    first, second, probe = branch(live), branch(live), request()
+    set_tag(probe, BranchTag(live, 0, is_internal=True, is_probe=True))
+    for req in (first, second, probe):
+        made.put_in_front(req)
+    assert made.scheduler.waiting_queue == [probe, first, second]
 
 
 def test_the_queue_is_opened_once_for_what_is_new_in_front() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from sglang_dynasor.algorithms.long_cot import (
     next_probe_tokens,
 )
 from sglang_dynasor.answers import is_complete
+from sglang_dynasor.engine import front
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.program import BranchState, Program, StopReason
@@ -302,12 +304,41 @@ def test_the_end_of_a_thought_is_the_model_s_own() -> None:
     with pytest.raises(FieldError, match="send probe_suffix"):
         thought_tokens(bare, "regex:(.)", made({"</think>"}))
     own = ThoughtSpec(3, 0.9, 0, 8, suffix="so:", end="done")
-    assert thought_tokens(own, "regex:(.)", made(set()))[2:4] == ("so:", "done")
+    assert thought_tokens(own, r"regex:(\d)", made(set()))[2:4] == ("so:", "done")
     waits = ThoughtSpec(3, 0.9, 0, 8, end="done", word="wait")
     assert thought_tokens(waits, "hash", made(set())).word_ends == {ord("t")}
     silent = Tokenizer(**{**vars(tokenizer_of(set())), "encode": lambda text, add_special_tokens: []})
     with pytest.raises(FieldError, match="probe_suffix is no token"):
         thought_tokens(own, "hash", silent)
+    with pytest.raises(FieldError, match="is white space"):
+        thought_tokens(replace(bare, end="\n\n"), "hash", made(set()))
+
+
+@pytest.mark.parametrize(
+    ("extractor", "suffix", "is_answered"),
+    [
+        ("choice", "with (A) or (B). My answer is (", True),
+        ("choice", "My answer is (", False),
+        ("number", "For question 7 the answer is ", True),
+        ("number", "The answer is ", False),
+        (r"regex:(\d+)", "Of question 7: ", True),
+        ("boxed", "As \\boxed{}: \\boxed{", True),
+        ("boxed", "\\boxed{", False),
+        ("auto", "\\boxed{", False),
+        ("hash", "#### 1", True),
+        ("hash", "####", False),
+        ("last_line", "So it is ", False),
+    ],
+)
+def test_a_suffix_may_only_ask(extractor: str, suffix: str, is_answered: bool) -> None:
+    """One that has an answer in it would give that one in every trial, and close the thought by it."""
+    thought = ThoughtSpec(3, 0.9, 0, 8, suffix=suffix, end="</think>")
+    tokenizer = Tokenizer(**vars(tokenizer_of(set())))
+    if is_answered:
+        with pytest.raises(FieldError, match="has an answer in it already"):
+            thought_tokens(thought, extractor, tokenizer)
+    else:
+        assert thought_tokens(thought, extractor, tokenizer).lead == suffix
 
 
 # In the real engine
@@ -536,6 +567,20 @@ def test_without_a_radix_cache_thoughts_are_refused(start_engine: Any) -> None:
     with pytest.raises((ValueError, HTTPException), match="--disable-radix-cache"):
         ask(engine, QUESTIONS[0], FIELD)
     assert ask(engine, QUESTIONS[0], {"answer": "hash", "branches": 2}, temperature=1.0)["text"]
+
+
+@pytest.mark.parametrize("is_stripped", [True, False])
+def test_thoughts_that_the_cache_does_not_keep_are_refused(monkeypatch: pytest.MonkeyPatch, is_stripped: bool) -> None:
+    """SGLang would free KV that probes have published."""
+    monkeypatch.setattr(front, "get_serving", lambda: SimpleNamespace(strip_thinking_cache=is_stripped))
+    monkeypatch.setattr(front, "get_memory", lambda: SimpleNamespace(disable_radix_cache=False))
+    manager, request = (
+        SimpleNamespace(tokenizer=Tokenizer(**vars(tokenizer_of(set())))),
+        SimpleNamespace(return_logprob=False),
+    )
+    expected = pytest.raises(FieldError, match="--strip-thinking-cache") if is_stripped else nullcontext()
+    with expected:
+        front._check_thought(parse_field(FIELD, 64), request, {}, manager)  # type: ignore[arg-type]
 
 
 @pytest.mark.engine

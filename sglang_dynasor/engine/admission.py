@@ -111,8 +111,9 @@ class Admission:
     # SGLang's queue
 
     def put_in_front(self, req: Req) -> None:
-        """Queue a branch behind ours and before all others."""
-        self.scheduler.waiting_queue.insert(len(self.front), req)
+        """Queue a branch behind ours and before all others; a probe before ours: it is small, and what it finds frees memory."""
+        tag = tag_of(req)
+        self.scheduler.waiting_queue.insert(0 if tag is not None and tag.is_probe else len(self.front), req)
         self.front[req] = None
         self._is_front_new = True
 
@@ -131,6 +132,11 @@ class Admission:
             sort_plain(waiting_queue, *args, **kwargs)
         finally:
             waiting_queue[:0] = ours
+
+    @property
+    def is_pass_due(self) -> bool:
+        """Whether SGLang is about to make a prefill pass for us: something is new in front, or a prompt half computed."""
+        return self._is_front_new or self.scheduler.chunked_req is not None
 
     def open_batch(self, running_batch: ScheduleBatch) -> None:
         """Let SGLang read its queue for what was put in front: that the batch was full spoke of others, for ours room is kept.

@@ -42,6 +42,7 @@ from sglang_dynasor.engine.probe import (
     ThoughtTokens,
     closed,
     cost_tokens,
+    has_ended,
     is_answered,
     make_probe,
     read_trial,
@@ -215,7 +216,13 @@ class Controller:
             enqueue(req, is_retracted)
 
     def _take_back(self, req: Req) -> None:
-        """One of our own was retracted: it comes back before new work, unless it was ending with that very step."""
+        """One of our own was retracted: it comes back before new work, unless it was ending with that very step.
+
+        What asks a thought does not: the KV that it is to read may be gone.
+        """
+        tag = tag_of(req)
+        if tag is not None:
+            self._end_probe(tag.live, tag.index)
         if isinstance(req.to_finish, FINISH_ENDED):
             req.finished_reason, req.to_finish = req.to_finish, None
             self.scheduler._release_aborted_request(req)
@@ -308,10 +315,10 @@ class Controller:
             tag = BranchTag(live, live.program.start_branch(), is_internal=True)
             if thought is not None and self._may_probe:
                 tag.probe_at = self._next_probe(live, tag)
-                self.admission.num_thoughts += 1
-            live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
+            req = live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self._new_rid(), tag)
+            self.admission.num_thoughts += tag.probe_at > 0
             self._charge(tag, expected_tokens)
-            self._put_inside(live.reqs[tag.index], tag)
+            self._put_inside(req, tag)
 
     def _new_rid(self) -> str:
         # SGLang aborts by prefix of the rid: no client's rid is a prefix of this one, nor one branch's of another's.
@@ -490,12 +497,11 @@ class Controller:
         if req.finished() or req.to_finish is not None or not req.kv.holds_kv or tag.index in live.probes:
             return  # it comes by again with the next step
         tokens, num_tokens = self._thought_tokens(live), len(req.output_ids)
-        recent = req.output_ids[max(0, tag.num_thought_tokens - len(tokens.end)) :]
-        tag.num_thought_tokens = num_tokens
-        tag.probe_at = self._next_probe(live, tag)
-        if tokens.mark in self.scheduler.tokenizer.decode(list(recent)):
+        if has_ended(req, tokens, tag.num_thought_tokens):
             self._stop_asking(tag)  # it is writing its answer
             return
+        tag.num_thought_tokens = num_tokens
+        tag.probe_at = self._next_probe(live, tag)
         aside = BranchTag(live, tag.index, is_internal=True, is_probe=True, num_thought_tokens=num_tokens)
         is_line_end = req.output_ids[-1] in self.reader.line_ends
         probe = make_probe(self.scheduler, req, tokens, self._new_rid(), aside, is_line_end=is_line_end)
@@ -518,9 +524,14 @@ class Controller:
 
         Where one of them could close its thought, waiting costs what is thought meanwhile.
         """
+        # Not what its program has ended or retracted meanwhile.
+        self.asked = [(probe, tag) for probe, tag in self.asked if tag.live.probes.get(tag.index) is probe]
+        if not self.asked:
+            self.num_steps_asked = 0
+            return
         self.num_steps_asked += 1
         num_thoughts = self.admission.num_thoughts
-        is_prefill_next = bool(self.admission.front)
+        is_prefill_next = self.admission.is_pass_due
         is_everybody = len(self.asked) + self.admission.num_probes >= num_thoughts
         is_urgent = any(tag.live.program.may_close(tag.index) for _, tag in self.asked)
         num_steps = min(WAVE_STEPS, num_thoughts // THOUGHTS_PER_WAVE_STEP) if is_urgent else WAVE_STEPS
@@ -528,9 +539,8 @@ class Controller:
             return
         asked, self.asked, self.num_steps_asked = self.asked, [], 0
         self.num_probe_waves += 1
-        for probe, tag in asked:
-            if self.holds(tag.live) and tag.live.probes.get(tag.index) is probe:  # nothing has ended meanwhile
-                self._put_inside(probe, tag)
+        for probe, tag in reversed(asked):
+            self._put_inside(probe, tag)
 
     def _stop_asking(self, tag: BranchTag) -> None:
         if tag.probe_at:
@@ -556,7 +566,12 @@ class Controller:
             return
         if isinstance(req.finished_reason, FINISH_ABORT):
             return
-        if (asked := tag_of(chain)) is not None and asked.probe_at:
+        asked = tag_of(chain)
+        assert asked is not None
+        if has_ended(chain, tokens, tag.num_thought_tokens):
+            self._stop_asking(asked)
+            return
+        if asked.probe_at:
             asked.probe_costs.append(cost)
             asked.probe_at = self._next_probe(live, asked)
         trial = read_trial(req, tag, tokens, program.spec.answer)

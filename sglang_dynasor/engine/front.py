@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.runtime_context import get_exec, get_memory
+from sglang.srt.runtime_context import get_exec, get_memory, get_serving
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.flag import config_of
@@ -130,6 +130,11 @@ def _check_thought(spec: ProgramSpec, obj: GenerateReqInput, params: dict[str, A
         raise FieldError(
             "dynasor.algorithm='long_cot' on a server without radix cache (--disable-radix-cache, or SGLang turned it off): probes would compute the whole "
             "thought again; use another algorithm"
+        )
+    if get_serving().strip_thinking_cache:
+        raise FieldError(
+            "dynasor.algorithm='long_cot' on a server with --strip-thinking-cache: probes read thoughts from the cache; "
+            "use another algorithm, or leave that option out"
         )
     constraint = next((key for key in ("json_schema", "regex", "ebnf", "structural_tag") if params.get(key)), None)
     if constraint is not None or obj.return_logprob:

@@ -71,6 +71,10 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
                 "send think_end, such as '</think>'"
             )
         end = f"{mark}\n\n"
+    elif not end.strip():
+        raise FieldError(
+            f"dynasor.think_end={end!r} is white space, which is in any thought; send what ends one, such as '</think>'"
+        )
     if not suffix:
         if extractor not in LEADS:
             raise FieldError(
@@ -78,6 +82,11 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
                 "send probe_suffix"
             )
         suffix = end + LEADS[extractor]
+    if _holds_answer(suffix, extractor):
+        raise FieldError(
+            f"dynasor.probe_suffix={suffix!r} has an answer in it already, as dynasor.answer={extractor!r} reads it: every trial would "
+            "give that one; send a text that only asks"
+        )
     ids = {
         key: tuple(tokenizer.encode(text, add_special_tokens=False))
         for key, text in (("probe_suffix", suffix), ("think_end", end))
@@ -88,6 +97,12 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
     new_line = () if word else tuple(tokenizer.encode("\n", add_special_tokens=False))
     word_ends = _word_ends(word, tokenizer) if word else frozenset[int]()
     return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line, word_ends)
+
+
+def _holds_answer(suffix: str, extractor: str) -> bool:
+    """Whether a trial's answer could be read out of the suffix; what reads the last line finds something in any text."""
+    is_found = extractor not in ("auto", "last_line") and extract_answer(suffix, extractor) is not None
+    return is_found or is_complete(suffix, "", extractor)
 
 
 def _word_ends(word: str, tokenizer: Any) -> frozenset[int]:
@@ -105,6 +120,11 @@ def says(req: Req, word: str) -> bool:
 
 def _tokenizer(req: Req) -> Any:
     return req.tokenizer
+
+
+def has_ended(req: Req, tokens: ThoughtTokens, since: int) -> bool:
+    """Whether `req` has ended its thought by itself, in what it has said since it had `since` tokens."""
+    return tokens.mark in _tokenizer(req).decode(list(req.output_ids[max(0, since - len(tokens.end)) :]))
 
 
 def make_probe(

@@ -25,9 +25,10 @@ def retract_whole(
 ) -> tuple[list[Any], float, list[Any]]:
     """Retract the siblings of retracted branches too, unless nothing else would run.
 
-    A program without some of its branches holds memory and comes to no decision.
+    A program without some of its branches holds memory and comes to no decision. It does without what asks about one.
     """
-    lives = {id(tag.live) for req in retracted if (tag := tag_of(req)) is not None and tag.is_internal}
+    tags = [tag_of(req) for req in retracted]
+    lives = {id(tag.live) for tag in tags if tag is not None and tag.is_internal and not tag.is_aside}
     if not lives:
         return retracted, ratio, aborted
     assert_same("dynasor retracts the siblings of %s", [req.rid for req in retracted])
