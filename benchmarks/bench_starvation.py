@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-from bench_online import ENGINE, WAYS, Way, draw, solve
-from forked import REASONER, forked_engine
+from bench_online import ENGINE, SAMPLING, WAYS, Way, draw, solve
+from forked import REASONER, flush, forked_engine
 from machine import machine
 from open_loop import in_turn, play, poisson
 from rows import percentile, spread, write_rows
@@ -66,14 +66,14 @@ def sustained(engine: Any, way: Way, questions: list[dict[str, Any]]) -> float:
 
 def overload(engine: Any, way: Way, arrivals: list[Arrival]) -> list[Ended]:
     """Play the arrivals on a drained engine with empty caches."""
-    engine.flush_cache()
+    flush(engine)
 
     async def send(index: int, due: float) -> Ended:
         arrival = arrivals[index]
         if not arrival.is_hard or way.is_stock:
             cap = HARD_CAP if arrival.is_hard else CAP
             return Ended(arrival.is_hard, (await solve(engine, way, arrival.question, due, cap)).latency_s, 0)
-        out = await engine.async_generate(arrival.question["prompt"], program_params(HARD_CAP, stop="never"))
+        out = await engine.async_generate(arrival.question["prompt"], program_params(HARD_CAP, stop="never") | SAMPLING)
         overtaken_tokens = out["meta_info"]["dynasor"].get("overtaken_tokens", 0)
         return Ended(True, time.perf_counter() - due, overtaken_tokens)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from forked import REASONER, forked_engine
+from forked import REASONER, flush, forked_engine
 from machine import machine
 from rows import write_rows
 
@@ -23,7 +23,7 @@ NUM_BRANCHES, NUM_TOKENS = 64, 128
 
 
 def seconds(engine: Any, prompt: str, **field: Any) -> float:
-    engine.flush_cache()
+    flush(engine)
     params: dict[str, Any] = {
         "temperature": 1.7,
         "max_new_tokens": NUM_TOKENS,

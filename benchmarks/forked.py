@@ -34,6 +34,17 @@ def forked_engine(**options: Any) -> Iterator[Any]:
         _end(engine)
 
 
+def flush(engine: Any) -> None:
+    """Empty an engine's caches, once what has been answered has left it too.
+
+    Raises:
+        RuntimeError: something still runs after half a minute.
+    """
+    done = engine.loop.run_until_complete(engine.tokenizer_manager.flush_cache(timeout_s=30))
+    if not done.success:
+        raise RuntimeError(f"the cache cannot be flushed: {done.message}")
+
+
 def _end(engine: Any) -> None:
     """End this engine's processes. Its own shutdown would kill every child here, and with them other engines."""
     from sglang.srt.utils import kill_process_tree

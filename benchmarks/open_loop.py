@@ -18,9 +18,9 @@ TRACE = "arrivals_azure2023_code.csv.gz"  # the gaps between its arrivals vary 1
 
 
 def poisson(rate: float, num: int, seed: int) -> list[float]:
-    """Times of `num` arrivals in seconds, `rate` of them per second on average, the first at 0."""
+    """Times of `num` arrivals in seconds, the first at 0, stretched so that their own mean rate is `rate`."""
     rng = random.Random(seed)
-    return [0.0, *accumulate(rng.expovariate(rate) for _ in range(num - 1))]
+    return _stretched([rng.expovariate(1) for _ in range(num - 1)], rate)
 
 
 def recorded(rate: float, num: int, seed: int, trace: Path) -> list[float]:
@@ -28,8 +28,11 @@ def recorded(rate: float, num: int, seed: int, trace: Path) -> list[float]:
     with gzip.open(trace) as raw:
         times = [float(row["t_s"]) for row in csv.DictReader(io.TextIOWrapper(raw))]
     first = random.Random(seed).randrange(len(times) - num + 1)
-    gaps = [later - earlier for earlier, later in pairwise(times[first : first + num])]
-    stretch = (num - 1) / rate / sum(gaps)
+    return _stretched([later - earlier for earlier, later in pairwise(times[first : first + num])], rate)
+
+
+def _stretched(gaps: list[float], rate: float) -> list[float]:
+    stretch = len(gaps) / rate / sum(gaps) if gaps else 0.0
     return [0.0, *accumulate(gap * stretch for gap in gaps)]
 
 

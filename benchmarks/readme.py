@@ -14,9 +14,10 @@ COMMANDS = {
     "passthrough": "make bench",
     "statistics": "python benchmarks/bench_statistics.py --num-questions 128",
     "statistics_overhead": "make bench",
-    "online": "python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
-    "online_points": "python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
-    "online_bursty": 'python benchmarks/bench_online.py --processes bursty --rates 0.3 0.9 1.3 1.8 --ways "+gang +certainty" all',
+    "online": "git checkout fcffdb7; python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
+    "online_points": "git checkout fcffdb7; python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
+    "online_bursty": "git checkout db3a941; python benchmarks/bench_online.py --processes bursty --rates 0.3 0.9 1.3 1.8 "
+    '--ways "+gang +certainty" all',
     "starvation": "python benchmarks/bench_starvation.py --seconds 20 --repeats 2",
     "policy_overhead": "make bench",
     "kernels": "python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv",

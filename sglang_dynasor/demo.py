@@ -109,7 +109,8 @@ def read_record(question: dict[str, Any], record: dict[str, Any], latency_s: flo
     """What a program's record says."""
     answer = None if record["answer"] is None else answer_key(record["answer"])
     is_right = answer == str(question["answer"])
-    return Solved(answer, is_right, record["num_tokens"], record["num_branches"], latency_s, record["certaindex"])
+    num_tokens = record["num_tokens"] + record.get("num_judge_tokens", 0) + record.get("num_probe_tokens", 0)
+    return Solved(answer, is_right, num_tokens, record["num_branches"], latency_s, record["certaindex"])
 
 
 def solve_stock(engine: Any, question: dict[str, Any], num_samples: int) -> Solved:
