@@ -27,8 +27,13 @@ install: .venv/installed
 demo: install
 	$(BIN)/sglang-dynasor demo
 
+# The examples mostly wait for one core, so what needs no engine runs beside them.
 test: install
-	$(BIN)/python -m pytest
+	@mkdir -p .pytest_cache
+	$(BIN)/python -m pytest -m "not engine" > .pytest_cache/unit.log 2>&1 & unit=$$!; \
+		$(BIN)/python -m pytest tests/test_examples.py; examples=$$?; \
+		wait $$unit; unit=$$?; cat .pytest_cache/unit.log; [ $$unit = 0 ] && [ $$examples = 0 ]
+	$(BIN)/python -m pytest -m engine --ignore=tests/test_examples.py
 
 lint: install
 	$(BIN)/ruff check .
