@@ -135,9 +135,8 @@ async def ask(client: httpx.AsyncClient, text: str, num_tokens: int) -> tuple[Tr
     out = await generate(client, text, params, return_logprob=True)
     meta = out["meta_info"]
     logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
-    if isinstance(
-        meta["finish_reason"].get("matched"), int
-    ):  # that it stops there is no part of the answer, as in the engine
+    # As in the engine, that it stops there is no part of the answer.
+    if isinstance(meta["finish_reason"].get("matched"), int):
         logprobs = logprobs[:-1]
     answer = None if hesitates(out["text"]) else extract_answer("####" + out["text"], "hash")
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0

@@ -252,6 +252,19 @@ def test_a_probe_that_nobody_waits_for_is_not_sent() -> None:
     assert (sent, controller.asked, controller.num_steps_asked, controller.num_probe_waves) == ([], [], 0, 0)
 
 
+def test_a_pass_is_due_for_what_is_new() -> None:
+    """Or for the rest of a prompt; not for a branch that did not fit when SGLang looked."""
+    made, _ = admission()
+    made.scheduler.chunked_req = None
+    assert not made.is_pass_due
+    made.put_in_front(branch(live_program()))
+    assert made.is_pass_due
+    made.open_batch(SimpleNamespace(batch_is_full=False))  # type: ignore[arg-type]
+    assert not made.is_pass_due
+    made.scheduler.chunked_req = request()
+    assert made.is_pass_due
+
+
 def test_probes_go_before_branches() -> None:
     """A branch that does not fit would hold them up, and with them what gives memory back."""
     made, _ = admission()

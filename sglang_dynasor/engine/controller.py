@@ -61,9 +61,7 @@ from sglang_dynasor.spec import parse_field
 logger = logging.getLogger(__name__)
 
 WAVE_STEPS = 8  # that a probe waits for others at most
-THOUGHTS_PER_WAVE_STEP = (
-    4  # a pass holds up fewer where fewer think, and so is worth fewer steps of a thought to be closed
-)
+THOUGHTS_PER_WAVE_STEP = 4  # that could be closed: a pass holds up fewer where fewer think, and is worth less waiting
 MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
 TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
 LEAD_TOKENS = 64  # of the prompt, that an answer may begin in
