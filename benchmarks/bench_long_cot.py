@@ -29,10 +29,10 @@ from machine import machine
 from rows import write_rows
 from server import Server
 
-from sglang_dynasor.algorithms.long_cot import Trial, hesitates, is_settled
-from sglang_dynasor.answers import answer_key, extract_answer
 from sglang_dynasor.demo import read_questions, show
-from sglang_dynasor.spec import parse_field
+from sglang_dynasor.policy.answers import answer_key, extract_answer
+from sglang_dynasor.policy.spec import parse_field
+from sglang_dynasor.policy.thought import Trial, hesitates, is_settled
 
 THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"

@@ -22,9 +22,9 @@ from typing import Any
 
 import zstandard
 
-from sglang_dynasor.program import Program
-from sglang_dynasor.spec import ProgramSpec
-from sglang_dynasor.stopping import StopRule, parse_stop
+from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.rules import StopRule, parse_stop
+from sglang_dynasor.policy.spec import ProgramSpec
 
 RULES = ("entropy", "window", "beta", "margin", "predictive:0.02", "predictive:0.05")
 NUM_ORDERS = 40

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sglang_dynasor.answers import answer_key, extract_answer
+from sglang_dynasor.policy.answers import answer_key, extract_answer
 
 MAX_NEW_TOKENS = 200
 CONCURRENCY, ROWS = 32, 128  # questions under way at once, in so many rows: a busy engine, as savings come with load

@@ -17,8 +17,8 @@ from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.reasoning import warn_once
 from sglang_dynasor.frontend.seat import check_seed
-from sglang_dynasor.program import StopReason
-from sglang_dynasor.spec import parse_field
+from sglang_dynasor.policy.program import StopReason
+from sglang_dynasor.policy.spec import parse_field
 
 _SHOWN_CHARS = 40  # of a question in the table
 

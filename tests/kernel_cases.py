@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sglang_dynasor.certaindex import entropy_certaindex
+from sglang_dynasor.policy.certaindex import entropy_certaindex
 from sglang_dynasor_kernels import program_stats, program_stats_ref, row_stats, row_stats_ref
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"

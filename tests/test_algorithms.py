@@ -19,8 +19,8 @@ from sglang_dynasor.algorithms.rebase import Rebase, shares
 from sglang_dynasor.algorithms.self_consistency import SelfConsistency
 from sglang_dynasor.algorithms.tree import ROOT, Algorithm, Reason, Sample
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.spec import parse_field
-from sglang_dynasor.stopping import parse_stop
+from sglang_dynasor.policy.rules import parse_stop
+from sglang_dynasor.policy.spec import parse_field
 
 Sampler = Callable[[int], Sample]  # of the node's depth
 NAMES = ("self_consistency", "best_of_n", "rebase", "mcts", "beam")

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.allocation import fair_share, votes_needed
-from sglang_dynasor.program import BranchState, Program
-from sglang_dynasor.spec import parse_field
-from sglang_dynasor.stopping import NO_MIXTURE, RULES, Evidence, parse_stop
+from sglang_dynasor.policy.allocation import fair_share, votes_needed
+from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
+from sglang_dynasor.policy.program import BranchState, Program
+from sglang_dynasor.policy.rules import RULES, parse_stop
+from sglang_dynasor.policy.spec import parse_field
 
 
 def needed(rule: str, counts: tuple[int, ...], num_left: int, recent: str = "") -> int:

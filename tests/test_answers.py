@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.answers import EXTRACTORS, answer_key, as_number, check_extractor, extract_answer, read_answer
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.answers import (
+    EXTRACTORS,
+    answer_key,
+    as_number,
+    check_extractor,
+    extract_answer,
+    read_answer,
+)
 
 
 @pytest.mark.parametrize(

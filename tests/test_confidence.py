@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.confidence import Confidence, warmup_branches, weak_level
-from sglang_dynasor.mixture import mix
+from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
+from sglang_dynasor.policy.mixture import mix
 
 
 def confidence(values: list[float], group_tokens: int) -> Confidence:

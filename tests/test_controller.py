@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from sglang_dynasor.algorithms.long_cot import Trial
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine import controller as controller_module
 from sglang_dynasor.engine.admission import Admission, computes_prompt
@@ -16,8 +15,9 @@ from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, go
 from sglang_dynasor.engine.controller import WAVE_STEPS, Controller, LiveProgram
 from sglang_dynasor.engine.retraction import retract_whole
 from sglang_dynasor.engine.teller import TOLD_RID
-from sglang_dynasor.program import Program
-from sglang_dynasor.spec import parse_field
+from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.spec import parse_field
+from sglang_dynasor.policy.thought import Trial
 
 
 class Stand(SimpleNamespace):

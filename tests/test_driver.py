@@ -15,7 +15,7 @@ from sglang_dynasor.frontend.driver import SEEDED_ROOM, Driver
 from sglang_dynasor.frontend.judge import ModelJudge, Verdict, model_judge
 from sglang_dynasor.frontend.plan import parse_plan
 from sglang_dynasor.frontend.seat import check_seed
-from sglang_dynasor.spec import JudgeSpec
+from sglang_dynasor.policy.spec import JudgeSpec
 
 SOLUTION = "one\ntwo\nthree\n#### 4"
 

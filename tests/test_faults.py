@@ -11,9 +11,9 @@ from engines import assert_nothing_left, settled, status_of
 from fastapi import HTTPException
 from questions import held_out, prompt
 
-from sglang_dynasor import program
 from sglang_dynasor.engine import controller
-from sglang_dynasor.program import Program
+from sglang_dynasor.policy import program
+from sglang_dynasor.policy.program import Program
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(24)

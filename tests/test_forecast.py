@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.certaindex import PRIOR
-from sglang_dynasor.forecast import MEMORY, Forecast, Mean, leader_drift
-from sglang_dynasor.program import BranchState, Program, StopReason
-from sglang_dynasor.spec import parse_field
-from sglang_dynasor.stopping import Evidence
+from sglang_dynasor.policy.certaindex import PRIOR
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.forecast import MEMORY, Forecast, Mean, leader_drift
+from sglang_dynasor.policy.program import BranchState, Program, StopReason
+from sglang_dynasor.policy.spec import parse_field
 
 ANSWERS = st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none"]), max_size=16)
 

@@ -15,12 +15,12 @@ from fastapi import HTTPException
 from questions import held_out, prompt
 from sglang.lang.interpreter import StreamExecutor
 
-from sglang_dynasor.answers import answer_key
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend import LocalEngine, Reasoning, reason
 from sglang_dynasor.frontend.judge import reward_of
 from sglang_dynasor.frontend.plan import parse_plan
 from sglang_dynasor.frontend.seat import Executor, mend
+from sglang_dynasor.policy.answers import answer_key
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)

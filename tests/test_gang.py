@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.gang import Cost, Room, gang_size
+from sglang_dynasor.policy.gang import Cost, Room, gang_size
 
 ENGINE = Room(rows=8, tokens=1000)
 COST = Cost(prompt_tokens=100, branch_tokens=50)

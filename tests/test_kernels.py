@@ -21,9 +21,9 @@ from torch.distributions import Categorical
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from sglang_dynasor.certaindex import answer_entropy, entropy_certaindex
 from sglang_dynasor.engine import statistics
 from sglang_dynasor.engine.statistics import Observer, Watched, compute
+from sglang_dynasor.policy.certaindex import answer_entropy, entropy_certaindex
 from sglang_dynasor_kernels import (
     choose_path,
     program_stats,

@@ -17,7 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from questions import held_out, prompt
 
-from sglang_dynasor.algorithms.long_cot import (
+from sglang_dynasor.engine import front
+from sglang_dynasor.engine.probe import thought_tokens
+from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.answers import is_complete
+from sglang_dynasor.policy.program import BranchState, Program, StopReason
+from sglang_dynasor.policy.spec import ThoughtSpec, parse_field
+from sglang_dynasor.policy.thought import (
     PRICE_FRAC,
     Trial,
     agreement,
@@ -26,12 +32,6 @@ from sglang_dynasor.algorithms.long_cot import (
     may_settle,
     next_probe_tokens,
 )
-from sglang_dynasor.answers import is_complete
-from sglang_dynasor.engine import front
-from sglang_dynasor.engine.probe import thought_tokens
-from sglang_dynasor.errors import FieldError
-from sglang_dynasor.program import BranchState, Program, StopReason
-from sglang_dynasor.spec import ThoughtSpec, parse_field
 
 QUESTIONS = [q for q in held_out(40) if q.num_steps <= 4]
 # The reasoner's long mode: a few drafts of some 50 tokens, then </think> and the answer.

@@ -10,7 +10,6 @@ import pytest
 import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, CompositeHostAuxiliaryOutput
 
-from sglang_dynasor.confidence import Confidence
 from sglang_dynasor.engine.hooks import consume
 from sglang_dynasor.engine.statistics import (
     HostStatistics,
@@ -21,6 +20,7 @@ from sglang_dynasor.engine.statistics import (
     compute,
     compute_on_cpu,
 )
+from sglang_dynasor.policy.confidence import Confidence
 
 VOCAB_SIZE = 552
 LABELS = [(-1, -1), (3, 5), (-1, -1), (3, 5)]

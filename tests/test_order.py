@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sglang_dynasor.gang import Cost, Room
-from sglang_dynasor.look import Offer, look
-from sglang_dynasor.order import MOST_IDLE, MOST_SKIPPED, Order, Plain, Service, Ticket
+from sglang_dynasor.policy.gang import Cost, Room
+from sglang_dynasor.policy.look import Offer, look
+from sglang_dynasor.policy.order import MOST_IDLE, MOST_SKIPPED, Order, Plain, Service, Ticket
 
 FOREVER = 10**9
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sglang_dynasor.pace import FEWEST_STEPS, Pace
+from sglang_dynasor.policy.pace import FEWEST_STEPS, Pace
 
 
 def seen(base_s: float, row_s: float, rows: range, num_steps: int = 2000, noise: float = 0.0) -> Pace:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor import program as program_module
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.ledger import Owners, RecordBook, Totals
-from sglang_dynasor.program import BranchState, Program, StopReason
-from sglang_dynasor.spec import FIELD_HELP, parse_field
+from sglang_dynasor.observe.ledger import Owners, RecordBook, Totals
+from sglang_dynasor.policy import program as program_module
+from sglang_dynasor.policy.program import BranchState, Program, StopReason
+from sglang_dynasor.policy.spec import FIELD_HELP, parse_field
 
 
 def program(**field: object) -> Program:
@@ -226,7 +226,7 @@ def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPa
 
     p = program(branches=2, width=2)
     start_all(p)
-    monkeypatch.setattr("sglang_dynasor.program.read_answer", broken)
+    monkeypatch.setattr("sglang_dynasor.policy.program.read_answer", broken)
     for index in range(2):
         with pytest.raises(RuntimeError, match="injected"):
             p.finish(index, "#### 1", 1)

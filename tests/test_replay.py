@@ -13,7 +13,7 @@ def test_predictive_saves_what_was_published() -> None:
     """MATH-500, R1-Distill-Llama-8B, cap 32: 62.7 % saved at risk 0.02 and 88.5 % accuracy, within half a point."""
     from replay_stopping import replay, workloads
 
-    from sglang_dynasor.stopping import parse_stop
+    from sglang_dynasor.policy.rules import parse_stop
 
     _, questions, cap = next(iter(workloads(TRACES)))
     result = replay(questions, cap, parse_stop("predictive:0.02"))

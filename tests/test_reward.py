@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from sglang_dynasor.engine.judge import MOST_STEPS, reward_texts
-from sglang_dynasor.reward import MOST_AT_ONCE, RewardModel, rewards_of
-from sglang_dynasor.spec import JudgeSpec
+from sglang_dynasor.engine.reward_model import MOST_AT_ONCE, RewardModel, rewards_of
+from sglang_dynasor.policy.spec import JudgeSpec
 
 
 @contextmanager

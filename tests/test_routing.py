@@ -11,8 +11,8 @@ from sglang_dynasor.engine.branch import BranchTag, set_tag
 from sglang_dynasor.engine.controller import LiveProgram
 from sglang_dynasor.engine.retraction import youngest_last
 from sglang_dynasor.engine.routing import route_program
-from sglang_dynasor.program import Program
-from sglang_dynasor.spec import parse_field
+from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.spec import parse_field
 
 
 def routed(field: Any, ranks: list[int], routed_dp_rank: int | None = None) -> int | None:

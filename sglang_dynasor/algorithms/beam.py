@@ -9,7 +9,8 @@ from typing import Any
 
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
 from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole
-from sglang_dynasor.stopping import Evidence, StopRule
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.rules import StopRule
 
 
 class Beam:

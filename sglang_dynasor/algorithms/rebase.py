@@ -11,8 +11,9 @@ from typing import Any
 
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
 from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole
-from sglang_dynasor.allocation import votes_needed
-from sglang_dynasor.stopping import Evidence, StopRule
+from sglang_dynasor.policy.allocation import votes_needed
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.rules import StopRule
 
 TEMPERATURE = 0.2  # of the softmax over rewards, as published
 MOST_STEPS = 25  # as published

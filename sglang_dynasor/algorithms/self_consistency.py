@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
-from sglang_dynasor.program import Program
-from sglang_dynasor.spec import ProgramSpec
+from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.spec import ProgramSpec
 
 
 class SelfConsistency:

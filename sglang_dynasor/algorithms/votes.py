@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sglang_dynasor.algorithms.tree import Choice, Reason, Tree
-from sglang_dynasor.allocation import votes_needed
-from sglang_dynasor.answers import answer_key
-from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.stopping import Evidence, StopRule
+from sglang_dynasor.policy.allocation import votes_needed
+from sglang_dynasor.policy.answers import answer_key
+from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.rules import StopRule
 
 VOTES = ("reward", "best", "majority")
 HOPELESS_AFTER = 3  # rewards, before a search may be abandoned: fewer are as easily noise

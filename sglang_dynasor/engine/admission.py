@@ -16,19 +16,19 @@ from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResul
 from sglang.srt.mem_cache.common import touch_waiting_prefix
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_dynasor.allocation import fair_share
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.branch import arrival_of, is_internal, set_arrival, tag_of
-from sglang_dynasor.forecast import Forecast
-from sglang_dynasor.gang import Cost, Room
-from sglang_dynasor.look import Offer, look
-from sglang_dynasor.order import Order, Plain, Ticket
+from sglang_dynasor.policy.allocation import fair_share
+from sglang_dynasor.policy.forecast import Forecast
+from sglang_dynasor.policy.gang import Cost, Room
+from sglang_dynasor.policy.look import Offer, look
+from sglang_dynasor.policy.order import Order, Plain, Ticket
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
     from sglang_dynasor.engine.controller import LiveProgram
-    from sglang_dynasor.program import Program
+    from sglang_dynasor.policy.program import Program
 
 THOUGHTS_PER_ROW = 8
 LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change

@@ -12,8 +12,8 @@ from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from sglang_dynasor.confidence import Confidence
     from sglang_dynasor.engine.controller import LiveProgram
+    from sglang_dynasor.policy.confidence import Confidence
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: far apart for neighbouring indices
 _DEFAULT_SEED = 42  # what SGLang gives a request without one

@@ -22,7 +22,6 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_dynasor.algorithms.long_cot import next_probe_tokens
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.admission import Admission
 from sglang_dynasor.engine.branch import (
@@ -52,11 +51,12 @@ from sglang_dynasor.engine.probe import (
 from sglang_dynasor.engine.statistics import AnswerReader, Logprobs, Observer, Table
 from sglang_dynasor.engine.teller import TOLD_RID, Teller
 from sglang_dynasor.errors import ConfigError
-from sglang_dynasor.ledger import Totals
-from sglang_dynasor.mixture import Distribution
-from sglang_dynasor.order import Ticket
-from sglang_dynasor.program import BranchState, Program, StopReason
-from sglang_dynasor.spec import parse_field
+from sglang_dynasor.observe.ledger import Totals
+from sglang_dynasor.policy.mixture import Distribution
+from sglang_dynasor.policy.order import Ticket
+from sglang_dynasor.policy.program import BranchState, Program, StopReason
+from sglang_dynasor.policy.spec import parse_field
+from sglang_dynasor.policy.thought import next_probe_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError, PatchError
-from sglang_dynasor.ledger import Owners, RecordBook
-from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
+from sglang_dynasor.observe.ledger import Owners, RecordBook
+from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, parse_field
 
 # OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
 REASONING_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}

@@ -9,7 +9,7 @@ from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
 from sglang_dynasor.engine.branch import BranchTag, make_side
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.spec import JudgeSpec
+from sglang_dynasor.policy.spec import JudgeSpec
 
 MOST_STEPS = 64  # of one branch that a process reward model is asked about; of more, evenly spread ones
 

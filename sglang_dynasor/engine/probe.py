@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
-from sglang_dynasor.algorithms.long_cot import Trial, hesitates
-from sglang_dynasor.answers import answer_key, extract_answer, is_complete
 from sglang_dynasor.engine.branch import BranchTag, make_side
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.spec import ThoughtSpec
+from sglang_dynasor.policy.answers import answer_key, extract_answer, is_complete
+from sglang_dynasor.policy.spec import ThoughtSpec
+from sglang_dynasor.policy.thought import Trial, hesitates
 
 WORD_TOKENS = 16  # that a word of 32 characters and what stands before it may take
 MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer

@@ -19,10 +19,10 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from sglang_dynasor.answers import answer_marks
 from sglang_dynasor.engine.branch import BranchTag, tag_of
-from sglang_dynasor.mixture import Distribution
-from sglang_dynasor.reward import sigmoid
+from sglang_dynasor.engine.reward_model import sigmoid
+from sglang_dynasor.policy.answers import answer_marks
+from sglang_dynasor.policy.mixture import Distribution
 from sglang_dynasor_kernels import row_confidence, row_stats
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_dynasor.config import DynasorConfig
-from sglang_dynasor.pace import Pace
-from sglang_dynasor.reward import RewardModel
+from sglang_dynasor.engine.reward_model import RewardModel
+from sglang_dynasor.policy.pace import Pace
 
 TOLD_RID = "\0dynasor-told-"  # then what is told, and of what, parted by colons
 CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message

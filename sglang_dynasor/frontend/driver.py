@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sglang_dynasor.algorithms.tree import Algorithm, Choice, Sample
-from sglang_dynasor.answers import read_answer
 from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, model_judge
 from sglang_dynasor.frontend.plan import Plan
 from sglang_dynasor.frontend.seat import sample_seed
-from sglang_dynasor.program import StopReason
+from sglang_dynasor.policy.answers import read_answer
+from sglang_dynasor.policy.program import StopReason
 
 DEFAULT_ROWS = 64
 SEEDED_ROOM = 8  # most samples at once of a search with a seed

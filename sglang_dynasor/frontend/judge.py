@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from sglang_dynasor.algorithms.votes import check_reward
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.backend import Backend
-from sglang_dynasor.spec import JudgeSpec
+from sglang_dynasor.policy.spec import JudgeSpec
 
 
 class Verdict(NamedTuple):

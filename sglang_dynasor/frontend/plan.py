@@ -12,7 +12,7 @@ from sglang_dynasor.algorithms.rebase import Rebase
 from sglang_dynasor.algorithms.self_consistency import SelfConsistency
 from sglang_dynasor.algorithms.tree import Algorithm
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.spec import ALGORITHMS, JudgeSpec, ProgramSpec, parse_field
+from sglang_dynasor.policy.spec import ALGORITHMS, JudgeSpec, ProgramSpec, parse_field
 
 MOST_BRANCHES = 256
 SEARCHES = ("rebase", "mcts", "beam")  # only a driver runs them

@@ -18,14 +18,14 @@ import sglang as sgl
 from sglang.lang.interpreter import ProgramState, ProgramStateGroup
 
 from sglang_dynasor.algorithms.votes import check_reward
-from sglang_dynasor.answers import read_answer
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, SEARCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.seat import POLL_S, check_seed, let_go, mend, raise_failure, sample_seed, take_seat
-from sglang_dynasor.program import BranchState, Program, StopReason
-from sglang_dynasor.spec import JudgeSpec, ProgramSpec, parse_field
+from sglang_dynasor.policy.answers import read_answer
+from sglang_dynasor.policy.program import BranchState, Program, StopReason
+from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, parse_field
 
 # Branches in flight where the author does not say: a third of the latency of fewer, nearly all of their savings
 # (docs/architecture.md, "Sliding, load-adaptive width").

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sglang_dynasor.certaindex import PRIOR
-from sglang_dynasor.program import Program
-from sglang_dynasor.stopping import Evidence
+from sglang_dynasor.policy.certaindex import PRIOR
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.program import Program
 
 MEMORY = 256  # observations after which a running mean forgets as fast as it learns
 STEP_FRAC = 0.2  # by which a mean must have moved before forecasts do

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from sglang_dynasor.stopping import Evidence, StopRule
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.rules import StopRule
 
 
 def votes_needed(evidence: Evidence, rule: StopRule) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.spec import ProgramSpec
+from sglang_dynasor.policy.spec import ProgramSpec
 
 
 @dataclass(slots=True)

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sglang_dynasor.answers import answer_marks, check_extractor
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.stopping import StopRule, parse_stop
+from sglang_dynasor.policy.answers import answer_marks, check_extractor
+from sglang_dynasor.policy.rules import StopRule, parse_stop
 
 ALGORITHMS = ("self_consistency", "best_of_n", "long_cot")
 DEFAULT_BRANCHES = 16
@@ -73,7 +73,7 @@ class JudgeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ThoughtSpec:
-    """How a chain of thought is probed, and when it is closed (algorithms/long_cot.py)."""
+    """How a chain of thought is probed, and when it is closed (policy/thought.py)."""
 
     agree: int
     level: float  # of a trial answer's probability, in [0, 1]

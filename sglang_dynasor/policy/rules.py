@@ -10,44 +10,12 @@ from dataclasses import dataclass
 from math import log
 from typing import NamedTuple
 
-from sglang_dynasor.certaindex import answer_entropy, beta_certainty, overtake_risk
-from sglang_dynasor.confidence import warmup_branches
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.mixture import Mixture, mix
+from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, overtake_risk
+from sglang_dynasor.policy.confidence import warmup_branches
+from sglang_dynasor.policy.evidence import Evidence
 
-NO_MIXTURE = mix(())
 MAX_STOP_CHARS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What a rule may look at: the same on every rank."""
-
-    counts: tuple[int, ...]  # votes per answer, descending
-    abstentions: int  # finished branches without an answer
-    num_left: int  # branches that may still finish
-    recent: tuple[str | None, ...] = ()  # answer keys in the order they came; None = abstention
-    rewards: tuple[float, ...] = ()  # in [0, 1], where something judges branches
-    weights: tuple[float, ...] = ()  # of each answer's votes together, descending; empty: every vote weighs the same
-    is_contested: bool = False  # by weight another answer leads than by number
-    mixture: Mixture = NO_MIXTURE  # of the branches that have come to their answer, running ones too
-
-    @property
-    def num_votes(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def leader_share(self) -> float:
-        """The leading answer's share of all votes by weight, in [0, 1]; 0 for no votes."""
-        weights = self.weights or self.counts
-        total = sum(weights)
-        return weights[0] / total if total else 0.0
-
-    @property
-    def lead(self) -> int:
-        """Votes between the leader and the next answer; 0 for a tie or no votes."""
-        first, second = (*self.counts, 0, 0)[:2]
-        return first - second
 
 
 def predictive(evidence: Evidence, level: float) -> bool:

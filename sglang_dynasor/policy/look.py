@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sglang_dynasor.gang import Cost, Room, gang_size
-from sglang_dynasor.order import Order, Plain, Ticket
+from sglang_dynasor.policy.gang import Cost, Room, gang_size
+from sglang_dynasor.policy.order import Order, Plain, Ticket
 
 
 class Offer(NamedTuple):

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from sglang_dynasor.algorithms.long_cot import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled, may_settle
-from sglang_dynasor.allocation import votes_needed
-from sglang_dynasor.answers import answer_key, read_answer
-from sglang_dynasor.certaindex import entropy_certaindex, overtake_risk
-from sglang_dynasor.confidence import Confidence, warmup_branches, weak_level
-from sglang_dynasor.mixture import Distribution, Mixture, mix
-from sglang_dynasor.spec import ProgramSpec, ThoughtSpec
-from sglang_dynasor.stopping import NO_MIXTURE, Evidence
+from sglang_dynasor.policy.allocation import votes_needed
+from sglang_dynasor.policy.answers import answer_key, read_answer
+from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
+from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
+from sglang_dynasor.policy.mixture import Distribution, Mixture, mix
+from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
+from sglang_dynasor.policy.thought import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled, may_settle
 
 
 class BranchState(StrEnum):

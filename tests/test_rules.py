@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.certaindex import answer_entropy, beta_certainty, entropy_certaindex, overtake_risk
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.stopping import RULES, Evidence, parse_stop
+from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.rules import RULES, parse_stop
 
 DOCS = Path(__file__).parents[1] / "docs" / "stopping.md"
 VOTES = st.lists(st.integers(1, 12), min_size=1, max_size=6).map(lambda c: tuple(sorted(c, reverse=True)))

@@ -1,0 +1,1 @@
+"""What programs spent and saved, kept for whoever looks."""
