@@ -1,5 +1,5 @@
 # Every command of the project. `make demo` and `make test` set up all they need.
-.PHONY: help install demo test lint bench soak reasoner thinker card readme clean
+.PHONY: help install demo test lint bench soak reasoner thinker card readme docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: on shared cores more of them decode many times slower.
@@ -16,7 +16,8 @@ help:
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
 	@echo "make thinker   train the tiny thinker, which goes on from the reasoner (about 15 minutes)"
 	@echo "make card      measure the tiny reasoner and write its model card's table"
-	@echo "make readme    write the generated tables (results, patch ledger)"
+	@echo "make readme    write what is generated in the docs (results, reference, patch ledger)"
+	@echo "make docs      the documentation as a site, in site/; a dead link fails"
 
 install: .venv/installed
 
@@ -41,6 +42,7 @@ lint: install
 	$(BIN)/pyright
 
 bench: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench_self_consistency.py --num-questions 128 --csv benchmarks/results/self_consistency.csv
 	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
 	$(BIN)/python benchmarks/bench_online.py --processes poisson --rates 0.2 0.3 0.9 1.3 1.8 --csv benchmarks/results/online --plot docs/online.png
@@ -72,5 +74,8 @@ readme: install
 	$(BIN)/python -m sglang_dynasor_patches.table
 	$(BIN)/python benchmarks/readme.py
 
+docs: install
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.png
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.png site
