@@ -9,6 +9,32 @@ from typing import Any
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.spec import ProgramSpec
 
+# Of `/dynasor/status`, by key; docs/reference.md is made from this, and a test compares it with a server's.
+STATUS_HELP = {
+    "num_programs": "programs answered since the start",
+    "num_certain": "of those, ended early by their rule",
+    "num_expired": "of those, answered at their deadline",
+    "num_aborted": "programs that ended without an answer: aborts, disconnects, time-outs",
+    "num_branches": "branches that answered programs started",
+    "num_branches_saved": "branches that their caps allowed and they did not start",
+    "num_tokens": "tokens that answered programs generated, all branches together",
+    "num_policy_errors": "exceptions in our own code that fell back to stock behaviour",
+    "num_held_programs": "programs that still owe their client an answer",
+    "num_waiting_programs": "of those, waiting for room to start (more) branches",
+    "num_client_programs": "programs whose branches clients send, remembered",
+    "num_branches_inside": "branches, judges and probes that SGLang holds, queued or running",
+    "num_branches_queued": "of those, queued by us and not yet in a batch",
+    "num_branches_promised": "branches for which rows and tokens are kept until their leader's prompt is cached",
+    "cheap_rows": "rows that a step carries nearly for free on this machine; all of the engine's until that is known",
+    "max_overtaken_tokens": "most service that later arrivals were given before a program that waited was started",
+    "num_branches_watched": "branches whose logits somebody reads now",
+    "num_steps_watched": "steps in which logits were read",
+    "num_reward_errors": "branches that went on without the reward model's word",
+    "num_probe_waves": "prefill passes in which thoughts were asked together",
+    "num_probe_tokens_read": "tokens of thoughts that probes were to read",
+    "num_probe_tokens_cached": "of those, found in the radix cache",
+}
+
 
 @dataclass(slots=True)
 class Totals:
