@@ -58,10 +58,10 @@ def run_program(samples: list[Sample], rule: StopRule) -> tuple[int, float, str 
         tokens += sample.num_tokens
         if program.reason is not None:
             break
-    if not program.votes:
+    if not program.votes.voters:
         return tokens, 0.0, None
-    most = max(map(len, program.votes.values()))
-    leaders = [who for who in program.votes.values() if len(who) == most]
+    most = max(map(len, program.votes.voters.values()))
+    leaders = [who for who in program.votes.voters.values() if len(who) == most]
     return tokens, mean(samples[who[0]].is_correct for who in leaders), program.branches[leaders[0][0]].key
 
 

@@ -181,10 +181,10 @@ def test_a_late_branch_does_not_vote() -> None:
     for index in range(4):
         p.finish(index, "#### 1", 1)
     assert p.reason is StopReason.CERTAIN
-    before = p.counts
+    before = p.votes.counts
     p.finish(4, "#### 2", 1)
     p.end(5, 3)
-    assert p.counts == before
+    assert p.votes.counts == before
     assert p.branches[5].state is BranchState.ENDED
 
 
@@ -231,7 +231,7 @@ def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPa
         with pytest.raises(RuntimeError, match="injected"):
             p.finish(index, "#### 1", 1)
     assert p.reason is StopReason.CAP
-    assert p.num_abstentions == 2
+    assert p.votes.num_abstentions == 2
 
 
 def test_a_branch_leaves_once() -> None:
@@ -443,7 +443,7 @@ def test_a_weak_branch_abstains() -> None:
         p.finish(index, "#### 1", 1)
     assert p.weak_level == 2.0
     p.weaken(3, 7)
-    assert (p.branches[3].state, p.num_abstentions, p.reason) == (BranchState.WEAK, 1, None)
+    assert (p.branches[3].state, p.votes.num_abstentions, p.reason) == (BranchState.WEAK, 1, None)
     p.finish(4, "#### 1", 1)
     assert p.weak_level == 2.0
     assert p.reason is StopReason.CAP

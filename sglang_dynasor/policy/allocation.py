@@ -19,7 +19,7 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
         1 to `evidence.num_left`; 0 where even that many would not do, as with the rule `never`, or where that cannot be
         said: another answer leads by weight. Of rewards the best is assumed.
     """
-    if not rule.uses("window"):  # only that rule asks in which order answers came: programs with the same votes share
+    if not rule.reads_order:  # programs with the same votes share
         evidence = replace(evidence, recent=(None,) * len(evidence.recent))
     return _votes_needed(evidence, rule)
 

@@ -5,26 +5,20 @@ Pure policy: it knows no engine. The engine (and a simulator) tells it what happ
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.answers import answer_key, read_answer
+from sglang_dynasor.policy.branch import Branch, BranchState
 from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
 from sglang_dynasor.policy.mixture import Distribution, Mixture, mix
 from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
 from sglang_dynasor.policy.thought import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled, may_settle
-
-
-class BranchState(StrEnum):
-    IN_FLIGHT = "in_flight"
-    FINISHED = "finished"  # it came to its own end and voted or abstained
-    ENDED = "ended"  # the program no longer needed it
-    WEAK = "weak"  # ended for its low confidence: it abstains
-    FAILED = "failed"  # the engine gave it up: timeout, full queue, abort
+from sglang_dynasor.policy.votes import Votes
 
 
 class StopReason(StrEnum):
@@ -32,19 +26,6 @@ class StopReason(StrEnum):
     CAP = "cap"  # every branch allowed has finished
     DEADLINE = "deadline"  # its time is up: the best so far
     FAILED = "failed"  # no branch is left that could finish
-
-
-@dataclass(slots=True)
-class Branch:
-    state: BranchState = BranchState.IN_FLIGHT
-    num_tokens: int = 0
-    num_cached_tokens: int = 0  # of its prompt, found in the radix cache
-    answer: str | None = None  # as written
-    key: str | None = None  # as counted
-    reward: float | None = None  # in [0, 1], of its judge
-    confidence: Confidence | None = None  # of its tokens, where somebody asked
-    trials: list[Trial] = field(default_factory=list[Trial])  # what its thought would have answered, asked in turn
-    closed_at: int | None = None  # tokens of its thought when that was closed
 
 
 @dataclass(slots=True)
@@ -58,10 +39,7 @@ class Program:
     id: str
     spec: ProgramSpec
     branches: list[Branch] = field(default_factory=list[Branch])
-    votes: dict[str, list[int]] = field(
-        default_factory=dict[str, list[int]]
-    )  # key -> indices of its branches, in order
-    recent: list[str | None] = field(default_factory=list[str | None])
+    votes: Votes = field(init=False)  # of its branches, by index
     answering: dict[int, Distribution] = field(default_factory=dict[int, Distribution])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     num_in_flight: int = 0
@@ -78,6 +56,9 @@ class Program:
     _num_seen: int = 0  # changes of `answering`
     _gathered: tuple[tuple[int, ...], Evidence] | None = None  # the evidence, and what it was gathered of
     _needed: tuple[Evidence, int] | None = None  # the votes needed, and the evidence that says so
+
+    def __post_init__(self) -> None:
+        self.votes = Votes(self.spec.vote)
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -119,37 +100,24 @@ class Program:
         return wanted, min(wanted, 1 if self.num_in_flight else needed or wanted)
 
     @property
-    def num_abstentions(self) -> int:
-        return self.recent.count(None)
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Votes per answer, descending."""
-        return tuple(sorted(map(len, self.votes.values()), reverse=True))
-
-    @property
     def evidence(self) -> Evidence:
         """What the rule may look at. Gathered once per change: order, width and gang ask for it many times."""
-        key = (len(self.recent), self.num_failed, self.num_in_flight if self.is_closed else -1, self._num_seen)
+        key = (len(self.votes.recent), self.num_failed, self.num_in_flight if self.is_closed else -1, self._num_seen)
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
         return self._gathered[1]
 
     def _gather(self) -> Evidence:
-        num_left = self.spec.branches - self.num_failed - len(self.recent)
-        if self.is_closed:
-            num_left = self.num_in_flight
-        evidence = Evidence(self.counts, self.num_abstentions, num_left, tuple(self.recent))
-        if not (self.spec.needs_statistics or self.spec.judge):
-            return evidence
-        weights = tuple(self._weight(who) for who in self._ranking)
-        return replace(
-            evidence,
-            rewards=tuple(branch.reward for branch in self.branches if branch.reward is not None),
-            weights=weights,
-            is_contested=bool(weights) and len(self._ranking[0]) < self.counts[0],
-            mixture=self.mixture if weights and any(i in self.answering for i in self._ranking[0]) else NO_MIXTURE,
-        )
+        num_left = self.num_in_flight if self.is_closed else self._num_open
+        mixture = NO_MIXTURE
+        if self.answering and self.votes.voters and any(i in self.answering for i in self.votes.ranking[0]):
+            mixture = self.mixture
+        return self.votes.evidence(num_left, mixture)
+
+    @property
+    def _num_open(self) -> int:
+        """Branches of the cap that have neither voted nor failed."""
+        return self.spec.branches - self.num_failed - len(self.votes.recent)
 
     @property
     def mixture(self) -> Mixture:
@@ -165,21 +133,6 @@ class Program:
             self.answering.pop(index, None)
         self._mixture = None
         self._num_seen += 1
-
-    def _weight(self, who: list[int]) -> float:
-        """What the votes of these branches weigh together. A branch that nobody rewarded weighs nothing by reward."""
-        if self.spec.vote == "confidence":
-            return sum(branch.confidence.lowest for i in who if (branch := self.branches[i]).confidence)
-        if self.spec.vote == "reward":
-            return sum(self.branches[i].reward or 0.0 for i in who)
-        if self.spec.vote == "best":
-            return max(self.branches[i].reward or 0.0 for i in who)
-        return float(len(who))
-
-    @property
-    def _ranking(self) -> list[list[int]]:
-        """Branches by answer, the leading answer first; equal weights by number, then by the earliest branch."""
-        return sorted(self.votes.values(), key=lambda who: (-self._weight(who), -len(who), min(who)))
 
     @property
     def weak_level(self) -> float | None:
@@ -203,15 +156,15 @@ class Program:
         """
         if self.speaker is not None and self.branches[self.speaker].state is BranchState.FINISHED:
             return self.speaker
-        if self.votes:
-            return self._speaks_for(self._ranking[0])
+        if self.votes.voters:
+            return self._speaks_for(self.votes.ranking[0])
         finished = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
         return self._speaks_for(finished) if finished else None
 
     @property
     def speakers(self) -> set[int]:
         """The branch of each answer that would be the winner if that answer led."""
-        return {self._speaks_for(who) for who in self.votes.values()}
+        return {self._speaks_for(who) for who in self.votes.voters.values()}
 
     def _speaks_for(self, who: list[int]) -> int:
         if self.spec.vote == "best":
@@ -220,11 +173,11 @@ class Program:
 
     @property
     def certaindex(self) -> float:
-        """How sure it is, in [0, 1]: 1 - risk; of best-of-N the best reward (arXiv 2412.20993, section B.1)."""
+        """How sure it is, in [0, 1]: 1 - risk, or the best reward (`AlgorithmRecord.is_sure_by_reward`)."""
         return self._certaindex(self._risk)
 
     def _certaindex(self, risk: float) -> float:
-        if self.spec.algorithm == "best_of_n":
+        if self.spec.about.is_sure_by_reward:
             return max((branch.reward or 0.0 for branch in self.branches), default=0.0)
         return 1.0 - risk
 
@@ -241,19 +194,27 @@ class Program:
 
         Whatever is raised in reading the text or by the rule, the branch has been counted: unread, it abstained.
         """
+        answer = None
+        try:
+            if self.reason is None:
+                answer = read_answer(lead, text, self.spec.answer)
+        finally:
+            self.count(index, answer, num_tokens, reward)
+
+    def count(self, index: int, answer: str | None, num_tokens: int, reward: float | None = None) -> None:
+        """As `finish`, where the branch's answer has been read already; None: an abstention."""
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         branch.reward = reward
         if self.reason is not None:
             return
-        if branch.confidence is not None and len(self.warmup) < warmup_branches(self.spec.branches):
-            self.warmup.append(branch.confidence.lowest)
+        lowest = None if branch.confidence is None else branch.confidence.lowest
+        if lowest is not None and len(self.warmup) < warmup_branches(self.spec.branches):
+            self.warmup.append(lowest)
+        branch.answer = answer
         try:
-            branch.answer = read_answer(lead, text, self.spec.answer)
-            branch.key = None if branch.answer is None else answer_key(branch.answer)
+            branch.key = None if answer is None else answer_key(answer)
         finally:
-            if branch.key is not None:
-                self.votes.setdefault(branch.key, []).append(index)
-            self.recent.append(branch.key)
+            self.votes.cast(index, branch.key, reward=reward, confidence=lowest)
             if index == self.speaker:
                 self.reason = StopReason.CERTAIN
             else:
@@ -288,7 +249,7 @@ class Program:
         """Whether the rule would stop the program if running chains voted as they would answer now, `index` for the leader."""
         if self.spec.branches == 1:
             return False
-        votes = {key: len(who) for key, who in self.votes.items()}
+        votes = {key: len(who) for key, who in self.votes.voters.items()}
         num_trials = 0
         for branch in self.branches:
             if branch.state is BranchState.IN_FLIGHT and branch.trials and is_confident(branch.trials[-1], thought):
@@ -302,8 +263,8 @@ class Program:
         counts = tuple(sorted(votes.values(), reverse=True))
         if votes[leader] != counts[0]:
             return False
-        num_left = self.spec.branches - self.num_failed - len(self.recent) - num_trials
-        return self.spec.stop.stops(Evidence(counts, self.num_abstentions, num_left, tuple(self.recent)))
+        num_left = self._num_open - num_trials
+        return self.spec.stop.stops(Evidence(counts, self.votes.num_abstentions, num_left, tuple(self.votes.recent)))
 
     def see_answer(self, index: int, distribution: Distribution) -> None:
         """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
@@ -316,7 +277,7 @@ class Program:
         self._leave(index, BranchState.WEAK, num_tokens)
         self._see(index, None)
         if self.reason is None:
-            self.recent.append(None)
+            self.votes.cast(index, None)
             self._stop_if_used_up()
             self._stop_if_certain()
 
@@ -352,7 +313,7 @@ class Program:
 
     def _stop_if_used_up(self) -> None:
         if self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches):
-            self.reason = StopReason.CAP if self.recent else StopReason.FAILED
+            self.reason = StopReason.CAP if self.votes.recent else StopReason.FAILED
 
     def record(self) -> dict[str, Any]:
         """What the client and the operator are told; JSON. Keys are explained in docs/record.md."""
@@ -364,7 +325,7 @@ class Program:
             "certaindex": round(self._certaindex(risk), 6),
             "risk": round(risk, 6),
             "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
-            "votes": [{"answer": self.branches[min(who)].answer, "votes": len(who)} for who in self._ranking],
+            "votes": [{"answer": self.branches[min(who)].answer, "votes": len(who)} for who in self.votes.ranking],
             "num_abstentions": evidence.abstentions,
             "num_failed": self.num_failed,
             "branch": winner,

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, overtake_risk
@@ -117,25 +119,61 @@ _LOGIT_RULES = frozenset({"confidence", "mixture"})
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """One rule or several, all or any of which must hold."""
+    """One rule or several, all or any of which must hold; or a function of the author's own (`own_rule`)."""
 
     text: str
     parts: tuple[tuple[str, float], ...]
     needs_all: bool
+    function: Callable[[Evidence], bool] | None = None
 
     @property
     def needs_statistics(self) -> bool:
         return any(name in _LOGIT_RULES for name, _ in self.parts)
 
+    @property
+    def reads_order(self) -> bool:
+        """Whether it may matter in which order answers came."""
+        return self.function is not None or self.uses("window")
+
     def uses(self, rule: str) -> bool:
         return any(name == rule for name, _ in self.parts)
 
     def stops(self, evidence: Evidence) -> bool:
-        """Whether a program with this evidence may end now. A tie of votes never stops, nor a contested lead."""
+        """Whether a program with this evidence may end now. A tie of votes never stops, nor a contested lead.
+
+        An author's own function is asked whatever the votes are.
+
+        Raises:
+            FieldError: the author's function returned something else than a bool.
+        """
+        if self.function is not None:
+            return self._ask(self.function, evidence)
         if (evidence.lead == 0 or evidence.is_contested) and any(name in _VOTE_RULES for name, _ in self.parts):
             return False
         held = (RULES[name].stops(evidence, level) for name, level in self.parts)
         return all(held) if self.needs_all else any(held)
+
+    def _ask(self, function: Callable[[Evidence], Any], evidence: Evidence) -> bool:
+        held = function(evidence)
+        if isinstance(held, bool | np.bool_):
+            return bool(held)
+        raise FieldError(
+            f"stop={self.text} returned {held!r}, a {type(held).__name__}; a stopping rule says True or False of the evidence"
+        )
+
+
+def own_rule(function: Callable[[Evidence], bool]) -> StopRule:
+    """An author's function of the evidence as a rule.
+
+    It must be pure: it is also asked about votes that have not come, to find how many could decide, and what it said once
+    about equal evidence stands. It is asked here about no votes at all, so that what is wrong with it is said at once.
+
+    Raises:
+        FieldError: it returned something else than a bool; or whatever it raises itself.
+    """
+    rule = StopRule(getattr(function, "__name__", type(function).__name__), (), needs_all=True, function=function)
+    rule.stops(Evidence((), 0, 1))
+    return rule
 
 
 def parse_stop(text: str) -> StopRule:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import answer_marks, check_extractor
 from sglang_dynasor.policy.rules import StopRule, parse_stop
 
-ALGORITHMS = ("self_consistency", "best_of_n", "long_cot")
-DEFAULT_BRANCHES = 16
 MAX_DEADLINE_S = 86_400.0
 MAX_SUFFIX_CHARS = 1024
 JUDGES = ("self", "model", "steps")
@@ -27,15 +26,26 @@ MOST_MIN_TOKENS = 1_000_000
 EFFORTS = {"low": (1, 0.95, 256), "medium": (2, 0.99, 512), "high": (3, 0.995, 1024)}
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
-FIELD_HELP = {
-    "algorithm": ("self_consistency, best_of_n, long_cot", "majority vote of branches; the branch that its judge likes best; one thought that is closed once its answer stands"),
-    "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use (default {DEFAULT_BRANCHES}; long_cot 1)"),
+_RECORDS = ENGINE_ALGORITHMS.values()
+_OWNERS = {key: record.name for record in _RECORDS for key in record.engine_keys}  # of keys that one algorithm has
+
+
+def _default(attribute: str) -> str:
+    """A default as help texts say it: that of most algorithms, then those that have another."""
+    usual = getattr(SELF_CONSISTENCY, attribute)
+    others = [f"{record.name} {value}" for record in _RECORDS if (value := getattr(record, attribute)) != usual]
+    return "; ".join([f"default {usual}", *others])
+
+
+_HELP = {
+    "algorithm": (", ".join(ENGINE_ALGORITHMS), "; ".join(record.summary for record in _RECORDS)),
+    "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use ({_default('branches')})"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
-    "stop": ("NAME[:LEVEL], joined by and / or", "when to end early (default predictive:0.02)"),
+    "stop": ("NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
     "answer": ("auto, hash, boxed, choice, number, last_line, regex:PATTERN", "where the answer stands in the text (default auto)"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
-    "vote": ("majority, confidence, reward, best", "what a branch's vote weighs (default majority; confidence with stop=confidence); best: the branch of the highest reward decides (default of best_of_n)"),
+    "vote": ("majority, confidence, reward, best", f"what a branch's vote weighs ({_default('vote')}; confidence with stop=confidence); best: the branch of the highest reward decides"),
     "judge": ("self, model, steps", "who gives each finished branch a reward in [0, 1]: the model itself, or the operator's reward model, asked once or after each line (default nobody)"),
     "judge_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what follows prompt and branch when they are judged; needed with judge=self"),
     "judge_good": ("one token", "with judge=self: what a good branch is followed by"),
@@ -43,16 +53,20 @@ FIELD_HELP = {
     "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
     "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
     "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
-    "exit": ("trial[:PROBABILITY], published", "long_cot: when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.99)"),
-    "agree": (f"1 to {MOST_AGREE}", "long_cot: probes in a row that must give the same answer (default 2)"),
-    "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "long_cot: tokens of a thought before it is probed (default 512)"),
-    "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", "long_cot: tokens from one probe to the next (default: as often as 3 % of the thought pays for)"),
-    "probe_word": (f"up to {MAX_WORD_CHARS} characters", "long_cot: a word such as 'wait': a thought is asked only where it has just said that, as DEER does (default: at the end of a line)"),
-    "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
-    "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "long_cot: what ends a thought (default: the model's own)"),
-    "effort": ("low, medium, high", "long_cot: agree, probability and min_tokens together, as OpenAI's reasoning_effort (default medium)"),
+    "exit": ("trial[:PROBABILITY], published", "when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.99)"),
+    "agree": (f"1 to {MOST_AGREE}", "probes in a row that must give the same answer (default 2)"),
+    "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "tokens of a thought before it is probed (default 512)"),
+    "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", "tokens from one probe to the next (default: as often as 3 % of the thought pays for)"),
+    "probe_word": (f"up to {MAX_WORD_CHARS} characters", "a word such as 'wait': a thought is asked only where it has just said that, as DEER does (default: at the end of a line)"),
+    "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
+    "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "what ends a thought (default: the model's own)"),
+    "effort": ("low, medium, high", "agree, probability and min_tokens together, as OpenAI's reasoning_effort (default medium)"),
     "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
+FIELD_HELP = {
+    key: (values, f"{_OWNERS[key]}: {meaning}" if key in _OWNERS else meaning)
+    for key, (values, meaning) in _HELP.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,11 @@ class ProgramSpec:
     thought: ThoughtSpec | None = None
 
     @property
+    def about(self) -> AlgorithmRecord:
+        """The record of its algorithm."""
+        return ENGINE_ALGORITHMS[self.algorithm]
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether somebody reads the logits of its branches."""
         return self.statistics or self.vote == "confidence" or self.weak_frac > 0 or self.stop.needs_statistics
@@ -131,15 +150,13 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     for key in options:
         if key not in FIELD_HELP:
             raise FieldError(f"dynasor.{key} is not a key of the field; the keys are {', '.join(FIELD_HELP)}")
-    algorithm = _text(options, "algorithm", ALGORITHMS[0])
-    if algorithm not in ALGORITHMS:
-        raise FieldError(f"dynasor.algorithm={algorithm!r} is not known; use one of {', '.join(ALGORITHMS)}")
-    default_branches = 1 if algorithm == "long_cot" else min(DEFAULT_BRANCHES, max_branches)
+    about = _about(options)
+    default_branches = min(about.branches, max_branches)
     branches = _whole(options, "branches", default_branches, max_branches, "--dynasor-max-branches")
     width = _whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
-    stop = parse_stop(_text(options, "stop", "best" if algorithm == "best_of_n" else "predictive"))
+    stop = parse_stop(_text(options, "stop", about.stop))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
     tenant = _id(options, "tenant")
@@ -149,12 +166,13 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
             "other request; leave out one of the two"
         )
     judge = _judge(options)
-    default_vote = "best" if algorithm == "best_of_n" else "confidence" if stop.uses("confidence") else "majority"
-    vote = _text(options, "vote", default_vote)
+    weighs_confidence = about.vote == "majority" and stop.uses("confidence")
+    vote = _text(options, "vote", "confidence" if weighs_confidence else about.vote)
     if vote not in VOTES:
         raise FieldError(f"dynasor.vote={vote!r} is not known; use one of {', '.join(VOTES)}")
-    if judge is None and (vote in ("reward", "best") or stop.uses("reward") or stop.uses("best")):
-        key = "algorithm" if algorithm == "best_of_n" else "vote" if vote in ("reward", "best") else "stop"
+    needs_rewards = about.needs_rewards or vote in ("reward", "best") or stop.uses("reward") or stop.uses("best")
+    if judge is None and needs_rewards:
+        key = "algorithm" if about.needs_rewards else "vote" if vote in ("reward", "best") else "stop"
         raise FieldError(f"dynasor.{key}={options[key]!r} without dynasor.judge: nobody gives rewards; send a judge")
     if judge is not None and program is not None:
         raise FieldError(
@@ -165,16 +183,15 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
             f"dynasor.stop={stop.text!r} with dynasor.answer={answer!r}: nothing marks where such an answer begins; "
             "use answer hash, boxed or auto, or another rule"
         )
-    thought = _thought(options, algorithm)
-    if thought is not None and (
-        key := next((key for key in ("program", "judge", "weak_frac") if key in options), None)
-    ):
+    thought = _thought(options, about)
+    refused = ("program", "judge", "weak_frac") if about.is_thought else ()
+    if key := next((key for key in refused if key in options), None):
         raise FieldError(
-            f"dynasor.{key}={options[key]!r} with algorithm 'long_cot' is not supported; leave out one of the two"
+            f"dynasor.{key}={options[key]!r} with algorithm {about.name!r} is not supported; leave out one of the two"
         )
     group_tokens = _whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
     return ProgramSpec(
-        algorithm, branches, width, stop, answer, program, deadline_s, tenant or "",
+        about.name, branches, width, stop, answer, program, deadline_s, tenant or "",
         vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought,
     )  # fmt: skip
 
@@ -204,13 +221,24 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
     return JudgeSpec(suffix, good, bad)
 
 
-def _thought(options: dict[str, Any], algorithm: str) -> ThoughtSpec | None:
-    keys = ("exit", "agree", "min_tokens", "probe_tokens", "probe_word", "probe_suffix", "think_end", "effort")
-    if algorithm != "long_cot":
-        if key := next((key for key in keys if key in options), None):
-            raise FieldError(
-                f"dynasor.{key}={options[key]!r} is for algorithm 'long_cot'; leave it out, or ask for that"
-            )
+def _about(options: dict[str, Any]) -> AlgorithmRecord:
+    """The record of the algorithm that is asked for."""
+    name = _text(options, "algorithm", SELF_CONSISTENCY.name)
+    if name not in ENGINE_ALGORITHMS:
+        raise FieldError(
+            f"dynasor.algorithm={name!r} is not known to the engine; use one of {', '.join(ENGINE_ALGORITHMS)}. Searches run "
+            "through the frontend: sglang_dynasor.solve() or reason()"
+        )
+    about = ENGINE_ALGORITHMS[name]
+    if key := next((key for key in options if _OWNERS.get(key, name) != name), None):
+        raise FieldError(
+            f"dynasor.{key}={options[key]!r} is for algorithm {_OWNERS[key]!r}; leave it out, or ask for that"
+        )
+    return about
+
+
+def _thought(options: dict[str, Any], about: AlgorithmRecord) -> ThoughtSpec | None:
+    if not about.is_thought:
         return None
     effort = _text(options, "effort", "medium")
     if effort not in EFFORTS:

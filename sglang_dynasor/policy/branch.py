@@ -1,0 +1,30 @@
+"""A branch of a program: one sampled continuation, and what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from sglang_dynasor.policy.confidence import Confidence
+from sglang_dynasor.policy.thought import Trial
+
+
+class BranchState(StrEnum):
+    IN_FLIGHT = "in_flight"
+    FINISHED = "finished"  # it came to its own end and voted or abstained
+    ENDED = "ended"  # the program no longer needed it
+    WEAK = "weak"  # ended for its low confidence: it abstains
+    FAILED = "failed"  # the engine gave it up: timeout, full queue, abort
+
+
+@dataclass(slots=True)
+class Branch:
+    state: BranchState = BranchState.IN_FLIGHT
+    num_tokens: int = 0
+    num_cached_tokens: int = 0  # of its prompt, found in the radix cache
+    answer: str | None = None  # as written
+    key: str | None = None  # as counted
+    reward: float | None = None  # in [0, 1], of its judge
+    confidence: Confidence | None = None  # of its tokens, where somebody asked
+    trials: list[Trial] = field(default_factory=list[Trial])  # what its thought would have answered, asked in turn
+    closed_at: int | None = None  # tokens of its thought when that was closed
