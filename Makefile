@@ -75,7 +75,7 @@ readme: install
 	$(BIN)/python benchmarks/readme.py
 
 docs: install
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis demo.png site

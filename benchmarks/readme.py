@@ -1,11 +1,20 @@
-"""Write the result tables of the README from the CSV files: `python benchmarks/readme.py` (`make readme`)."""
+"""Write what is generated in README and docs, between `<!-- KIND:NAME -->` and `<!-- end -->`: `make readme`.
+
+Kinds: a `table` is made from a CSV file of the benchmarks, a `reference` from the code that reads the settings.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
-from itertools import pairwise
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+
+from sglang_dynasor.config import HELP, DynasorConfig
+from sglang_dynasor.observe.ledger import STATUS_HELP
+from sglang_dynasor.policy.record import RECORD_HELP
+from sglang_dynasor.policy.spec import EFFORTS, FIELD_HELP
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -72,44 +81,70 @@ def source(name: str, facts: dict[str, str]) -> str:
     return f"{told}{'. ' if told else ''}Command: `{COMMANDS[name]}`; CSV: `benchmarks/results/{name}.csv`."
 
 
-def summary(name: str) -> str:
-    """Of a CSV of pairs, each way after what it is compared with, the ways alone."""
-    with (RESULTS / f"{name}.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    keys = "tokens saved %", "wall-clock saved %"
-    lines = ["| algorithm | " + " | ".join(keys) + " | accuracy % uniform | stopped |", "|" + " --- |" * 5]
-    for uniform, stopped in pairwise(rows):
-        if uniform["way"] == "uniform":
-            cells = [
-                stopped["algorithm"],
-                *(stopped[key] for key in keys),
-                uniform["accuracy %"],
-                stopped["accuracy %"],
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", source(name, {key: rows[0][key] for key in CLOSING if key in rows[0]})])
+def reference(name: str) -> str:
+    """All keys of one kind with what they mean, as Markdown."""
+    match name:
+        case "field":
+            rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in FIELD_HELP.items()]
+            return grid(("key", "values", "meaning"), rows)
+        case "efforts":
+            rows = [(f"`{key}`", *(f"{value:,}" for value in values)) for key, values in EFFORTS.items()]
+            return grid(("effort", "agree", "probability", "min_tokens"), rows)
+        case "options":
+            rows = [(option(field.name), default(field.default), HELP[field.name]) for field in fields(DynasorConfig)]
+            return grid(("option", "default", "meaning"), rows)
+        case "record":
+            rows = [(f"`{key}`", where, meaning) for key, (where, meaning) in RECORD_HELP.items()]
+            return grid(("key", "where", "meaning"), rows)
+        case "status":
+            return grid(("counter", "meaning"), [(f"`{key}`", meaning) for key, meaning in STATUS_HELP.items()])
+        case _:
+            raise ValueError(f"reference:{name} is not known; use field, efforts, options, record or status")
 
 
-def write(path: Path) -> None:
-    """Replace what stands between the markers `table:NAME` or `summary:NAME` and `end`."""
-    text = path.read_text()
-    for kind, name in re.findall(r"<!-- (table|summary):(\w+) -->", text):
-        if (RESULTS / f"{name}.csv").exists():
-            mark = f"<!-- {kind}:{name} -->"
-            block = f"{mark}\n{table(name) if kind == 'table' else summary(name)}\n<!-- end -->"
-            text = re.sub(rf"{mark}\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
-    path.write_text(text)
+def option(name: str) -> str:
+    """A setting as the command line has it."""
+    return f"`--{name.replace('_', '-')}`"
+
+
+def default(value: object) -> str:
+    """A default as a reader writes it."""
+    return "none" if value in (None, "") else "off" if value is False else f"{value}"
+
+
+def grid(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table; a `|` inside a cell is no border."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+KINDS = {"table": table, "reference": reference}
+
+
+def filled(text: str) -> str:
+    """`text` with what stands between its markers made anew; what was never measured stays as it is.
+
+    Raises:
+        ValueError: a marker without its end, or of something that is not known.
+    """
+    marks = re.findall(rf"<!-- ({'|'.join(KINDS)}):(\w+) -->", text)
+    for kind, name in marks:
+        if kind != "reference" and not (RESULTS / f"{name}.csv").exists():
+            continue
+        mark = f"<!-- {kind}:{name} -->"
+        block = f"{mark}\n{KINDS[kind](name)}\n<!-- end -->"
+        text, num_found = re.subn(rf"{mark}\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.S)
+        if num_found != 1:
+            raise ValueError(f"{mark} stands {num_found} times before an <!-- end -->; once is right")
+    return text
+
+
+def pages() -> list[Path]:
+    """The files that may have generated parts."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
 
 
 if __name__ == "__main__":
-    for file in (
-        ROOT / "README.md",
-        ROOT / "docs" / "stopping.md",
-        ROOT / "docs" / "statistics.md",
-        ROOT / "docs" / "online.md",
-        ROOT / "docs" / "long_cot.md",
-        ROOT / "docs" / "frontend.md",
-        ROOT / "docs" / "cost.md",
-        ROOT / "kernels" / "README.md",
-    ):
-        write(file)
+    for page in pages():
+        page.write_text(filled(page.read_text()))
