@@ -11,7 +11,7 @@ help:
 	@echo "make demo      the main job: a question set solved by stock sampling and by programs, with a picture"
 	@echo "make test      all tests"
 	@echo "make lint      ruff and pyright"
-	@echo "make bench     the benchmarks behind the README's tables"
+	@echo "make bench     the benchmarks behind the tables of docs/results.md"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
 	@echo "make thinker   train the tiny thinker, which goes on from the reasoner (about 15 minutes)"

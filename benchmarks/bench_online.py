@@ -29,7 +29,7 @@ from rows import percentile, spread, write_rows
 
 from sglang_dynasor.demo import Solved, program_params, read_questions, read_record, show, stock_params, vote
 
-# As in the recorded MATH-500 samples that the goal was set on (docs/stopping.md): cap 32, a single sample right in three of
+# As in the recorded MATH-500 samples that the goal was set on (docs/results.md): cap 32, a single sample right in three of
 # four cases (here 76 %). The reasoner's long mode: like a reasoning model's, the lengths of one question's branches
 # differ (coefficient of variation 0.4), which those of its direct mode do not. Few branches (3 %) reach their token limit.
 CAP = 32

@@ -3,7 +3,7 @@
     python benchmarks/replay_stopping.py --traces DIR [--csv FILE]
 
 DIR holds the JSONL traces (one question per line with its samples' answers and tokens). They are not part of this
-repository; the table in docs/stopping.md was made from them.
+repository; the table in docs/results.md was made from them.
 """
 
 from __future__ import annotations

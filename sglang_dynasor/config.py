@@ -1,4 +1,4 @@
-"""The operator's settings: one table that the command line, `sgl.Engine`, the checks and the README are made from."""
+"""The operator's settings: one table that the command line, `sgl.Engine`, the checks and docs/reference.md are made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The server as an operator starts it and clients call it: the README's own snippets, errors, disconnects."""
+"""The server as an operator starts it and clients call it: the docs' own snippets, errors, disconnects."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from engines import ROOT
 from questions import held_out, prompt
 from server import Server
 
+from sglang_dynasor.observe.ledger import STATUS_HELP
+
 pytestmark = pytest.mark.engine
-README, FRONTEND, LONG_COT = (
-    (ROOT / name).read_text() for name in ("README.md", "docs/frontend.md", "docs/long_cot.md")
+README, SERVING, FRONTEND, LONG_COT = (
+    (ROOT / name).read_text() for name in ("README.md", "docs/serving.md", "docs/frontend.md", "docs/long_cot.md")
 )
 QUESTION = held_out(12)[10]
 
@@ -55,18 +57,36 @@ def run_script(path: Path, text: str) -> str:
     return done.stdout
 
 
-def test_the_readme_s_curl_works(server: Server) -> None:
-    """The first thing a reader copies."""
-    command = block(README, "bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+def test_the_readme_s_client_works(server: Server, tmp_path: Path) -> None:
+    """The first thing a reader copies, and what it says below that this printed."""
+    script = block(README, "python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    printed = run_script(tmp_path / "client.py", script)
+    (told,) = re.findall(r"^```\n(.*?stop_reason.*?)^```", README, re.S | re.M)
+    text, record = told.split("program: ")
+    assert printed.startswith(text)
+    assert re.findall(r"^(\w+): ", printed, re.M) == re.findall(r"^(\w+): ", f"program: {record}", re.M)
+    for line in ("answer: 19", "cap: 16", "width: 4", "gang: 4", "stop_reason: certain"):
+        assert line in told
+        assert line in printed
+
+
+def test_every_counter_is_explained(server: Server) -> None:
+    """In the reference; and nothing is explained that is not there."""
+    assert set(server.status()) == set(STATUS_HELP)
+
+
+def test_the_guide_s_curl_works(server: Server) -> None:
+    """docs/serving.md, without a client library."""
+    command = block(SERVING, "bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=400, check=True)
     out = json.loads(done.stdout)
     assert out["meta_info"]["dynasor"]["answer"] == "19"
     assert out["meta_info"]["finish_reason"]["type"] == "stop"
 
 
-def test_the_readme_s_openai_client_works(server: Server) -> None:
-    """The OpenAI client sends one field more and finds the record by the response's id."""
-    script = block(README, "python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+def test_the_guide_s_openai_client_works(server: Server) -> None:
+    """docs/serving.md: the OpenAI client sends one field more and finds the record by the response's id."""
+    script = block(SERVING, "python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     assert "#### 19" in done.stdout
