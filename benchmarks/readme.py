@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
+from sglang_dynasor.policy.answers import EXTRACTORS, MAX_PATTERN_CHARS
 from sglang_dynasor.policy.record import RECORD_HELP
 from sglang_dynasor.policy.spec import EFFORTS, FIELD_HELP
 
@@ -40,6 +41,7 @@ COMMANDS = {
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
+REGEX_HELP = f"The last match's first group, or the whole match. RE2 syntax, up to {MAX_PATTERN_CHARS} characters."
 CLOSING = (
     "questions",
     "programs",
@@ -87,6 +89,9 @@ def reference(name: str) -> str:
         case "field":
             rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in FIELD_HELP.items()]
             return grid(("key", "values", "meaning"), rows)
+        case "answers":
+            rows = [(f"`{key}`", extract.__doc__ or "") for key, extract in EXTRACTORS.items()]
+            return grid(("answer", "what is found"), [*rows, ("`regex:PATTERN`", REGEX_HELP)])
         case "efforts":
             rows = [(f"`{key}`", *(f"{value:,}" for value in values)) for key, values in EFFORTS.items()]
             return grid(("effort", "agree", "probability", "min_tokens"), rows)
@@ -99,7 +104,7 @@ def reference(name: str) -> str:
         case "status":
             return grid(("counter", "meaning"), [(f"`{key}`", meaning) for key, meaning in STATUS_HELP.items()])
         case _:
-            raise ValueError(f"reference:{name} is not known; use field, efforts, options, record or status")
+            raise ValueError(f"reference:{name} is not known; use field, answers, efforts, options, record or status")
 
 
 def option(name: str) -> str:
