@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -92,18 +90,8 @@ def solve_way(backend: LocalEngine, way: Way, questions: list[dict[str, Any]], p
     options = {"sampling": SAMPLING, "answer": "hash", "concurrency": CONCURRENCY, **way.field}
     if not way.is_checked:
         return solve(backend, prompts, way.algorithm, progress=progress, **options)
-    # A verifier needs to know the question; `reward` is told the text only, so each question is a batch of its own.
     known = {prompt(q.text): [line.strip() for line in q.lines] for q in held_out(len(questions))}
-    check = checker(known)
-
-    def one(text: str) -> Any:
-        return solve(
-            backend, [text], way.algorithm, progress=False, reward=lambda said: check(text, said), **options
-        )[0]  # fmt: skip
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(CONCURRENCY) as pool:
-        return Results(way.algorithm, list(pool.map(one, prompts)), time.perf_counter() - started)
+    return solve(backend, prompts, way.algorithm, progress=progress, reward=checker(known), **options)
 
 
 def row(way: Way, runs: list[Results], base: list[Results], questions: list[dict[str, Any]]) -> dict[str, Any]:

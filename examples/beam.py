@@ -21,7 +21,7 @@ REASONER = Path(__file__).parent / "tiny_reasoner"
 LINE = re.compile(r"gets (\d+) (more|less) than \w+ (\d+): \w+ (\d+)$", re.M)
 
 
-def arithmetic(text: str) -> float:
+def arithmetic(question: str, text: str) -> float:
     """The share of additions and subtractions that are right, in [0, 1]; 1 where there are none."""
     lines = LINE.findall(text)
     right = [int(c) == int(b) + (int(a) if how == "more" else -int(a)) for a, how, b, c in lines]

@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+from sglang_dynasor.algorithms.catalogue import find
+from sglang_dynasor.algorithms.tree import Algorithm
 from sglang_dynasor.errors import FieldError, RefusedError
+from sglang_dynasor.frontend.backend import warn_once
 from sglang_dynasor.frontend.driver import DEFAULT_ROWS
 from sglang_dynasor.frontend.endpoint import Endpoint
+from sglang_dynasor.frontend.judge import Reward, check_reward_function
 from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
-from sglang_dynasor.frontend.reasoning import warn_once
 from sglang_dynasor.frontend.seat import check_seed
+from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import parse_field
 
@@ -35,7 +39,7 @@ class Result:
     stop_reason: str
     text: str  # the winning branch's
     latency_s: float  # from its first request to its answer
-    record: dict[str, Any]  # docs/record.md
+    record: dict[str, Any]  # docs/reference.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +114,10 @@ def _backend(engine: Any, rows: int) -> Generator[Endpoint | LocalEngine]:
 def solve(
     engine: Any,
     questions: Sequence[str],
-    algorithm: str = "self_consistency",
+    algorithm: str | type[Algorithm] | AlgorithmRecord = SELF_CONSISTENCY.name,
     *,
     sampling: dict[str, Any] | None = None,
-    reward: Callable[[str], float | None] | None = None,
+    reward: Reward | None = None,
     seed: int | None = None,
     progress: bool = True,
     concurrency: int | None = None,
@@ -125,14 +129,17 @@ def solve(
     Args:
         engine: an `sgl.Engine`, the address of a server, or a backend of `sglang_dynasor.frontend`.
         questions: prompts, as the model reads them.
-        algorithm: self_consistency, best_of_n, long_cot, rebase, mcts or beam.
+        algorithm: a name in `algorithms.catalogue.ALGORITHMS`, a class with the names of `algorithms.tree.Algorithm`, or its
+            record.
         sampling: SGLang's sampling parameters; max_new_tokens holds for a whole solution.
-        reward: a function from a sampled text to its reward in [0, 1], or None where it cannot say; in place of a judge.
+        reward: a function of the question and what was sampled after it, to a reward in [0, 1], or None where it cannot say; in
+            place of a judge.
         seed: question i samples by `seed + i`, for an engine that reads seeds.
         progress: show a bar.
         concurrency: questions under way at once, 1 or more; None: 64 where the server makes the branches, else 8.
-        rows: most requests at once where the algorithm is driven from here (searches, plain SGLang, `reward`).
-        field: the other keys of the `dynasor` field and of the algorithm (docs/frontend.md).
+        rows: most requests at once where the algorithm is driven from here (searches, plain SGLang, functions of your own).
+        field: the other keys of the `dynasor` field and of the algorithm (docs/frontend.md). `stop` may also be a function of
+            the evidence (`policy.evidence.Evidence`) that says whether a program may end; it is then driven from here.
 
     Returns:
         One result per question, in order; none for no questions.
@@ -148,18 +155,22 @@ def solve(
     if concurrency is not None and (isinstance(concurrency, bool) or concurrency < 1):
         raise FieldError(f"concurrency={concurrency!r} is outside its range; send 1 or more")
     check_seed(seed)
+    check_reward_function(reward)
+    about = find(algorithm)
     if key := next((key for key in ("n", "custom_params") if key in (sampling or {})), None):
         raise FieldError(
             f"sampling has {key!r}: branches are made for you; leave it out, and send dynasor's keys to solve()"
         )
     if "program" in field:
         raise FieldError(f"dynasor.program={field['program']!r}: ids are made for you; leave it out")
-    asked = {"algorithm": algorithm, **field}
+    asked = {"algorithm": about, **field}
     with _backend(engine, rows) as backend:
-        one = _solver(backend, asked, sampling or {}, reward)
-        if concurrency is None:
-            is_driven = not (backend.has_scheduler and runs_on_server(asked, has_reward=reward is not None))
-            concurrency = 8 if is_driven else 64
+        if backend.has_scheduler and runs_on_server(asked, has_reward=reward is not None):
+            one = _on_server(backend, {**asked, "algorithm": about.name}, sampling or {})
+            concurrency = concurrency or 64
+        else:
+            one = _driven(backend, asked, sampling or {}, reward)
+            concurrency = concurrency or 8
         refusals: list[RefusedError] = []
 
         def one_or_none(question: str, seed: int | None) -> Result:
@@ -177,14 +188,14 @@ def solve(
                 for i, question in enumerate(questions)
             ]
             try:
-                for future in _shown(futures, algorithm, progress):
+                for future in _shown(futures, about.name, progress):
                     future.result()
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if refusals and len(refusals) == len(questions):  # no question's fault
             raise refusals[0]
-        return Results(algorithm, [future.result() for future in futures], time.perf_counter() - started)
+        return Results(about.name, [future.result() for future in futures], time.perf_counter() - started)
 
 
 def _shown(futures: list[Future[Result]], name: str, progress: bool) -> Iterator[Future[Result]]:
@@ -198,39 +209,34 @@ def _shown(futures: list[Future[Result]], name: str, progress: bool) -> Iterator
     yield from tqdm(done, total=len(futures), desc=name, ncols=100, unit="question")
 
 
-def _solver(
-    backend: Endpoint | LocalEngine,
-    field: dict[str, Any],
-    sampling: dict[str, Any],
-    reward: Callable[[str], float | None] | None,
+def _on_server(
+    backend: Endpoint | LocalEngine, field: dict[str, Any], sampling: dict[str, Any]
 ) -> Callable[[str, int | None], Result]:
-    """How one question is solved."""
-    algorithm: str = field["algorithm"]
-    is_server_s = runs_on_server(field, has_reward=reward is not None)
-    if is_server_s and backend.has_scheduler:
-        parse_field(field, MOST_BRANCHES)
+    """How one question is solved as one request."""
+    parse_field(field, MOST_BRANCHES)
 
-        def on_server(question: str, seed: int | None) -> Result:
-            started = time.perf_counter()
-            params = {**sampling, "custom_params": {"dynasor": field}}
-            if seed is not None:
-                params["sampling_seed"] = seed
-            out = backend.post({"text": question, "sampling_params": params})
-            if out is None:
-                return _failed(question, f"{backend.name} gave it up; see its log", started)
-            record = out["meta_info"].get("dynasor")
-            if record is None or "answer" not in record:  # our scheduler fell back to stock behaviour
-                return _failed(question, "the scheduler fell back to one plain sample", started, out["text"])
-            return _result(question, record, out["text"], started)
+    def on_server(question: str, seed: int | None) -> Result:
+        started = time.perf_counter()
+        params = {**sampling, "custom_params": {"dynasor": field}}
+        if seed is not None:
+            params["sampling_seed"] = seed
+        out = backend.post({"text": question, "sampling_params": params})
+        if out is None:
+            return _failed(question, f"{backend.name} gave it up; see its log", started)
+        record = out["meta_info"].get("dynasor")
+        if record is None or "answer" not in record:  # our scheduler fell back to stock behaviour
+            return _failed(question, "the scheduler fell back to one plain sample", started, out["text"])
+        return _result(question, record, out["text"], started)
 
-        return on_server
-    if algorithm == "long_cot":
-        raise FieldError(
-            f"dynasor.algorithm='long_cot' needs --scheduler dynasor, which {backend.name} does not run: a running thought is "
-            "probed inside the engine only"
-        )
+    return on_server
+
+
+def _driven(
+    backend: Endpoint | LocalEngine, field: dict[str, Any], sampling: dict[str, Any], reward: Reward | None
+) -> Callable[[str, int | None], Result]:
+    """How one question is solved by what is sampled from here."""
     plan = parse_plan(field, has_reward=reward is not None)
-    if is_server_s:
+    if runs_on_server(field, has_reward=reward is not None):
         warn_once(backend)
 
     def driven(question: str, seed: int | None) -> Result:

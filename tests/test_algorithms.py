@@ -14,32 +14,22 @@ from hypothesis import strategies as st
 
 from sglang_dynasor.algorithms.beam import Beam
 from sglang_dynasor.algorithms.best_of_n import BestOfN
+from sglang_dynasor.algorithms.catalogue import ALGORITHMS
 from sglang_dynasor.algorithms.mcts import Mcts
 from sglang_dynasor.algorithms.rebase import Rebase, shares
-from sglang_dynasor.algorithms.self_consistency import SelfConsistency
 from sglang_dynasor.algorithms.tree import ROOT, Algorithm, Reason, Sample
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.rules import parse_stop
-from sglang_dynasor.policy.spec import parse_field
 
 Sampler = Callable[[int], Sample]  # of the node's depth
-NAMES = ("self_consistency", "best_of_n", "rebase", "mcts", "beam")
+NAMES = tuple(name for name, record in ALGORITHMS.items() if record.search is not None)
 NEVER, PREDICTIVE = parse_stop("never"), parse_stop("predictive:0.02")
 
 
 def make(name: str, cap: int, stop: str = "never", **options: Any) -> Algorithm:
-    rule = parse_stop(stop)
-    match name:
-        case "self_consistency":
-            return SelfConsistency(parse_field({"branches": cap, "stop": stop, "answer": "hash"}, 256))
-        case "best_of_n":
-            return BestOfN(cap, rule, **options)
-        case "rebase":
-            return Rebase(cap, rule, **options)
-        case "mcts":
-            return Mcts(cap, rule, **options)
-        case _:
-            return Beam(cap, rule, **options)
+    search = ALGORITHMS[name].search
+    assert search is not None
+    return search(cap, parse_stop(stop), **options)
 
 
 def run(search: Algorithm, sampler: Sampler, *, room: int = 64, lost: float = 0.0, seed: int = 0) -> int:

@@ -49,7 +49,7 @@ def drive(backend: Script, field: dict[str, Any], sampling: dict[str, Any], **op
     plan = parse_plan({"answer": "hash", **field}, has_reward=True)
     driver = Driver(backend, rows=4)
     try:
-        return driver.run("Q", plan, sampling, reward=lambda text: 0.5, **options)
+        return driver.run("Q", plan, sampling, reward=lambda question, text: 0.5, **options)
     finally:
         driver.close()
 
@@ -156,8 +156,8 @@ def test_a_reward_may_ask_by_a_program_of_its_own() -> None:
     own = parse_plan({"answer": "hash", "branches": 4}, has_reward=False)
     plan = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 6, "stop": "never"}, has_reward=True)
 
-    def reward(text: str) -> float:
-        return driver.run("Is it right? " + text, own, {}).record["certaindex"]
+    def reward(question: str, text: str) -> float:
+        return driver.run(f"{question} Is it right? {text}", own, {}).record["certaindex"]
 
     found: list[Any] = []
     asking = threading.Thread(target=lambda: found.append(driver.run("Q", plan, {}, reward=reward)), daemon=True)
@@ -180,7 +180,7 @@ def test_an_answer_may_begin_in_the_prompt() -> None:
     for algorithm in ("self_consistency", "best_of_n", "rebase"):
         plan = parse_plan({"algorithm": algorithm, "answer": "hash", "branches": 4}, has_reward=True)
         driver = Driver(backend, rows=4)
-        assert driver.run("Q\n####", plan, {}, reward=lambda text: 0.5).record["answer"] == "4"
+        assert driver.run("Q\n####", plan, {}, reward=lambda question, text: 0.5).record["answer"] == "4"
         driver.close()
 
 
@@ -191,15 +191,15 @@ def test_what_is_over_sends_nothing_more() -> None:
     driver = Driver(backend, rows=2)
     plan = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 2, "stop": "never"}, has_reward=True)
     late = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 2, "deadline_s": 0.1}, has_reward=True)
-    first = threading.Thread(target=lambda: driver.run("first", plan, {}, reward=lambda text: 0.5))
+    first = threading.Thread(target=lambda: driver.run("first", plan, {}, reward=lambda question, text: 0.5))
     first.start()
     while len(backend.sent) < 2:
         time.sleep(0.01)
     threading.Timer(0.5, go.set).start()
-    record = driver.run("second", late, {}, reward=lambda text: 0.5).record
+    record = driver.run("second", late, {}, reward=lambda question, text: 0.5).record
     first.join()
     assert record["stop_reason"] == "deadline"
     assert {data["text"] for data in backend.sent} == {"first"}
     driver.close()
     with pytest.raises(RuntimeError, match="is closed"):
-        driver.run("third", plan, {}, reward=lambda text: 0.5)
+        driver.run("third", plan, {}, reward=lambda question, text: 0.5)

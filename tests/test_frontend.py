@@ -407,10 +407,10 @@ def test_a_branch_of_another_program_is_refused(backend: Any) -> None:
         ({"algorithm": "oracle"}, "dynasor.algorithm='oracle' is not known"),
         ({"program": "mine"}, "ids are made for you"),
         ({"tenant": "a"}, "dynasor.tenant='a' with fork()"),
-        ({"algorithm": "rebase", "reward": len}, "samples by itself; use gen()"),
+        ({"algorithm": "rebase", "reward": lambda question, text: 1.0}, "samples by itself; use gen()"),
         ({"algorithm": "rebase"}, "without rewards"),
         ({**JUDGE}, "dynasor.judge with fork()"),
-        ({"reward": len}, "`reward` with fork()"),
+        ({"reward": lambda question, text: 1.0}, "`reward` with fork()"),
         ({"algorithm": "best_of_n", "hopeless": 0.3, "reports": True}, "dynasor.hopeless=0.3 with fork()"),
         ({"seed": "7"}, "seed='7' is a str"),
     ],
@@ -529,7 +529,7 @@ def test_rewards_of_a_function_guide_a_search(backend: Any) -> None:
     question = QUESTIONS[5]
     lines = question.lines
 
-    def knows(text: str) -> float:
+    def knows(question: str, text: str) -> float:
         """The share of steps that are right."""
         return sum(a == b for a, b in zip(text.splitlines(), [line.strip() for line in lines], strict=False)) / 8
 
@@ -537,7 +537,7 @@ def test_rewards_of_a_function_guide_a_search(backend: Any) -> None:
     assert p.answer == str(question.answer)
     assert p.record["num_judge_tokens"] == 0
     with pytest.raises(FieldError, match=r"dynasor.reward=2 is outside \[0, 1\]"):
-        run(rebase, backend, question, lambda text: 2)
+        run(rebase, backend, question, lambda question, text: 2)
 
 
 def test_a_search_is_reproducible(backend: Any) -> None:
@@ -562,7 +562,9 @@ def test_a_hopeless_search_has_stopped(backend: Any) -> None:
     @sgl.function
     def rebase(s: Any, worth: float) -> Any:
         s += prompt(QUESTIONS[5].text)
-        with reason(s, "rebase", answer="hash", branches=8, stop="never", hopeless=0.5, reward=lambda text: worth) as p:
+        with reason(
+            s, "rebase", answer="hash", branches=8, stop="never", hopeless=0.5, reward=lambda question, text: worth
+        ) as p:
             p.gen("steps", **HOT)
         return p
 

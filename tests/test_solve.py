@@ -104,7 +104,7 @@ def test_a_deadline_ends_a_search(engine: Any) -> None:
 def test_rewards_of_a_function(engine: Any) -> None:
     """In place of a judge; best-of-N is then driven from here."""
     right = f"#### {QUESTIONS[0].answer}"
-    (result,) = solve(engine, 1, "best_of_n", stop="best:1", reward=lambda text: float(right in text))
+    (result,) = solve(engine, 1, "best_of_n", stop="best:1", reward=lambda question, text: float(right in text))
     assert result.answer == str(QUESTIONS[0].answer)
     assert result.certaindex == 1
 
@@ -165,7 +165,7 @@ def test_no_questions(engine: Any) -> None:
         (lambda e: sglang_dynasor.solve(e, ["Q"], seed="7"), "seed='7' is a str"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], program="p"), "dynasor.program='p': ids are made for you"),
         (
-            lambda e: sglang_dynasor.solve(e, ["Q"], "beam", reward=len, width=2),
+            lambda e: sglang_dynasor.solve(e, ["Q"], "beam", reward=lambda question, text: 1.0, width=2),
             "dynasor.width=2 with algorithm 'beam'",
         ),
         (lambda e: sglang_dynasor.solve(e, ["Q"], "rebase"), "without rewards"),

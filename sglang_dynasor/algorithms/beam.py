@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_dynasor.algorithms.check import check_reward, check_vote, check_whole
+from sglang_dynasor.algorithms.solutions import Solutions
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
-from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole
+from sglang_dynasor.policy.algorithm import AlgorithmRecord
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
 
@@ -46,7 +48,7 @@ class Beam:
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.beams, self.max_depth, self.hopeless = cap, stop, beams, max_depth, hopeless
         self.state = Tree()
-        self._votes = Votes(self.state, vote)
+        self._solutions = Solutions(self.state, vote)
         self._kept: list[int] = [ROOT]  # nodes that go on
         self._fresh: list[int] = []  # what this depth has brought
         self._depth = 0  # depths begun
@@ -57,7 +59,7 @@ class Beam:
 
     @property
     def certaindex(self) -> float:
-        return self._votes.best_reward
+        return self._solutions.best_reward
 
     @property
     def budget(self) -> int:
@@ -66,7 +68,7 @@ class Beam:
 
     @property
     def _evidence(self) -> Evidence:
-        return self._votes.evidence(self.beams - len(self._votes))
+        return self._solutions.evidence(self.beams - len(self._solutions))
 
     def expand(self, room: int) -> list[Expansion]:
         """A whole depth at once, whatever `room`: which nodes go on is known only when all have their reward."""
@@ -97,32 +99,34 @@ class Beam:
     def _end_depth(self) -> None:
         if self._num_in_flight:
             return
-        places = self.beams - len(self._votes)
+        places = self.beams - len(self._solutions)
         best = sorted(self._fresh, key=lambda node: (-(self.state[node].reward or 0.0), node))[:places]
         self._kept = [node for node in best if not self.state[node].is_terminal]
         for node in best:
             if self.state[node].is_terminal and self.reason is None:
-                self._votes.add(node)
+                self._solutions.add(node)
                 if self.stop.stops(self._evidence):
                     self.reason = Reason.CERTAIN
         if self.reason is not None:
             return
         rewards = [reward for node in self._kept if (reward := self.state[node].reward) is not None]
-        if self._votes.is_hopeless(self.hopeless, rewards + self._votes.rewards):
+        if self._solutions.is_hopeless(self.hopeless, rewards + self._solutions.rewards):
             self.reason = Reason.HOPELESS
         elif not self._kept:
-            self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
+            self.reason = Reason.CAP if len(self._solutions) else Reason.FAILED
 
     def aggregate(self) -> Choice:
-        return self._votes.answer()
+        return self._solutions.answer()
 
     def record(self) -> dict[str, Any]:
         return {
-            "algorithm": "beam",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self.reason, self.stop),
+            **self._solutions.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "beams": self.beams,
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,
         }
+
+
+RECORD = AlgorithmRecord("beam", "the best steps of each depth go on", Beam, needs_rewards=True, vote="reward")

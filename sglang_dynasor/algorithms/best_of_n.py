@@ -5,10 +5,13 @@ Source: Cobbe et al., arXiv 2110.14168; weighted: Li et al., arXiv 2206.02336.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from sglang_dynasor.algorithms.check import check_reward, check_vote, check_whole
+from sglang_dynasor.algorithms.solutions import Solutions, num_to_start
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
-from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole, num_to_start
+from sglang_dynasor.policy.algorithm import BEST_OF_N
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
 
@@ -40,7 +43,7 @@ class BestOfN:
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.width, self.hopeless = cap, stop, width, hopeless
         self.state = Tree()
-        self._votes = Votes(self.state, vote)
+        self._solutions = Solutions(self.state, vote)
         self._num_in_flight = 0
         self._num_failed = 0
         self._num_tokens = 0
@@ -48,18 +51,18 @@ class BestOfN:
 
     @property
     def certaindex(self) -> float:
-        return self._votes.best_reward
+        return self._solutions.best_reward
 
     @property
     def budget(self) -> int:
         """Branches that may still start."""
         if self.reason is not None:
             return 0
-        return self.cap - self._num_failed - len(self._votes) - self._num_in_flight
+        return self.cap - self._num_failed - len(self._solutions) - self._num_in_flight
 
     @property
     def _evidence(self) -> Evidence:
-        return self._votes.evidence(self.cap - self._num_failed - len(self._votes))
+        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions))
 
     def expand(self, room: int) -> list[Expansion]:
         if self.reason is not None:
@@ -73,10 +76,10 @@ class BestOfN:
         self._num_tokens += sample.num_tokens
         if self.reason is not None:
             return
-        self._votes.add(self.state.add(node, sample._replace(is_terminal=True)))
+        self._solutions.add(self.state.add(node, sample._replace(is_terminal=True)))
         if self.stop.stops(self._evidence):
             self.reason = Reason.CERTAIN
-        elif self._votes.is_hopeless(self.hopeless, self._votes.rewards):
+        elif self._solutions.is_hopeless(self.hopeless, self._solutions.rewards):
             self.reason = Reason.HOPELESS
         self._stop_if_used_up()
 
@@ -88,17 +91,19 @@ class BestOfN:
 
     def _stop_if_used_up(self) -> None:
         if self.reason is None and self.budget == 0 and self._num_in_flight == 0:
-            self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
+            self.reason = Reason.CAP if len(self._solutions) else Reason.FAILED
 
     def aggregate(self) -> Choice:
-        return self._votes.answer()
+        return self._solutions.answer()
 
     def record(self) -> dict[str, Any]:
         return {
-            "algorithm": "best_of_n",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self.reason, self.stop),
+            **self._solutions.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,
         }
+
+
+RECORD = replace(BEST_OF_N, search=BestOfN)

@@ -11,8 +11,10 @@ from itertools import pairwise
 from math import inf, log, sqrt
 from typing import Any
 
+from sglang_dynasor.algorithms.check import check_reward, check_scale, check_vote, check_whole
+from sglang_dynasor.algorithms.solutions import Solutions, num_to_start
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
-from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole, num_to_start
+from sglang_dynasor.policy.algorithm import AlgorithmRecord
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
 
@@ -64,13 +66,14 @@ class Mcts:
         check_whole("max_depth", max_depth)
         if width is not None:
             check_whole("width", width, 1, cap)
+        check_scale("exploration", exploration, allows_zero=True)
         check_vote(vote)
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.width, self.branching = cap, stop, width, branching
         self.step, self.max_depth, self.exploration, self.hopeless = step, max_depth, exploration, hopeless
         self.visits: list[Visits] = [Visits()]  # by node
         self.state = Tree()
-        self._votes = Votes(self.state, vote)
+        self._solutions = Solutions(self.state, vote)
         self._num_in_flight = 0
         self._num_failed = 0
         self._num_tokens = 0
@@ -78,18 +81,18 @@ class Mcts:
 
     @property
     def certaindex(self) -> float:
-        return self._votes.mean_reward
+        return self._solutions.mean_reward
 
     @property
     def budget(self) -> int:
         """Iterations that may still start."""
         if self.reason is not None:
             return 0
-        return self.cap - self._num_failed - len(self._votes) - self._num_in_flight
+        return self.cap - self._num_failed - len(self._solutions) - self._num_in_flight
 
     @property
     def _evidence(self) -> Evidence:
-        return self._votes.evidence(self.cap - self._num_failed - len(self._votes))
+        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions))
 
     def expand(self, room: int) -> list[Expansion]:
         if self.reason is not None:
@@ -155,10 +158,10 @@ class Mcts:
         for above in self.state.path(node):
             self.visits[above].num += 1
             self.visits[above].value += sample.reward or 0.0
-        self._votes.add(node)
+        self._solutions.add(node)
         if self.stop.stops(self._evidence):
             self.reason = Reason.CERTAIN
-        elif self._votes.is_hopeless(self.hopeless, self._votes.rewards):
+        elif self._solutions.is_hopeless(self.hopeless, self._solutions.rewards):
             self.reason = Reason.HOPELESS
         self._stop_if_used_up()
 
@@ -177,20 +180,24 @@ class Mcts:
     def _stop_if_used_up(self) -> None:
         is_spent = self.budget == 0 or not self._has_place(ROOT)
         if self.reason is None and is_spent and self._num_in_flight == 0:
-            self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
+            self.reason = Reason.CAP if len(self._solutions) else Reason.FAILED
 
     def aggregate(self) -> Choice:
-        return self._votes.answer()
+        return self._solutions.answer()
 
     def record(self) -> dict[str, Any]:
         return {
-            "algorithm": "mcts",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self.reason, self.stop),
+            **self._solutions.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,
         }
+
+
+RECORD = AlgorithmRecord(
+    "mcts", "iterations go where rewards and curiosity send them", Mcts, needs_rewards=True, vote="reward"
+)
 
 
 def _apportion(num_tokens: int, texts: list[str]) -> list[int]:

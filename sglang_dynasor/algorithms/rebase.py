@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from math import ceil, exp
 from typing import Any
 
+from sglang_dynasor.algorithms.check import check_reward, check_scale, check_vote, check_whole
+from sglang_dynasor.algorithms.solutions import Solutions
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
-from sglang_dynasor.algorithms.votes import Votes, check_reward, check_vote, check_whole
+from sglang_dynasor.policy.algorithm import AlgorithmRecord
 from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
@@ -57,7 +59,7 @@ class Rebase:
         cap: most solutions.
         stop: when to end early; judged after each finished solution.
         round_width: solutions of one round; None: as many as could decide, all that are left if none could.
-        temperature: of the softmax over rewards, above 0.
+        reward_temperature: of the softmax over rewards, above 0.
         max_depth: steps after which a solution counts as finished.
         vote: "reward" (votes weigh their reward), "best" (the highest reward decides) or "majority".
         hopeless: give up if every node of a depth and every solution has a reward below this, from three on; None: never.
@@ -70,19 +72,20 @@ class Rebase:
     is_judged = True
 
     def __init__(
-        self, cap: int, stop: StopRule, *, round_width: int | None = None, temperature: float = TEMPERATURE,
+        self, cap: int, stop: StopRule, *, round_width: int | None = None, reward_temperature: float = TEMPERATURE,
         max_depth: int = MOST_STEPS, vote: str = "reward", hopeless: float | None = None,
     ):  # fmt: skip
         check_whole("branches", cap)
         check_whole("max_depth", max_depth)
         if round_width is not None:
             check_whole("round_width", round_width, 1, cap)
+        check_scale("reward_temperature", reward_temperature)
         check_vote(vote)
         check_reward("hopeless", hopeless)
         self.cap, self.stop, self.round_width = cap, stop, round_width
-        self.temperature, self.max_depth, self.hopeless = temperature, max_depth, hopeless
+        self.reward_temperature, self.max_depth, self.hopeless = reward_temperature, max_depth, hopeless
         self.state = Tree()
-        self._votes = Votes(self.state, vote)
+        self._solutions = Solutions(self.state, vote)
         self._left = 0  # of this round's width: solutions not finished
         self._frontier: list[int] = []  # nodes to expand once the depth is complete
         self._num_in_flight = 0
@@ -93,18 +96,18 @@ class Rebase:
 
     @property
     def certaindex(self) -> float:
-        return self._votes.best_reward
+        return self._solutions.best_reward
 
     @property
     def budget(self) -> int:
         """Solutions that no round has been given yet."""
         if self.reason is not None:
             return 0
-        return self.cap - self._num_failed - len(self._votes) - self._left
+        return self.cap - self._num_failed - len(self._solutions) - self._left
 
     @property
     def _evidence(self) -> Evidence:
-        return self._votes.evidence(self.cap - self._num_failed - len(self._votes))
+        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions))
 
     def expand(self, room: int) -> list[Expansion]:
         """A whole depth at once, whatever `room`: shares are known only when every node of a depth has its reward."""
@@ -112,10 +115,10 @@ class Rebase:
             return []
         if not self._frontier:
             self._left = self.round_width or votes_needed(self._evidence, self.stop) or self.budget
-            self._left = min(self._left, self.cap - self._num_failed - len(self._votes))
+            self._left = min(self._left, self.cap - self._num_failed - len(self._solutions))
             self._num_rounds += 1
             self._frontier = [ROOT]
-        given = shares([self.state[node].reward or 0.0 for node in self._frontier], self._left, self.temperature)
+        given = shares([self.state[node].reward or 0.0 for node in self._frontier], self._left, self.reward_temperature)
         wanted = [Expansion(node, num) for node, num in zip(self._frontier, given, strict=True) if num]
         self._frontier = []
         self._num_in_flight = sum(num for _, num in wanted)
@@ -130,7 +133,7 @@ class Rebase:
         index = self.state.add(node, sample._replace(is_terminal=is_terminal))
         if is_terminal:
             self._left -= 1
-            self._votes.add(index)
+            self._solutions.add(index)
             if self.stop.stops(self._evidence):
                 self.reason = Reason.CERTAIN
         else:
@@ -150,23 +153,27 @@ class Rebase:
             return
         self._frontier.sort()  # in the order in which nodes came, whatever was lost in between
         rewards = [reward for node in self._frontier if (reward := self.state[node].reward) is not None]
-        if self._votes.is_hopeless(self.hopeless, rewards + self._votes.rewards):
+        if self._solutions.is_hopeless(self.hopeless, rewards + self._solutions.rewards):
             self.reason = Reason.HOPELESS
         elif not self._frontier:
             self._left = 0
             if self.budget == 0:
-                self.reason = Reason.CAP if len(self._votes) else Reason.FAILED
+                self.reason = Reason.CAP if len(self._solutions) else Reason.FAILED
 
     def aggregate(self) -> Choice:
-        return self._votes.answer()
+        return self._solutions.answer()
 
     def record(self) -> dict[str, Any]:
         return {
-            "algorithm": "rebase",
             "certaindex": round(self.certaindex, 6),
-            **self._votes.record(self._evidence, self.reason, self.stop),
+            **self._solutions.record(self._evidence, self.reason, self.stop),
             "cap": self.cap,
             "num_rounds": self._num_rounds,
             "num_failed": self._num_failed,
             "num_tokens": self._num_tokens,
         }
+
+
+RECORD = AlgorithmRecord(
+    "rebase", "the better a step's reward, the more continuations it gets", Rebase, needs_rewards=True, vote="reward"
+)

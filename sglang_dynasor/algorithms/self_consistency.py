@@ -5,24 +5,36 @@ Source: Wang et al., arXiv 2203.11171; stopping: docs/architecture.md, "Predicti
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Sample, Tree
+from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY
 from sglang_dynasor.policy.program import Program
-from sglang_dynasor.policy.spec import ProgramSpec
+from sglang_dynasor.policy.rules import StopRule
+from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec
 
 
 class SelfConsistency:
-    """`Program` in the shape of the searches: the same policy code, whoever samples.
+    """`Program` in the shape of the searches: the same policy code, whoever samples. `certaindex` is 1 - risk.
 
-    A branch's text is read by the program itself, so that `Sample.answer` is not used. `certaindex` is 1 - risk.
+    Args:
+        cap: most branches.
+        stop: when to end early.
+        width: most in flight; None: as many as the load allows.
+        vote: "majority", or by rewards as in the engine.
+        has_rewards: whether somebody rewards the branches.
     """
 
     is_stepwise = False
 
-    def __init__(self, spec: ProgramSpec, prompt: str = ""):
-        self.is_judged = spec.judge is not None
-        self.prompt = prompt
+    def __init__(
+        self, cap: int, stop: StopRule, *, width: int | None = None, vote: str = "majority", has_rewards: bool = False
+    ):  # fmt: skip
+        self.is_judged = has_rewards
+        judge = JudgeSpec("", is_external=True) if has_rewards else None
+        # The answer is read by whoever samples.
+        spec = ProgramSpec(SELF_CONSISTENCY.name, cap, width, stop, "auto", vote=vote, judge=judge)
         self.program = Program("search", spec)
         self.state = Tree()
         self._seats: list[int] = []  # branches in flight, the longest first
@@ -50,7 +62,7 @@ class SelfConsistency:
         index = self._seats.pop(0)
         self._nodes[index] = self.state.add(node, sample._replace(is_terminal=True))
         if self.program.reason is None:
-            self.program.finish(index, sample.text, sample.num_tokens, sample.reward, lead=self.prompt)
+            self.program.count(index, sample.answer, sample.num_tokens, sample.reward)
         else:
             self.program.end(index, sample.num_tokens)
 
@@ -69,3 +81,6 @@ class SelfConsistency:
 
     def record(self) -> dict[str, Any]:
         return self.program.record()
+
+
+RECORD = replace(SELF_CONSISTENCY, search=SelfConsistency)

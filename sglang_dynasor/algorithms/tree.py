@@ -137,5 +137,5 @@ class Algorithm(Protocol):
         ...
 
     def record(self) -> dict[str, Any]:
-        """What the author is told; JSON, with the keys of docs/record.md where they mean the same."""
+        """What the author is told; JSON, with the keys of docs/reference.md where they mean the same."""
         ...

@@ -3,8 +3,9 @@
 `docs/frontend.md` shows how.
 """
 
+from sglang_dynasor.frontend.branch import Branch
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.local import LocalEngine
-from sglang_dynasor.frontend.reasoning import Branch, Reasoning, reason
+from sglang_dynasor.frontend.reasoning import Reasoning, reason
 
 __all__ = ["Branch", "Endpoint", "LocalEngine", "Reasoning", "reason"]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from typing import Any, Protocol
+
+_warning_lock = threading.Lock()
 
 
 class Backend(Protocol):
@@ -34,3 +38,16 @@ class Backend(Protocol):
     def abort(self, rid: str) -> None:
         """End a request; it is answered with what it has."""
         ...
+
+
+def warn_once(backend: Any) -> None:
+    """Tell the author, once per backend, that it does not run our scheduler."""
+    with _warning_lock:
+        if getattr(backend, "_dynasor_warned", False):
+            return
+        backend._dynasor_warned = True
+    warnings.warn(
+        f"{backend.name} does not run --scheduler dynasor: branches are counted by this process, with the same answers, and "
+        "end a little later than they could",
+        stacklevel=4,
+    )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sglang_dynasor.algorithms.tree import Algorithm, Choice, Sample
+from sglang_dynasor.algorithms.tree import Algorithm, Sample
 from sglang_dynasor.frontend.backend import Backend
-from sglang_dynasor.frontend.judge import Judge, OwnJudge, model_judge
+from sglang_dynasor.frontend.judge import Judge, OwnJudge, Reward, model_judge
 from sglang_dynasor.frontend.plan import Plan
 from sglang_dynasor.frontend.seat import sample_seed
 from sglang_dynasor.policy.answers import read_answer
@@ -83,7 +83,7 @@ class Driver:
         plan: Plan,
         sampling: dict[str, Any],
         *,
-        reward: Callable[[str], float | None] | None = None,
+        reward: Reward | None = None,
         seed: int | None = None,
     ) -> Driven:
         """Run `plan` on one question to its end.
@@ -91,7 +91,7 @@ class Driver:
         Args:
             prompt: what the samples continue.
             sampling: SGLang's sampling parameters; `max_new_tokens` holds for a whole solution.
-            reward: the author's rewards, from what was sampled to [0, 1]; None: the plan's judge.
+            reward: the author's rewards in [0, 1], of `prompt` and of what was sampled after it; None: the plan's judge.
             seed: of the sampling. Samples are then reported in the order in which they
                 were asked for, so that an engine that reads seeds gives the same search again. None: as they come.
 
@@ -103,22 +103,22 @@ class Driver:
             judge = OwnJudge(reward)
         elif plan.spec.judge is not None:
             judge = model_judge(self.backend, plan.spec.judge)
-        algorithm = plan.start(prompt)
+        algorithm = plan.start()
         deadline_s = plan.spec.deadline_s
         until = None if deadline_s is None else time.monotonic() + deadline_s
-        found: tuple[dict[str, Any], Choice] | None = None
+        found: Driven | None = None
         with self._share(), self._threads(judge) as pool:
             run = Run(prompt, plan, sampling, judge, seed, algorithm, pool)
             try:
                 if self._drive(run, until):  # late: what is ended now is no failure of the search
-                    found = {**algorithm.record(), "stop_reason": str(StopReason.DEADLINE)}, algorithm.aggregate()
+                    found = _found(run, StopReason.DEADLINE)
             finally:
                 self._end_rest(run)
-        record, choice = found or (algorithm.record(), algorithm.aggregate())
+        record, text = found or _found(run)
         record |= {"program": run.id, "num_tokens": run.num_tokens}
         if run.judge is not None:
             record["num_judge_tokens"] = run.num_judge_tokens
-        return Driven(record, "" if choice.node is None else algorithm.state.text(choice.node))
+        return Driven(record, text)
 
     @contextmanager
     def _threads(self, judge: Judge | None) -> Generator[ThreadPoolExecutor]:
@@ -225,3 +225,25 @@ class Driver:
         answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer)
         sample = Sample(text, num_tokens, not goes_on, reward, answer)
         return Sampled(sample, num_tokens, num_judge_tokens)
+
+
+def _found(run: Run, reason: StopReason | None = None) -> Driven:
+    """What a run has found: what every program's record has, and what its algorithm adds or says better."""
+    algorithm, plan = run.algorithm, run.plan
+    choice = algorithm.aggregate()
+    # One that has ended by asking for nothing has used up what it wanted.
+    ended = reason or algorithm.reason or (StopReason.FAILED if choice.node is None else StopReason.CAP)
+    ends = [node for node in algorithm.state.nodes if node.is_terminal]
+    record: dict[str, Any] = {
+        "algorithm": plan.about.name,
+        "answer": choice.answer,
+        "certaindex": round(algorithm.certaindex, 6),
+        "votes": [],
+        "branch": None,
+        "num_branches": len(ends),
+        "num_abstentions": sum(node.answer is None for node in ends),
+        "cap": plan.spec.branches,
+        "stop_rule": plan.spec.stop.text,
+    }
+    text = "" if choice.node is None else algorithm.state.text(choice.node)
+    return Driven({**record, **algorithm.record(), "stop_reason": str(ended)}, text)

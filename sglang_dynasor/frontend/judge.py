@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from math import exp
 from typing import Any, NamedTuple
 
-from sglang_dynasor.algorithms.votes import check_reward
+from sglang_dynasor.algorithms.check import check_reward
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.policy.spec import JudgeSpec
@@ -21,16 +22,17 @@ class Verdict(NamedTuple):
 
 
 Judge = Callable[[str, str], Verdict]  # of the question and of what was sampled after it
+Reward = Callable[[str, str], float | None]  # the author's own, of the same; None where it cannot say
 
 
 @dataclass(frozen=True, slots=True)
 class OwnJudge:
-    """The author's function from the sampled text to a reward in [0, 1], or None."""
+    """The author's function from question and sampled text to a reward in [0, 1], or None."""
 
-    reward: Callable[[str], float | None]
+    reward: Reward
 
     def __call__(self, prompt: str, text: str) -> Verdict:
-        value = self.reward(text)
+        value = self.reward(prompt, text)
         check_reward("reward", value)
         return Verdict(value)
 
@@ -61,6 +63,23 @@ class ModelJudge:
         logprobs = {token: logprob for logprob, token, *_ in meta["output_token_ids_logprobs"][0]}
         computed = meta["prompt_tokens"] - meta.get("cached_tokens", 0) + meta["completion_tokens"]
         return Verdict(reward_of(logprobs[self.good], logprobs[self.bad]), computed)
+
+
+def check_reward_function(reward: Any) -> None:
+    """Raise FieldError unless `reward` is None or can be called with a question and a text."""
+    if reward is None:
+        return
+    name = getattr(reward, "__name__", repr(reward))
+    if not callable(reward):
+        raise FieldError(f"reward={reward!r} is a {type(reward).__name__}; send a function reward(question, text)")
+    try:
+        signature(reward).bind("", "")
+    except TypeError:
+        raise FieldError(
+            f"reward={name}{signature(reward)} cannot be called as reward(question, text); give it these two arguments"
+        ) from None
+    except ValueError:  # a builtin that does not tell what it takes
+        return
 
 
 def reward_of(good: float, bad: float) -> float:

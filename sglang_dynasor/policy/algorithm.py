@@ -41,21 +41,22 @@ class AlgorithmRecord:
         """Its own keys outside the engine: what `search` takes by name, and `step` where it samples by steps."""
         if self.search is None:
             return ()
-        own = [name for name in _named(self.search) if name not in GIVEN_KEYS]
+        own = [name for name in parameters(self.search) if name not in GIVEN_KEYS]
         if getattr(self.search, "is_stepwise", False) and "step" not in own:
             own.append("step")
         return tuple(own)
 
     def takes(self, key: str) -> bool:
         """Whether the constructor of `search` has a parameter of this name."""
-        return self.search is not None and key in _named(self.search)
+        return self.search is not None and key in parameters(self.search)
 
 
 @cache
-def _named(search: type[Any]) -> tuple[str, ...]:
-    """What a constructor takes besides cap and rule."""
+def parameters(search: type[Any]) -> dict[str, Any]:
+    """What a constructor takes besides cap and rule, with the defaults."""
     kinds = (Parameter.KEYWORD_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(p.name for p in list(signature(search).parameters.values())[2:] if p.kind in kinds)
+    found = list(signature(search).parameters.values())[2:]
+    return {parameter.name: parameter.default for parameter in found if parameter.kind in kinds}
 
 
 SELF_CONSISTENCY = AlgorithmRecord("self_consistency", "majority vote of branches", is_engine_s=True)
