@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import ROOT
-from readme import filled, pages
+from readme import ROOT, filled, pages
 from test_driver import SOLUTION, Script, drive
 
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.offline import solve
+from sglang_dynasor.offline import _failed
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.record import RECORD_HELP
 from sglang_dynasor.policy.spec import FIELD_HELP, parse_field
@@ -124,7 +123,6 @@ def test_every_key_of_a_record_is_explained() -> None:
         field = {"algorithm": algorithm, "branches": 4}
         found.append(drive(Script(lambda data: SOLUTION), field, {"max_new_tokens": 40}).record)
     always = set.intersection(*(set(keys) for keys in found))
-    failed = solve(Script(lambda data: None), ["Q"], "rebase", reward=lambda *_: 0.5, progress=False)
-    found += [failed[0].record, {"index": 0, "num_judge_tokens": 0}]  # a client's own branch, a model's judge
+    found += [_failed("Q", "refused", 0.0).record, {"index": 0}]  # a question of a batch, a client's own branch
     assert set.union(*(set(keys) for keys in found)) == set(RECORD_HELP)
     assert {key for key, (where, _) in RECORD_HELP.items() if where == "always"} == always

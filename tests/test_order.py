@@ -1,4 +1,4 @@
-"""The line of waiting programs: its order, and the bound of docs/waiting.md under adversarial arrivals."""
+"""The line of waiting programs: its order, and the bound of docs/waiting_proof.md under adversarial arrivals."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The line that waiting programs stand in: shortest remaining first, within a bound on being overtaken.
 
-Pure policy: it knows no engine. Bound and proof are in docs/waiting.md.
+Pure policy: it knows no engine. The bound is in docs/waiting.md, its proof in docs/waiting_proof.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import count
 from typing import Any, NamedTuple
 
 MOST_IDLE = 4096  # tenants remembered while they have nothing here
-MOST_SKIPPED = 8  # programs tried in one look that do not fit: bounds the look, not the wait (docs/waiting.md)
+MOST_SKIPPED = 8  # programs tried in one look that do not fit: bounds the look, not the wait (docs/waiting_proof.md)
 
 
 class Service:

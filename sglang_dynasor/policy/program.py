@@ -316,7 +316,7 @@ class Program:
             self.reason = StopReason.CAP if self.votes.recent else StopReason.FAILED
 
     def record(self) -> dict[str, Any]:
-        """What the client and the operator are told; JSON. Keys are explained in docs/record.md."""
+        """What the client and the operator are told; JSON. Keys are explained in docs/reference.md."""
         evidence, winner, risk = self.evidence, self.winner, self._risk
         return {
             "program": self.id,

@@ -22,7 +22,7 @@ MAX_WORD_CHARS = 32
 MOST_AGREE = 64
 MOST_MIN_TOKENS = 1_000_000
 # How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
-# docs/long_cot.md has the replay on recorded probes that these come from.
+# docs/results.md, "Recorded probes", has the replay that these come from.
 EFFORTS = {"low": (1, 0.95, 256), "medium": (2, 0.99, 512), "high": (3, 0.995, 1024)}
 _ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
