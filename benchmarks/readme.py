@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
+from sglang_dynasor.algorithms.catalogue import ALGORITHMS, SEARCH_HELP
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
 from sglang_dynasor.policy.answers import EXTRACTORS, MAX_PATTERN_CHARS
@@ -89,6 +90,11 @@ def reference(name: str) -> str:
         case "field":
             rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in FIELD_HELP.items()]
             return grid(("key", "values", "meaning"), rows)
+        case "algorithms":
+            return grid(("algorithm", "what it is", "rewards", "vote", "rule", "branches", "own keys"), algorithms())
+        case "searches":
+            rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in SEARCH_HELP.items()]
+            return grid(("key", "values", "meaning"), rows)
         case "answers":
             rows = [(f"`{key}`", extract.__doc__ or "") for key, extract in EXTRACTORS.items()]
             return grid(("answer", "what is found"), [*rows, ("`regex:PATTERN`", REGEX_HELP)])
@@ -104,7 +110,23 @@ def reference(name: str) -> str:
         case "status":
             return grid(("counter", "meaning"), [(f"`{key}`", meaning) for key, meaning in STATUS_HELP.items()])
         case _:
-            raise ValueError(f"reference:{name} is not known; use field, answers, efforts, options, record or status")
+            raise ValueError(f"reference:{name} is not known; use one of the cases in benchmarks/readme.py")
+
+
+def algorithms() -> list[tuple[str, ...]]:
+    """What is known of each algorithm, with its defaults."""
+    return [
+        (
+            f"`{name}`",
+            record.summary,
+            "needed" if record.needs_rewards else "",
+            f"`{record.vote}`",
+            f"`{record.stop}`",
+            str(record.branches),
+            ", ".join(f"`{key}`" for key in (*record.engine_keys, *record.search_keys)),
+        )
+        for name, record in ALGORITHMS.items()
+    ]
 
 
 def option(name: str) -> str:

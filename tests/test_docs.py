@@ -16,6 +16,7 @@ import pytest
 from readme import ROOT, filled, pages
 from test_driver import SOLUTION, Script, drive
 
+from sglang_dynasor.algorithms.catalogue import ALGORITHMS, SEARCH_HELP
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.offline import _failed
@@ -100,6 +101,11 @@ def test_a_key_that_is_explained_is_read(key: str) -> None:
         with pytest.raises(FieldError, match=rf"dynasor\.{key}=") as told:
             parse_field({"algorithm": algorithm, key: []}, 64)
         assert "not a key" not in str(told.value)
+
+
+def test_every_key_of_a_search_is_explained() -> None:
+    """And nothing that no search takes."""
+    assert {key for found in ALGORITHMS.values() for key in found.search_keys} == set(SEARCH_HELP)
 
 
 def test_every_option_is_explained() -> None:

@@ -20,6 +20,17 @@ ALGORITHMS = {
         beam.RECORD,
     )
 }
+# The own keys of searches: values and meaning. docs/reference.md is made from this, and a test compares it with what they take.
+SEARCH_HELP = {
+    "step": ("1 to 64 characters", "what ends a step in a sampled text (default: the end of a line)"),
+    "max_depth": ("1 to 4096", "steps after which a solution is not split any further (default 25)"),
+    "round_width": ("1 to branches", "solutions of one round (default: as many as could decide); branches: one round, as published"),
+    "reward_temperature": ("above 0 to below 1000", "of the softmax over rewards that shares the width out (default 0.2)"),
+    "branching": ("1 to 4096", "most children of a node (default 4)"),
+    "exploration": ("0 to below 1000", "UCT's constant (default 1)"),
+    "beams": ("1 to branches", "steps of a depth that go on (default: a quarter of branches)"),
+    "hopeless": ("0 to 1", "the search is given up when everything it has is worth less (default: never)"),
+}  # fmt: skip
 # What a search must have, in the words of tree.Algorithm.
 NAMES = tuple(name for name in {**Algorithm.__annotations__, **vars(Algorithm)} if not name.startswith("_"))
 
