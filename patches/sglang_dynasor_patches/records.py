@@ -20,7 +20,7 @@ PATCHES: tuple[Patch, ...] = (
         "SGLang lets a plugin declare options",
     ),
     Patch(
-        f"{_ARGS}.from_cli_args", "after", ("cls", "args"), f"{_FLAG}.from_cli_args", "flag",
+        f"{_ARGS}.from_cli_args", "around", ("cls", "args"), f"{_FLAG}.from_cli_args", "flag",
         "carries the checked options to every process, and stops the start-up if they cannot be served",
         "SGLang lets a plugin declare options",
     ),
@@ -59,16 +59,9 @@ PATCHES: tuple[Patch, ...] = (
         "customized_info may carry one value per request",
     ),
     Patch(
-        f"{_SCHEDULER}.__init__", "before",
-        ("self", "server_args", "port_args"),
-        f"{_HOOKS}.init_scheduler", "scheduler",
-        "gives the scheduler its controller of programs",
-        "SGLang takes a scheduler class from a plugin",
-    ),
-    Patch(
-        f"{_SCHEDULER}.init_model_worker", "after", ("self",), f"{_HOOKS}.init_model_worker", "scheduler",
-        "gives the model runner our sampling observer",
-        "SGLang takes a sampling observer from a plugin",
+        f"{_SCHEDULER}.init_schedule_policy", "after", ("self",), f"{_HOOKS}.init_schedule_policy", "scheduler",
+        "gives the scheduler its controller of programs, its policy the same, and the model runner our sampling observer",
+        "SGLang takes a scheduler class and a sampling observer from a plugin",
     ),
     Patch(
         f"{_SCHEDULER}.run_batch", "before", ("self", "batch", "pp_proxy_tensors"), f"{_HOOKS}.run_batch", "scheduler",
@@ -90,11 +83,6 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_SCHEDULER}.get_new_batch_prefill", "around", ("self", "running_batch"), f"{_HOOKS}.next_prefill",
         "scheduler", "starts the waiting programs that fit, before SGLang fills its prefill batch",
-        "SGLang takes a scheduler class from a plugin",
-    ),
-    Patch(
-        f"{_SCHEDULER}.init_schedule_policy", "after", ("self",), f"{_HOOKS}.schedule_policy", "scheduler",
-        "shows the controller to SGLang's policy, for the next hook",
         "SGLang takes a scheduler class from a plugin",
     ),
     Patch(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.server_args import ServerArgs
 
 from sglang_dynasor.config import DynasorConfig, add_options, take_config
+from sglang_dynasor.engine.device import missing_device
 from sglang_dynasor.errors import ConfigError, DynasorError
 
 # What programs do not work with yet: attribute of ServerArgs, the values that are fine, and why.
@@ -62,10 +64,21 @@ def add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
     add_options(parser)
 
 
-def from_cli_args(server_args: ServerArgs, cls: type, args: argparse.Namespace) -> ServerArgs:
+def refuse_without_device(config: DynasorConfig, device: str | None) -> None:
+    """Say how to get a device where SGLang would find none; it would say only that there is none.
+
+    Raises:
+        ConfigError: none is asked for by name, and none is there.
+    """
+    if config.is_on and device is None and (wrong := missing_device()) is not None:
+        raise ConfigError(f"--scheduler dynasor cannot be served: {wrong}")
+
+
+def from_cli_args(original: Callable[..., ServerArgs], cls: type, args: argparse.Namespace) -> ServerArgs:
     try:
         config, _ = take_config(vars(args))
-        return attach(server_args, config)
+        refuse_without_device(config, getattr(args, "device", None))
+        return attach(original(cls, args), config)
     except DynasorError as error:
         # SGLang would print a traceback; an operator needs the line.
         raise SystemExit(f"error: {error}") from None
@@ -74,4 +87,5 @@ def from_cli_args(server_args: ServerArgs, cls: type, args: argparse.Namespace) 
 def engine_server_args(**kwargs: Any) -> ServerArgs:
     """ServerArgs for `sgl.Engine(scheduler="dynasor", ...)`."""
     config, rest = take_config(kwargs)
+    refuse_without_device(config, rest.get("device"))
     return attach(ServerArgs(**rest), config)

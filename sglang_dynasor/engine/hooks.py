@@ -10,10 +10,10 @@ import torch
 from sglang.srt.managers.schedule_batch import NextBatchPlan
 
 from sglang_dynasor import __version__
-from sglang_dynasor.engine.admission import adder_class
 from sglang_dynasor.engine.controller import Controller
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.retraction import retract_whole, youngest_last
+from sglang_dynasor.engine.room import adder_class
 from sglang_dynasor.engine.statistics import HostStatistics
 from sglang_dynasor.engine.streamer import streamer_class
 from sglang_dynasor.errors import PatchError
@@ -23,19 +23,15 @@ def controller_of(scheduler: Any) -> Controller | None:
     return getattr(scheduler, "_dynasor", None)
 
 
-def init_scheduler(scheduler: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    config = config_of(server_args)
-    if config.is_on:
-        from sglang_dynasor_patches.install import require_live
-
-        require_live(("scheduler",))
-        scheduler._dynasor = Controller(scheduler, config)
-
-
-def init_model_worker(result: None, scheduler: Any) -> None:
-    controller = controller_of(scheduler)
-    if controller is None:
+def init_schedule_policy(result: None, scheduler: Any) -> None:
+    """By now SGLang has its model, its pools and its queue, and has not taken a request."""
+    config = config_of(scheduler.server_args)
+    if not config.is_on:
         return
+    from sglang_dynasor_patches.install import require_live
+
+    require_live(("scheduler",))
+    controller = scheduler._dynasor = scheduler.policy._dynasor = Controller(scheduler, config)
     runner = scheduler.tp_worker.model_runner
     if runner.sampling_observer is not None:
         raise PatchError(
@@ -65,7 +61,7 @@ def enqueue(original: Callable[..., None], scheduler: Any, req: Any, is_retracte
     if controller is None:
         original(scheduler, req, is_retracted)
     else:
-        controller.intake(partial(original, scheduler), req, is_retracted)
+        controller.take(partial(original, scheduler), req, is_retracted)
 
 
 def next_prefill(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
@@ -73,16 +69,11 @@ def next_prefill(original: Callable[..., Any], scheduler: Any, running_batch: An
     if controller is None or controller.is_idle:
         return original(scheduler, running_batch)
     controller.admit(running_batch)
-    controller.admission.open_batch(running_batch)
-    if controller.admission.holds_back(running_batch):
+    if controller.holds_back:
         return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
     plan = original(scheduler, running_batch)
-    controller.admission.note_admitted(plan.batch_to_run)
+    controller.front.note_admitted(plan.batch_to_run)
     return plan
-
-
-def schedule_policy(result: None, scheduler: Any) -> None:
-    scheduler.policy._dynasor = controller_of(scheduler)
 
 
 def order_queue(original: Callable[..., None], policy: Any, waiting_queue: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,7 +81,7 @@ def order_queue(original: Callable[..., None], policy: Any, waiting_queue: Any, 
     if controller is None or controller.is_idle:
         original(policy, waiting_queue, *args, **kwargs)
     else:
-        controller.admission.sort(partial(original, policy), waiting_queue, *args, **kwargs)
+        controller.front.sort(partial(original, policy), waiting_queue, *args, **kwargs)
 
 
 def prefill_adder(result: type, scheduler: Any) -> type | None:

@@ -1,15 +1,22 @@
-"""Rewards for finished branches by the served model itself: one more token, read and never decoded."""
+"""Rewards for finished branches: one more token of the served model, read and never decoded, or another server's word."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
-from sglang_dynasor.engine.branch import BranchTag, make_side
+from sglang_dynasor.engine.inside import Inside
+from sglang_dynasor.engine.live import JudgeTag, LiveProgram
+from sglang_dynasor.engine.req import make_side
+from sglang_dynasor.engine.reward_model import RewardModel
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.spec import JudgeSpec
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq
 
 MOST_STEPS = 64  # of one branch that a process reward model is asked about; of more, evenly spread ones
 
@@ -76,10 +83,63 @@ def reward_texts(tokenizer: Any, req: Req, judge: JudgeSpec) -> list[str]:
     return [text[: start + end] + judge.suffix for end in [*ends[::stride], len(said)]]
 
 
-def make_judge(scheduler: Any, branch: Any, tokens: JudgeTokens, rid: str, tag: BranchTag) -> Req | None:
-    """An internal Req whose first row is the judgement of `branch`; None where the text is too long for the model.
+class Judging:
+    """Who looks after judges: internal Reqs of one token, whose only row is the judgement of a branch.
 
-    Prompt and branch are in the radix cache, so that it computes little more than its suffix.
+    Args:
+        rewards: the operator's reward model; None on ranks that are told what it says.
+        vote: what follows once a branch has its reward, or will never have one.
     """
-    ids = [*branch.origin_input_ids, *branch_ids(branch), *tokens.suffix]
-    return make_side(scheduler, branch, ids, rid, tag, max_new_tokens=1)
+
+    def __init__(
+        self,
+        scheduler: Any,
+        inside: Inside,
+        rewards: RewardModel | None,
+        vote: Callable[[LiveProgram, int, float | None], None],
+    ):
+        self.scheduler = scheduler
+        self.inside = inside
+        self.rewards = rewards
+        self._vote = vote
+
+    def ask(self, live: LiveProgram, index: int, req: Req) -> bool:
+        """Have a finished branch judged before it votes. Returns False where it cannot be."""
+        judge = live.program.spec.judge
+        if judge is None:
+            return False
+        tokenizer = self.scheduler.tokenizer
+        if judge.is_external:
+            live.judges[index] = None
+            if self.rewards is not None:
+                self.rewards.ask((live.number, index), partial(reward_texts, tokenizer, req, judge))
+            return True
+        tokens = judge_tokens(judge, tokenizer)
+        tag = JudgeTag(live, index, self, labels=(tokens.good, tokens.bad))
+        # Prompt and branch are in the radix cache, so that it computes little more than its suffix.
+        ids = [*req.origin_input_ids, *branch_ids(req), *tokens.suffix]
+        made = make_side(self.scheduler, req, ids, self.inside.new_rid(), tag, max_new_tokens=1)
+        if made is None:  # too long for the model
+            return False
+        live.judges[index] = made
+        live.program.num_judge_tokens += len(tokens.suffix) + 1
+        self.inside.put(made, tag)
+        return True
+
+    def settle(self, live: LiveProgram, index: int, reward: float | None) -> None:
+        """A branch has its reward, or will never have one: now it votes."""
+        if index in live.judges:
+            del live.judges[index]
+            self._vote(live, index, reward)
+
+    def has_output(self, req: Req, tag: JudgeTag) -> None:
+        """Nothing: its one token ends it."""
+
+    def has_ended(self, req: Req, tag: JudgeTag) -> None:
+        self.settle(tag.live, tag.index, tag.reward)
+
+    def is_lost(self, req: Req, tag: JudgeTag, abort: AbortReq) -> None:
+        self.settle(tag.live, tag.index, None)
+
+    def has_left(self, tag: JudgeTag) -> None:
+        """Nothing: rows are not kept for judges."""

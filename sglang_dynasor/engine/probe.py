@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
-from sglang_dynasor.engine.branch import BranchTag, make_side
+from sglang_dynasor.engine.live import ProbeTag
+from sglang_dynasor.engine.req import make_side
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.answers import answer_key, extract_answer, is_complete
 from sglang_dynasor.policy.spec import ThoughtSpec
@@ -122,13 +123,13 @@ def _tokenizer(req: Req) -> Any:
     return req.tokenizer
 
 
-def has_ended(req: Req, tokens: ThoughtTokens, since: int) -> bool:
+def is_over(req: Req, tokens: ThoughtTokens, since: int) -> bool:
     """Whether `req` has ended its thought by itself, in what it has said since it had `since` tokens."""
     return tokens.mark in _tokenizer(req).decode(list(req.output_ids[max(0, since - len(tokens.end)) :]))
 
 
 def make_probe(
-    scheduler: Any, parent: Req, tokens: ThoughtTokens, rid: str, tag: BranchTag, *, is_line_end: bool
+    scheduler: Any, parent: Req, tokens: ThoughtTokens, rid: str, tag: ProbeTag, *, is_line_end: bool
 ) -> Req | None:
     """An internal Req that answers now what `parent` is thinking about; None where the text is too long for the model."""
     # The KV of the last token is not written yet, or in flight: the probe computes it once more.
@@ -154,7 +155,7 @@ def is_answered(req: Req, tokens: ThoughtTokens, extractor: str) -> bool:
     return is_complete(tokens.lead, text, extractor)
 
 
-def read_trial(req: Req, tag: BranchTag, tokens: ThoughtTokens, extractor: str) -> Trial:
+def read_trial(req: Req, tag: ProbeTag, tokens: ThoughtTokens, extractor: str) -> Trial:
     """What a finished probe has found."""
     ids = list(req.output_ids_through_stop)
     logprobs = tag.logprobs[: len(ids)]

@@ -7,15 +7,15 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_dynasor.engine.branch import tag_of
+from sglang_dynasor.engine.live import BranchTag, internal_tag_of
 
 
 def youngest_last(order: list[int], reqs: list[Any]) -> list[int]:
     """SGLang's order of keeping (it retracts from the end), with programs after plain requests, the youngest last."""
 
     def age(index: int) -> int:
-        tag = tag_of(reqs[index])
-        return tag.live.number if tag is not None and tag.is_internal else 0
+        tag = internal_tag_of(reqs[index])
+        return 0 if tag is None else tag.live.number
 
     return sorted(order, key=age) if any(map(age, order)) else order
 
@@ -27,13 +27,13 @@ def retract_whole(
 
     A program without some of its branches holds memory and comes to no decision. It does without what asks about one.
     """
-    tags = [tag_of(req) for req in retracted]
-    lives = {id(tag.live) for tag in tags if tag is not None and tag.is_internal and not tag.is_aside}
+    tags = [internal_tag_of(req) for req in retracted]
+    lives = {id(tag.live) for tag in tags if isinstance(tag, BranchTag)}
     if not lives:
         return retracted, ratio, aborted
     assert_same("dynasor retracts the siblings of %s", [req.rid for req in retracted])
-    tags = [tag_of(req) for req in batch.reqs]
-    siblings = [i for i, tag in enumerate(tags) if tag is not None and tag.is_internal and id(tag.live) in lives]
+    tags = [internal_tag_of(req) for req in batch.reqs]
+    siblings = [i for i, tag in enumerate(tags) if tag is not None and id(tag.live) in lives]
     if siblings and len(siblings) < len(batch.reqs):
         kept = [i for i in range(len(batch.reqs)) if i not in set(siblings)]
         for index in siblings:

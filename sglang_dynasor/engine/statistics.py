@@ -8,7 +8,7 @@ the observer is not active and nothing runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -19,9 +19,9 @@ import torch
 from sglang.srt.runtime_context import get_parallel
 from torch import Tensor
 
-from sglang_dynasor.engine.branch import BranchTag, tag_of
+from sglang_dynasor.engine.live import BranchTag, JudgeTag, ProbeTag, Tag, tag_of
 from sglang_dynasor.engine.reward_model import sigmoid
-from sglang_dynasor.policy.answers import answer_marks
+from sglang_dynasor.engine.watch import Watch
 from sglang_dynasor.policy.mixture import Distribution
 from sglang_dynasor_kernels import row_confidence, row_stats
 
@@ -30,11 +30,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.auxiliary_output import CommittedTokens
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-    from sglang_dynasor.engine.controller import Controller
-
 TOP_K = 20  # DeepConf's (arXiv 2508.15260, section 3.1)
-TAIL_TOKENS = 8  # looked at to see whether an answer begins
-SPACES = "\u0120\u2581\u010a \n\t"  # also as vocabularies write a space or a new line
 # The columns of the tensor that a device sends; then TOP_K log-probabilities and as many token ids.
 CONFIDENCE, GOOD, BAD, NUM_COLUMNS = 0, 1, 2, 3
 
@@ -45,7 +41,7 @@ class Watched:
 
     rows: list[int]
     reqs: list[Req]
-    tags: list[BranchTag]
+    tags: list[Tag]
     labels: list[tuple[int, int]] | None  # of a judge's rows; -1 elsewhere
     is_whole: bool  # every row of the batch
 
@@ -53,8 +49,8 @@ class Watched:
 class Observer:
     """SGLang's SamplingObserver for programs. The scheduler says before each step which rows are watched."""
 
-    def __init__(self, controller: Controller):
-        self.controller = controller
+    def __init__(self, watch: Watch):
+        self._watch = watch
         self.watched: Watched | None = None
         self.num_steps = 0  # with a watched row
         self._reqs: list[Req] = []  # of the step that `watched` was found for
@@ -75,11 +71,11 @@ class Observer:
             ):
                 row_stats(logits, labels, rows=rows, top_k=TOP_K, path=path)
         except Exception as error:
-            self.controller.fall_back("statistics", error)
+            self._watch.faults.fall_back("statistics", error)
 
     def watch(self, batch: ScheduleBatch) -> None:
         """Take note of the rows of `batch` that somebody asked about."""
-        if not self.controller.num_watched:
+        if not self._watch.inside.num_watched:
             self.watched, self._reqs = None, []
             return
         if batch.reqs != self._reqs:  # a step mostly has the requests of the one before
@@ -97,20 +93,20 @@ class Observer:
         group = self.group
         if logits.is_cpu and group.world_size == 1:
             try:
-                return DeviceStatistics(compute_on_cpu(logits, watched), watched, self.controller)
+                return DeviceStatistics(compute_on_cpu(logits, watched), watched, self._watch)
             except Exception as error:
-                self.controller.fall_back("statistics", error)
+                self._watch.faults.fall_back("statistics", error)
                 return None
         shape = (len(watched.rows), NUM_COLUMNS + 2 * TOP_K)
         if group.rank_in_group == 0:
             try:
                 table = compute(logits, watched)
             except Exception as error:  # the other ranks wait for a table
-                self.controller.fall_back("statistics", error)
+                self._watch.faults.fall_back("statistics", error)
                 table = torch.full(shape, nan, device=logits.device)
         else:
             table = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        return DeviceStatistics(group.broadcast(table), watched, self.controller)
+        return DeviceStatistics(group.broadcast(table), watched, self._watch)
 
     def after_sample(self, state: DeviceStatistics, token_ids: Tensor) -> DeviceStatistics:
         return state
@@ -121,7 +117,8 @@ def _watched(reqs: Sequence[Req]) -> Watched | None:
     if not seen:
         return None
     rows, watched, tags = (list(column) for column in zip(*seen, strict=True))
-    labels = [tag.labels for tag in tags] if any(tag.is_judge for tag in tags) else None
+    is_judged = any(isinstance(tag, JudgeTag) for tag in tags)
+    labels = [tag.labels if isinstance(tag, JudgeTag) else (-1, -1) for tag in tags] if is_judged else None
     return Watched(rows, watched, tags, labels, is_whole=len(rows) == len(reqs))
 
 
@@ -195,11 +192,11 @@ class DeviceStatistics:
 
     found: Tensor | Logprobs
     watched: Watched
-    controller: Controller
+    watch: Watch
 
     def copy_to_host(self, copy_tensor: Callable[[Tensor], Tensor]) -> HostStatistics:
         found = Table(copy_tensor(self.found)) if isinstance(self.found, Tensor) else self.found
-        return HostStatistics(found, self.watched, self.controller)
+        return HostStatistics(found, self.watched, self.watch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +205,7 @@ class HostStatistics:
 
     found: Table | Logprobs
     watched: Watched
-    controller: Controller
+    watch: Watch
 
     def consume(self, batch: ScheduleBatch, commits: Sequence[CommittedTokens | None]) -> None:
         """SGLang's own way to `read`."""
@@ -217,57 +214,30 @@ class HostStatistics:
     def read(self, starts: Sequence[float]) -> None:
         """Hand out what was found. A request of the batch had `starts` tokens before the step, as far as its client sees."""
         # Once per row and step: what is rarely wanted, `see` is called for.
-        watched, found, controller = self.watched, self.found, self.controller
-        ends = controller.reader.ends
+        watched, found, watch = self.watched, self.found, self.watch
+        ends = watch.reader.ends
         try:
             confidences = found.confidences
             for i, (row, req, tag) in enumerate(zip(watched.rows, watched.reqs, watched.tags, strict=True)):
                 num_tokens = len(req.output_ids) if req.finished_len is None else req.finished_len
                 if num_tokens <= starts[row]:  # a chunk of a prompt, or a branch that had ended
                     continue
-                if tag.confidence is None:
-                    if tag.is_probe:
-                        tag.logprobs.append(found.top_logprob(i))
-                    else:
-                        tag.reward = reward(*found.label_logprobs(i, tag.labels))
-                    continue
-                tag.confidence.add(confidences[i])
-                token = req.output_ids[num_tokens - 1]
-                if tag.may_be_weak or tag.is_at_answer or token in ends:
-                    controller.see(req, tag, token, found, i)
+                if isinstance(tag, BranchTag):
+                    if tag.confidence is None:
+                        continue
+                    tag.confidence.add(confidences[i])
+                    token = req.output_ids[num_tokens - 1]
+                    if tag.may_be_weak or tag.is_at_answer or token in ends:
+                        watch.see(req, tag, token, lambda i=i: found.distribution(i))
+                elif isinstance(tag, ProbeTag):
+                    tag.logprobs.append(found.top_logprob(i))
+                elif isinstance(tag, JudgeTag):
+                    tag.reward = reward(*found.label_logprobs(i, tag.labels))
         except Exception as error:
-            controller.fall_back("statistics", error)
+            watch.faults.fall_back("statistics", error)
 
 
 def reward(good_logprob: float, bad_logprob: float) -> float | None:
     """p(good) / (p(good) + p(bad)) in [0, 1]; None where the model gives neither any chance."""
     difference = good_logprob - bad_logprob
     return None if difference != difference else sigmoid(difference)
-
-
-class AnswerReader:
-    """Finds where a running branch's answer begins, from its tokens as they come."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokens = {i: token for token, i in vocabulary(tokenizer)}
-        # Looking closer is for tokens that could end a mark; a space may belong to the same token.
-        self.line_ends = {i for i, token in self.tokens.items() if token.endswith(("\n", "\u010a", "<0x0A>"))}
-        self.ends = {i for i, token in self.tokens.items() if token.rstrip(SPACES).endswith(("#", "{"))}
-
-    def begins(self, req: Req, tag: BranchTag, token: int) -> bool:
-        """Whether the distribution that `token` was drawn from is that of the answer's first token."""
-        if tag.is_at_answer:
-            if not self.tokens.get(token, "").strip(SPACES):
-                return False  # a space before the answer
-            tag.is_at_answer = False
-            return True
-        if token in self.ends:  # a mark is ASCII, which vocabularies spell as it is: nothing need be decoded
-            text = "".join(self.tokens.get(i, "") for i in req.output_ids[-TAIL_TOKENS:]).rstrip(SPACES)
-            tag.is_at_answer = text.endswith(answer_marks(tag.live.program.spec.answer))
-        return False
-
-
-def vocabulary(tokenizer: Any) -> Iterator[tuple[str, int]]:
-    """Tokens with their ids; none where a tokenizer does not list them, some list bytes."""
-    for token, i in getattr(tokenizer, "get_vocab", dict)().items():
-        yield token.decode(errors="replace") if isinstance(token, bytes) else token, i

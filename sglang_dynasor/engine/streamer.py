@@ -7,8 +7,8 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
-from sglang_dynasor.engine.branch import record_of
 from sglang_dynasor.engine.controller import Controller
+from sglang_dynasor.engine.live import record_of
 
 
 def streamer_class(base: type[SchedulerOutputStreamer], controller: Controller) -> type[SchedulerOutputStreamer]:
@@ -19,7 +19,7 @@ def streamer_class(base: type[SchedulerOutputStreamer], controller: Controller) 
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            controller.emit = super().stream_output
+            controller.ends.emit = super().stream_output
 
         def stream_output(self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None) -> None:
             if not controller.is_idle:

@@ -17,6 +17,9 @@ from sglang_dynasor.policy.spec import ThoughtSpec
 
 PRICE_FRAC = 0.03  # of a thought's tokens that asking may take, where the client has not said how often to ask
 FIRST_TRIAL_TOKENS = 4  # that a trial's answer is taken to need before the first one is seen
+MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
+WAVE_STEPS = 8  # that a probe waits for others at most
+THOUGHTS_PER_WAVE_STEP = 4  # that could be closed: a pass holds up fewer where fewer think, and is worth less waiting
 
 PUBLISHED_WARNING = (
     "exit 'published' is the rule of the Dynasor repository (three agreeing probes, 64 tokens apart): measured elsewhere "
@@ -79,6 +82,27 @@ def next_probe_tokens(thought: ThoughtSpec, num_tokens: int, costs: Sequence[int
         return (num_tokens // every + 1) * every if num_tokens else thought.min_tokens or every
     expected = sum(costs) / len(costs) if costs else num_suffix_tokens + FIRST_TRIAL_TOKENS
     return max(thought.min_tokens, num_tokens + 1, ceil((sum(costs) + expected) / PRICE_FRAC))
+
+
+def is_place_to_ask(num_tokens: int, at_tokens: int, *, is_line_end: bool) -> bool:
+    """Whether a thought that may be asked from `at_tokens` on is asked here: at the end of a line, or in one too long to wait for."""
+    return is_line_end or num_tokens >= at_tokens + MOST_LINE_TOKENS
+
+
+def is_wave_due(
+    num_asked: int, num_thoughts: int, num_steps: int, *, is_pass_next: bool, is_urgent: bool
+) -> bool:  # fmt: skip
+    """Whether probes that were made are computed now: every prefill pass holds up all that decode, so several go at once.
+
+    Args:
+        num_asked: thoughts that are being asked, those that wait included.
+        num_thoughts: that may be asked.
+        num_steps: that the first one has waited, this one included.
+        is_pass_next: whether a prefill pass comes anyway.
+        is_urgent: whether one of them could close its thought: then waiting costs what is thought meanwhile.
+    """
+    most_steps = min(WAVE_STEPS, num_thoughts // THOUGHTS_PER_WAVE_STEP) if is_urgent else WAVE_STEPS
+    return is_pass_next or num_asked >= num_thoughts or num_steps >= most_steps
 
 
 def agreement(trials: Sequence[Trial], window: int) -> float:

@@ -1,64 +1,19 @@
-"""A branch inside the engine: an internal Req made after the client's own, and how it ends before its time."""
+"""Internal Reqs: made after the client's own, and how they end before their time."""
 
 from __future__ import annotations
 
 import copy
 from array import array
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-if TYPE_CHECKING:
-    from sglang_dynasor.engine.controller import LiveProgram
-    from sglang_dynasor.policy.confidence import Confidence
+from sglang_dynasor.engine.live import Tag, internal_tag_of, set_tag
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: far apart for neighbouring indices
 _DEFAULT_SEED = 42  # what SGLang gives a request without one
-
-
-@dataclass(slots=True)
-class BranchTag:
-    """Which branch a Req is, or judges."""
-
-    live: LiveProgram
-    index: int
-    is_internal: bool  # the server made it, and nothing of it goes to a client by itself
-    is_inside: bool = True  # SGLang holds it, or will presently
-    charged_tokens: int = 0  # service its program was charged for it so far
-    is_judge: bool = False  # it asks whether the branch is good, and is none itself
-    labels: tuple[int, int] = (-1, -1)  # a judge's tokens for good and bad
-    reward: float | None = None  # what a judge found
-    is_at_answer: bool = False  # the branch's answer comes next (statistics.py)
-    is_probe: bool = False  # it asks what the branch would answer now, and is none itself
-    logprobs: list[float] = field(default_factory=list[float])  # of a probe's tokens, each the likeliest
-    num_thought_tokens: int = 0  # that a probe has read; of a thought, that its latest probe has
-    probe_at: int = 0  # tokens at which its thought is asked next; 0: never
-    probe_costs: list[int] = field(default_factory=list[int])  # tokens computed each time it was asked
-    given_tokens: int = 0  # it began with: the thought of the Req it goes on for
-    spent_tokens: int = 0  # that Req generated
-    is_replaced: bool = False  # another Req goes on for it
-    # What every step asks, found once:
-    is_watched: bool = field(init=False)  # somebody reads the logits of this Req
-    confidence: Confidence | None = field(init=False)  # of the branch, where somebody asked
-    may_be_weak: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        program = self.live.program
-        self.confidence = None if self.is_aside else program.branches[self.index].confidence
-        self.is_watched = self.is_aside or self.confidence is not None
-        self.may_be_weak = self.confidence is not None and program.spec.weak_frac > 0
-
-    @property
-    def is_aside(self) -> bool:
-        """Whether the Req is no branch, but asks something about one."""
-        return self.is_judge or self.is_probe
-
-    def generated(self, num_tokens: int) -> int:
-        """Tokens that the model generated for the branch, `num_tokens` being in its output."""
-        return num_tokens - self.given_tokens + self.spent_tokens
 
 
 class FINISH_ENDED(BaseFinishReason):
@@ -78,45 +33,7 @@ def branch_seed(seed: int | None, index: int) -> int:
     return (base + index * _SEED_STEP) % 2**63 if index else base
 
 
-def tag_of(req: Req) -> BranchTag | None:
-    """The branch that `req` is, or None for a plain request."""
-    return getattr(req, "dynasor_branch", None)
-
-
-def is_internal(req: Req) -> bool:
-    """Whether the server made `req` as a branch; not so what clients send."""
-    tag = tag_of(req)
-    return tag is not None and tag.is_internal
-
-
-def arrival_of(req: Req) -> int:
-    """When a request that is no program came, as its line counts arrivals; 0: before any program that is there now."""
-    return getattr(req, "dynasor_arrival", 0)
-
-
-def set_arrival(req: Req, arrival: int) -> None:
-    req.dynasor_arrival = arrival  # type: ignore[attr-defined]
-
-
-def record_of(req: Req) -> dict[str, Any] | None:
-    """The record to send with a request's last output, or None."""
-    return getattr(req, "dynasor_record", None)
-
-
-def set_record(req: Req, record: dict[str, Any]) -> None:
-    req.dynasor_record = record  # type: ignore[attr-defined]
-
-
-def hide(req: Any) -> None:
-    """Mark a finished Req as already told, so that SGLang's streamer passes it over."""
-    req.finished_output = True
-
-
-def set_tag(req: Req, tag: BranchTag) -> None:
-    req.dynasor_branch = tag  # type: ignore[attr-defined]  # Req has no slot for us and takes new attributes
-
-
-def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
+def make_branch(scheduler: Any, parent: Any, rid: str, tag: Tag) -> Req:
     """An internal Req that samples the same prompt as `parent` under a seed of its own."""
     params = copy.copy(parent.sampling_params)
     params.sampling_seed = branch_seed(params.sampling_seed, tag.index)
@@ -169,7 +86,7 @@ def go_on_from(req: Req, given: array[int]) -> None:
             grammar.accept_token(token)
 
 
-def make_side(scheduler: Any, branch: Any, ids: list[int], rid: str, tag: BranchTag, max_new_tokens: int) -> Req | None:
+def make_side(scheduler: Any, branch: Any, ids: list[int], rid: str, tag: Tag, max_new_tokens: int) -> Req | None:
     """An internal greedy Req over `ids` that asks something about `branch`; None where they are too many for the model."""
     if len(ids) + max_new_tokens >= scheduler.max_req_input_len:
         return None
@@ -220,6 +137,10 @@ def end_branch(scheduler: Any, req: Req) -> int:
         req.finished_reason = FINISH_ENDED()
         return len(req.output_ids)
     req.to_finish = FINISH_ENDED()
-    if req is scheduler.chunked_req and is_internal(req) and scheduler._pending_chunked_abort_req is None:
+    if (
+        req is scheduler.chunked_req
+        and internal_tag_of(req) is not None
+        and scheduler._pending_chunked_abort_req is None
+    ):
         scheduler._pending_chunked_abort_req = req
     return len(req.output_ids) + 1  # the step under way samples one more token

@@ -1,0 +1,159 @@
+"""Branches of the programs that the server expands: made, ended, lost; and those that clients send."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.utils.rank_consensus_checker import assert_same
+
+from sglang_dynasor.engine.ends import Ends
+from sglang_dynasor.engine.inside import Inside
+from sglang_dynasor.engine.judge import Judging
+from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, set_record
+from sglang_dynasor.engine.req import go_on_from, make_branch
+from sglang_dynasor.engine.reward_model import RewardModel
+from sglang_dynasor.engine.thoughts import Thoughts
+from sglang_dynasor.engine.voting import Voting
+from sglang_dynasor.engine.watch import Watch
+from sglang_dynasor.policy.program import BranchState
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Branches:
+    """Who looks after the branches that the server makes, and after what each change means for their program."""
+
+    def __init__(
+        self, scheduler: Any, inside: Inside, ends: Ends, voting: Voting, watch: Watch, rewards: RewardModel | None
+    ):
+        self.scheduler = scheduler
+        self.inside = inside
+        self.admission = inside.admission
+        self.ends = ends
+        self.programs = ends.programs
+        self.voting = voting
+        self.judging = Judging(scheduler, inside, rewards, self.vote)
+        self.thoughts = Thoughts(scheduler, inside, ends, lambda: watch.reader.line_ends, self._replace)
+
+    def start(self, live: LiveProgram, num_branches: int) -> None:
+        """Make and queue branches; admission says when."""
+        self.ends.guarded(live, lambda live: self._make(live, num_branches))
+
+    def _make(self, live: LiveProgram, num_branches: int) -> None:
+        # Each is charged to its tenant by what it is expected to take; that is settled when it ends.
+        assert live.parent is not None
+        assert_same("dynasor starts %d of program %s", num_branches, live.program.id)
+        expected_tokens = int(self.admission.forecast.length_tokens(live.program))
+        for _ in range(num_branches):
+            tag = BranchTag(live, live.program.start_branch(), self)
+            self.thoughts.begin(tag)
+            req = live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self.inside.new_rid(), tag)
+            self.inside.charge(tag, expected_tokens)
+            self.inside.put(req, tag)
+
+    def _replace(self, live: LiveProgram, index: int, given: array[int], spent_tokens: int) -> None:
+        """Let another Req go on for a branch, whose end passes unread."""
+        assert live.parent is not None
+        tag = BranchTag(live, index, self, given_tokens=len(given), spent_tokens=spent_tokens)
+        req = make_branch(self.scheduler, live.parent, self.inside.new_rid(), tag)
+        go_on_from(req, given)
+        live.reqs[index] = req
+        self.inside.put(req, tag)
+
+    def advance(self, live: LiveProgram) -> None:
+        """Let the program stand in line for what it wants started, or answer it."""
+        if live.program.reason is not None:
+            self.ends.answer(live)
+        else:
+            self.admission.advance(live.gang)
+
+    def go_on(self, live: LiveProgram) -> None:
+        if self.programs.holds(live):
+            self.advance(live)
+
+    def vote(self, live: LiveProgram, index: int, reward: float | None) -> None:
+        """A branch that was judged votes now."""
+        if self.programs.holds(live) and live.program.branches[index].state is BranchState.IN_FLIGHT:
+            self.voting.finish(live, index, live.reqs[index], reward)
+            self.voting.forget_silent(live, index)
+            self.advance(live)
+
+    def has_output(self, req: Req, tag: BranchTag) -> None:
+        gang = tag.live.gang
+        if not gang.is_prompt_cached and len(req.output_ids):
+            gang.is_prompt_cached = True
+            if self.programs.holds(tag.live):
+                self.admission.follow(gang)
+        if tag.asking is not None:
+            self.thoughts.note_output(req, tag)
+
+    def has_ended(self, req: Req, tag: BranchTag) -> None:
+        live, index = tag.live, tag.index
+        if live.reqs.get(index) is not req:  # another goes on for it, or nobody waits for it
+            return
+        program, branch = live.program, live.program.branches[index]
+        if req.finished_len is None:
+            req.finished_len = len(req.output_ids)
+        branch.num_cached_tokens = req.cached_tokens
+        self.inside.end_probe(live, index)
+        if branch.state is BranchState.IN_FLIGHT:
+            is_asked = program.reason is None and self.programs.holds(live)
+            if isinstance(req.finished_reason, FINISH_ABORT):
+                self.voting.fail(live, index, req, req.finished_reason.to_json())
+            elif not is_asked or not self.judging.ask(live, index, req):
+                self.voting.finish(live, index, req)
+        self.voting.forget_silent(live, index)
+        if self.programs.holds(live):
+            live.gang.is_prompt_cached = True
+            self.advance(live)
+
+    def is_lost(self, req: Req, tag: BranchTag, abort: AbortReq) -> None:
+        live, index = tag.live, tag.index
+        if live.reqs.get(index) is req and live.program.branches[index].state is BranchState.IN_FLIGHT:
+            self.voting.fail(live, index, req, abort.finished_reason or {"type": "abort", "message": "Aborted"})
+            self.go_on(live)
+
+    def has_left(self, tag: BranchTag) -> None:
+        self.thoughts.stop(tag)
+
+
+class SentBranches:
+    """Who looks after the branches that clients send: SGLang's own requests, that vote together."""
+
+    def __init__(self, ends: Ends, voting: Voting):
+        self.ends = ends
+        self.voting = voting
+
+    def go_on(self, live: LiveProgram) -> None:
+        if live.program.reason is not None:
+            self.ends.end_rest(live)
+
+    def has_output(self, req: Req, tag: SentTag) -> None:
+        """Nothing: it is its client's."""
+
+    def has_ended(self, req: Req, tag: SentTag) -> None:
+        live, index = tag.live, tag.index
+        branch = live.program.branches[index]
+        if req.finished_len is None:
+            req.finished_len = len(req.output_ids)
+        branch.num_cached_tokens = req.cached_tokens
+        if branch.state is BranchState.IN_FLIGHT:
+            if isinstance(req.finished_reason, FINISH_ABORT):
+                self.voting.fail(live, index, req, req.finished_reason.to_json())
+            else:
+                self.voting.finish(live, index, req)
+        live.reqs.pop(index, None)
+        set_record(req, {**live.program.record(), "index": index})
+        self.go_on(live)
+
+    def is_lost(self, req: Req, tag: SentTag, abort: AbortReq) -> None:
+        if tag.live.program.branches[tag.index].state is BranchState.IN_FLIGHT:
+            why = abort.finished_reason or {"type": "abort", "message": "Aborted"}
+            self.voting.fail(tag.live, tag.index, req, why)
+
+    def has_left(self, tag: SentTag) -> None:
+        """Nothing: no thought of a client's is asked."""

@@ -1,0 +1,209 @@
+"""How a program ends for its client: with an answer, with nothing that could answer, at its deadline, or given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.utils.rank_consensus_checker import assert_same
+
+from sglang_dynasor.engine.faults import Faults
+from sglang_dynasor.engine.inside import Inside
+from sglang_dynasor.engine.live import LiveProgram, set_record, tag_of
+from sglang_dynasor.engine.programs import Programs
+from sglang_dynasor.engine.req import FINISH_ENDED
+from sglang_dynasor.engine.reward_model import RewardModel
+from sglang_dynasor.engine.voting import Voting
+from sglang_dynasor.errors import ConfigError
+from sglang_dynasor.observe.ledger import Totals
+from sglang_dynasor.policy.program import BranchState, Program, StopReason
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Ends:
+    """What the client of a program is told, and what then becomes of its branches."""
+
+    def __init__(
+        self, scheduler: Any, inside: Inside, programs: Programs, voting: Voting, rewards: RewardModel, faults: Faults
+    ):
+        self.scheduler = scheduler
+        self.inside = inside
+        self.programs = programs
+        self.voting = voting
+        self.rewards = rewards
+        self.faults = faults
+        self.totals = Totals()
+        self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
+        self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
+
+    # Branches that are no longer needed
+
+    def end_rest(self, live: LiveProgram, spared: int | None = None) -> None:
+        """End every branch still in flight, but for one; those of clients that were queued are told now."""
+        for index, req in list(live.reqs.items()):
+            if live.program.branches[index].state is not BranchState.IN_FLIGHT or index == spared:
+                continue
+            self.inside.end_probe(live, index)
+            live.program.end(index, self.inside.end(req))
+            live.program.branches[index].num_cached_tokens = req.cached_tokens
+            tag = tag_of(req)
+            if live.parent is None and tag is not None and not tag.is_inside:  # it left the queue: no step will show it
+                live.reqs.pop(index, None)
+                set_record(req, {**live.program.record(), "index": index})
+                self._emit(req)
+        self._end_judges(live)
+
+    def _end_judges(self, live: LiveProgram) -> None:
+        for index, req in live.judges.items():
+            if req is not None:
+                self.inside.end(req)
+            else:
+                self.rewards.forget((live.number, index))
+        live.judges.clear()
+
+    # Answers
+
+    def answer(self, live: LiveProgram) -> None:
+        """Answer the client once: the winning branch speaks in the held request's name."""
+        parent, program = live.parent, live.program
+        if parent is None or not self.programs.holds(live):
+            return
+        assert_same("dynasor answers program %s: %s, branch %s", program.id, program.reason, program.winner)
+        self.end_rest(live)
+        if program.winner is not None:
+            record = program.record()
+            self._speak(parent, live.reqs[program.winner], record)
+            self.totals.add(record)
+            self.voting.forecast.learn(program)
+        elif program.reason is StopReason.DEADLINE:
+            self.answer_at_once(parent, program)
+            self.totals.add(program.record())
+        else:
+            self._refuse(live, live.failure)
+        self.drop(live)  # last: until here a fault of ours would still leave the client an answer
+
+    def answer_at_once(self, req: Req, program: Program) -> None:
+        """Answer without a text."""
+        req.finished_reason, req.finished_len = FINISH_ENDED(), 0
+        set_record(req, program.record())
+        self._emit(req)
+
+    def expire(self, live: LiveProgram) -> None:
+        """The deadline has come: the best answer so far, or else the longest text that is there."""
+        program = live.program
+        if program.reason is not None:  # told again while what answers leaves with the step under way
+            return
+        unjudged = list(live.judges)
+        self._end_judges(live)
+        for index in unjudged:
+            if program.reason is None:
+                self.voting.finish(live, index, live.reqs[index])
+                self.voting.forget_silent(live, index)
+        if program.reason is not None:
+            self.answer(live)
+            return
+        program.reason = StopReason.DEADLINE
+        self.inside.admission.leave(live.gang)
+        in_flight = {index: req for index, req in live.reqs.items() if self._may_still_speak(program, index, req)}
+        if program.winner is not None or not in_flight:
+            self.answer(live)
+            return
+        # One that was retracted and is computed again in chunks cannot speak: SGLang only aborts it.
+        chunked = self.scheduler.chunked_req
+        index = max(in_flight, key=lambda i: (in_flight[i] is not chunked, len(in_flight[i].output_ids), -i))
+        self.end_rest(live, spared=index)
+        self.inside.end(in_flight[index])
+        if in_flight[index].finished():  # it was queued: no step will show it
+            self.voting.finish(live, index, in_flight[index])
+            self.answer(live)
+
+    def _may_still_speak(self, program: Program, index: int, req: Req) -> bool:
+        is_in_flight = program.branches[index].state is BranchState.IN_FLIGHT
+        return is_in_flight and not req.finished() and len(req.output_ids) > 0
+
+    def drop(self, live: LiveProgram) -> None:
+        """The program is over for its client."""
+        self.inside.admission.leave(live.gang)
+        for index in list(live.probes):
+            self.inside.end_probe(live, index)
+        self.programs.release(live)
+        live.reqs.clear()
+
+    def _speak(self, parent: Req, winner: Req, record: dict[str, Any]) -> None:
+        # Its tokens, logprobs and finish reason are its own; only the address is the client's.
+        winner.rid, winner.http_worker_ipc, winner.stream = parent.rid, parent.http_worker_ipc, parent.stream
+        winner.finished_output = None
+        set_record(winner, record)
+        self._emit(winner)
+
+    def _emit(self, req: Req) -> None:
+        if self.emit is None:
+            raise ConfigError("dynasor: the output streamer is not ours; SGLang was started by another entry point")
+        self.emit([req], req.return_logprob)
+
+    # Without an answer
+
+    def _refuse(self, live: LiveProgram, why: dict[str, Any] | None) -> None:
+        assert live.parent is not None
+        self.totals.num_aborted += 1
+        self.scheduler.send_abort_output(AbortReq(rid=live.parent.rid, finished_reason=why), live.parent)
+
+    def tell_full(self, req: Req) -> None:
+        """As SGLang refuses a request beyond --max-queued-requests."""
+        reason = refusal("The request queue is full.")
+        self.scheduler.send_abort_output(AbortReq(rid=req.rid, finished_reason=reason), req)
+
+    def replace(self, live: LiveProgram) -> None:
+        """A client that lost patience sends the same again: nobody waits for this one any more."""
+        live.program.reason = StopReason.FAILED
+        self.end_rest(live)
+        self.drop(live)
+
+    def abort(self, live: LiveProgram, why: dict[str, Any] | None) -> None:
+        """The client gave up (abort, disconnect): its branches end, and it is told so."""
+        live.program.reason = StopReason.FAILED
+        try:
+            self.end_rest(live)
+        except Exception as error:
+            self.faults.fall_back("abort", error)
+        self._refuse(live, why)
+        self.drop(live)
+
+    # Faults
+
+    def guarded(self, live: LiveProgram, step: Callable[[LiveProgram], None]) -> None:
+        """Do what concerns one program; if that fails, the program ends as stock would have it."""
+        try:
+            step(live)
+        except Exception as error:
+            self.surrender(live, error)
+
+    def surrender(self, live: LiveProgram, error: Exception) -> None:
+        """Our own code failed: answer with any branch that finished, or let the client's request run as stock would."""
+        self.faults.fall_back("program", error)
+        parent, program = live.parent, live.program
+        if parent is None or not self.programs.holds(live):
+            return
+        self.inside.admission.leave(live.gang)
+        self.programs.release(live)
+        program.reason = program.reason or StopReason.FAILED
+        for req in (*live.reqs.values(), *live.probes.values()):
+            self.inside.end(req)
+        live.probes.clear()
+        self._end_judges(live)
+        done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
+        if done:
+            self._speak(parent, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})
+        else:
+            assert self.enqueue is not None
+            self.enqueue(parent, False)
+        live.reqs.clear()
+
+
+def refusal(message: str) -> dict[str, Any]:
+    """The finish reason of a request that SGLang refuses for lack of room or time."""
+    return {"type": "abort", "status_code": HTTPStatus.SERVICE_UNAVAILABLE.value, "message": message}

@@ -1,0 +1,128 @@
+"""A request that SGLang queues: a program's own is held, a branch of a client's joins its program, anything else goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglang_dynasor.engine.branches import Branches, SentBranches
+from sglang_dynasor.engine.ends import Ends
+from sglang_dynasor.engine.inside import Inside
+from sglang_dynasor.engine.live import LiveProgram, SentTag, set_arrival, set_tag, tag_of
+from sglang_dynasor.engine.req import FINISH_ENDED
+from sglang_dynasor.engine.room import SchedulerRoom
+from sglang_dynasor.engine.teller import Teller
+from sglang_dynasor.policy.admission import Gang
+from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.spec import ProgramSpec, parse_field
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Intake:
+    """Where requests become programs and branches.
+
+    Args:
+        teller: who tells deadlines; None on ranks that are told.
+    """
+
+    def __init__(
+        self, room: SchedulerRoom, inside: Inside, ends: Ends, branches: Branches, sent: SentBranches,
+        teller: Teller | None, max_branches: int,
+    ):  # fmt: skip
+        self.scheduler = room.scheduler
+        self.room = room
+        self.inside = inside
+        self.admission = inside.admission
+        self.ends = ends
+        self.programs = ends.programs
+        self.branches = branches
+        self.sent = sent
+        self.teller = teller
+        self.max_branches = max_branches
+
+    def take(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
+        """Take in a request. `enqueue` is SGLang's own queueing of it."""
+        self.ends.enqueue = enqueue
+        field = dynasor_field(req)
+        # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
+        is_plain = field is None or is_retracted or tag_of(req) is not None or req.to_finish is not None
+        if is_plain or req.finished() or req.sampling_params.max_new_tokens == 0:
+            if not is_retracted:
+                self._note(req)
+            enqueue(req, is_retracted)
+            return
+        try:
+            spec = parse_field(field, self.max_branches)
+            if spec.program is not None:
+                live = self._join(req, spec.program, spec)
+            elif self._is_queue_full():
+                self.ends.tell_full(req)
+                return
+            else:
+                live = self._hold(req, spec)
+        except Exception as error:
+            self.ends.faults.fall_back("intake", error)
+            enqueue(req, is_retracted)
+            return
+        if live.parent is not None:
+            self.ends.guarded(live, self.branches.advance)
+        elif (tag := tag_of(req)) is None:  # decided already, or more requests than the cap
+            self.ends.answer_at_once(req, live.program)
+        else:
+            live.reqs[tag.index] = req
+            self.inside.enter(tag)
+            self._note(req)
+            enqueue(req, is_retracted)
+
+    def take_back(self, req: Req) -> bool:
+        """One of our own was retracted: it comes back before new work. Returns whether it does.
+
+        Not one that was ending with that very step: it is over. What asks a thought does not come back either: the KV that
+        it is to read may be gone.
+        """
+        tag = tag_of(req)
+        if tag is not None:
+            self.inside.end_probe(tag.live, tag.index)
+        if not isinstance(req.to_finish, FINISH_ENDED):
+            self.inside.put_back(req)
+            return True
+        req.finished_reason, req.to_finish = req.to_finish, None
+        self.scheduler._release_aborted_request(req)
+        return False
+
+    def _hold(self, req: Req, spec: ProgramSpec) -> LiveProgram:
+        if (old := self.programs.held.get(req.rid)) is not None:
+            self.ends.replace(old)
+        program = Program(req.rid, spec)
+        live = self.programs.hold(program, req)
+        live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live)
+        self.admission.arrive(live.gang)
+        req.time_stats.set_wait_queue_entry_time()
+        if spec.deadline_s is not None and self.teller is not None:
+            self.teller.date(live.number, spec.deadline_s)
+        return live
+
+    def _join(self, req: Req, program_id: str, spec: ProgramSpec) -> LiveProgram:
+        live = self.programs.join(program_id, Program(program_id, spec))
+        program = live.program
+        if program.reason is None and len(program.branches) < program.spec.branches:
+            set_tag(req, SentTag(live, program.start_branch(), self.sent))
+        return live
+
+    def _is_queue_full(self) -> bool:
+        """Waiting programs count as queued."""
+        limit = self.scheduler.max_queued_requests
+        return limit is not None and len(self.scheduler.waiting_queue) + self.admission.order.num_waiting >= limit
+
+    def _note(self, req: Req) -> None:
+        """Remember when a request that is no program came."""
+        if arrival := self.admission.note_arrival():
+            set_arrival(req, arrival)
+
+
+def dynasor_field(req: Req) -> Any:
+    """The field of a request, or None; SGLang takes any value in its place."""
+    params = req.sampling_params.custom_params
+    return params.get("dynasor") if isinstance(params, dict) else None

@@ -1,0 +1,191 @@
+"""A program inside the engine, and what each Req is to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang.srt.managers.schedule_batch import Req
+
+from sglang_dynasor.policy.admission import Gang
+from sglang_dynasor.policy.program import BranchState, Program
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq
+
+    from sglang_dynasor.policy.confidence import Confidence
+
+
+@dataclass(slots=True, eq=False)
+class LiveProgram:
+    """A program and the Reqs it needs: those in flight, and one finished Req for each answer."""
+
+    program: Program
+    parent: Req | None  # the client's own request, held until the answer; None where clients send the branches
+    number: int = 0  # by arrival
+    reqs: dict[int, Req] = field(default_factory=dict[int, Req])
+    judges: dict[int, Req | None] = field(
+        default_factory=dict[int, Req | None]
+    )  # by branch judged; None: the reward model
+    probes: dict[int, Req] = field(default_factory=dict[int, Req])  # by branch asked
+    lead: str | None = None  # the end of its prompt, once somebody asked
+    failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
+    gang: Gang = field(init=False)  # programs whose branches clients send have none
+
+    def in_flight(self) -> Iterator[Req]:
+        """Its branches that have not left."""
+        branches = self.program.branches
+        return (req for index, req in self.reqs.items() if branches[index].state is BranchState.IN_FLIGHT)
+
+
+class Keeper(Protocol):
+    """Who looks after the Reqs of one kind: branches, judges or probes. `tag` is of that kind."""
+
+    def has_output(self, req: Req, tag: Any) -> None:
+        """It has generated a token and goes on."""
+        ...
+
+    def has_ended(self, req: Req, tag: Any) -> None:
+        """It has come to its end, by itself or by force."""
+        ...
+
+    def is_lost(self, req: Req, tag: Any, abort: AbortReq) -> None:
+        """SGLang gave it up outside a step's output: a time-out, a full queue."""
+        ...
+
+    def has_left(self, tag: Any) -> None:
+        """SGLang no longer holds it. Before `has_ended` and `is_lost`, and once."""
+        ...
+
+
+class BranchKeeper(Keeper, Protocol):
+    """Who looks after branches."""
+
+    def go_on(self, live: LiveProgram) -> None:
+        """Do what follows from a change that no branch's end has brought."""
+        ...
+
+
+@dataclass(slots=True)
+class Tag:
+    """What a Req is to its program; one kind for each keeper."""
+
+    live: LiveProgram
+    index: int  # of the branch that it is, judges or asks
+    keeper: Keeper
+    is_inside: bool = field(default=True, init=False)  # SGLang holds it, or will presently
+    charged_tokens: int = field(default=0, init=False)  # service its program was charged for it so far
+    # What every step asks, found once:
+    is_watched: bool = field(default=True, init=False)  # somebody reads the logits of this Req
+    confidence: Confidence | None = field(default=None, init=False)  # of the branch that it is, where somebody asked
+
+    def own_tokens(self, num_tokens: int) -> int:
+        """Tokens that this Req itself has generated, `num_tokens` being in its output."""
+        return num_tokens
+
+
+@dataclass(slots=True)
+class Asking:
+    """When a running thought is asked next what it would answer, and what that has cost."""
+
+    at_tokens: int = 0
+    num_tokens: int = 0  # of the thought when it was asked last
+    costs: list[int] = field(default_factory=list[int])  # tokens computed each time
+
+
+@dataclass(slots=True)
+class BranchTag(Tag):
+    """A branch. One that goes on for another, whose thought was closed, begins with that one's tokens."""
+
+    keeper: BranchKeeper  # pyright: ignore[reportIncompatibleVariableOverride]  # never assigned again
+    given_tokens: int = 0  # it began with
+    spent_tokens: int = 0  # that the Req before it generated
+    asking: Asking | None = None  # of a thought that is asked now and then
+    is_at_answer: bool = field(default=False, init=False)  # its answer comes next (statistics.py)
+    may_be_weak: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        program = self.live.program
+        self.confidence = program.branches[self.index].confidence
+        self.is_watched = self.confidence is not None
+        self.may_be_weak = self.is_watched and program.spec.weak_frac > 0
+
+    def own_tokens(self, num_tokens: int) -> int:
+        return num_tokens - self.given_tokens
+
+    def generated(self, num_tokens: int) -> int:
+        """Tokens that the model generated for the branch, `num_tokens` being in its output."""
+        return self.own_tokens(num_tokens) + self.spent_tokens
+
+
+@dataclass(slots=True)
+class SentTag(BranchTag):
+    """A branch that a client sent: it goes to that client by itself, and stands in SGLang's queue like any request."""
+
+
+@dataclass(slots=True)
+class JudgeTag(Tag):
+    """What asks the model whether a finished branch is good."""
+
+    labels: tuple[int, int] = (-1, -1)  # its tokens for good and bad
+    reward: float | None = field(default=None, init=False)  # what it found
+
+
+@dataclass(slots=True)
+class ProbeTag(Tag):
+    """What asks a running thought for its answer."""
+
+    num_thought_tokens: int = 0  # that it reads
+    logprobs: list[float] = field(default_factory=list[float], init=False)  # of its tokens, each the likeliest
+
+
+def tag_of(req: Req) -> Tag | None:
+    """What `req` is to a program, or None for a plain request."""
+    return getattr(req, "dynasor_tag", None)
+
+
+def set_tag(req: Req, tag: Tag) -> None:
+    req.dynasor_tag = tag  # type: ignore[attr-defined]  # Req has no slot for us and takes new attributes
+
+
+def internal_tag_of(req: Req) -> Tag | None:
+    """The same, of what the server made itself; None also for a branch that a client sent."""
+    tag = tag_of(req)
+    return None if isinstance(tag, SentTag) else tag
+
+
+def branch_tag_of(req: Req) -> BranchTag:
+    """The tag of a Req that is a branch."""
+    tag = tag_of(req)
+    assert isinstance(tag, BranchTag)
+    return tag
+
+
+def generated_tokens(req: Req, num_tokens: int) -> int:
+    """Tokens that the model generated for what `req` is, `num_tokens` being in its output."""
+    tag = tag_of(req)
+    return tag.generated(num_tokens) if isinstance(tag, BranchTag) else num_tokens
+
+
+def arrival_of(req: Req) -> int:
+    """When a request that is no program came, as its line counts arrivals; 0: before any program that is there now."""
+    return getattr(req, "dynasor_arrival", 0)
+
+
+def set_arrival(req: Req, arrival: int) -> None:
+    req.dynasor_arrival = arrival  # type: ignore[attr-defined]
+
+
+def record_of(req: Req) -> dict[str, Any] | None:
+    """The record to send with a request's last output, or None."""
+    return getattr(req, "dynasor_record", None)
+
+
+def set_record(req: Req, record: dict[str, Any]) -> None:
+    req.dynasor_record = record  # type: ignore[attr-defined]
+
+
+def hide(req: Any) -> None:
+    """Mark a finished Req as already told, so that SGLang's streamer passes it over."""
+    req.finished_output = True

@@ -1,0 +1,51 @@
+"""The programs of one scheduler, by the names that others know them by."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from sglang_dynasor.engine.live import LiveProgram
+from sglang_dynasor.policy.program import Program
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one longest without a request is forgotten
+
+
+class Programs:
+    """Those whose answer a client waits for, and those whose branches clients send."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, LiveProgram] = {}  # by the client's rid, in order of arrival
+        self.numbered: dict[int, LiveProgram] = {}  # the same by number
+        self.sent: OrderedDict[str, LiveProgram] = OrderedDict()  # by program id, the longest unused first
+        self._num = 0
+
+    def hold(self, program: Program, parent: Req) -> LiveProgram:
+        """A program for a client's request, whose rid is not held yet."""
+        self._num += 1
+        live = LiveProgram(program, parent, self._num)
+        self.held[parent.rid] = self.numbered[live.number] = live
+        return live
+
+    def holds(self, live: LiveProgram) -> bool:
+        """Whether the program still owes its client an answer. By identity: a client may send the same rid again."""
+        return live.parent is not None and self.held.get(live.parent.rid) is live
+
+    def release(self, live: LiveProgram) -> None:
+        """The program owes its client nothing any more."""
+        self.numbered.pop(live.number, None)
+        if live.parent is not None and self.holds(live):
+            del self.held[live.parent.rid]
+
+    def join(self, program_id: str, fresh: Program) -> LiveProgram:
+        """The program that a client's branch belongs to; `fresh` where it is the first."""
+        live = self.sent.setdefault(program_id, LiveProgram(fresh, parent=None))
+        self.sent.move_to_end(program_id)
+        if len(self.sent) > MAX_CLIENT_PROGRAMS:
+            oldest = next((key for key, old in self.sent.items() if not old.program.num_in_flight), None)
+            if oldest is not None and oldest != program_id:
+                del self.sent[oldest]
+        return live

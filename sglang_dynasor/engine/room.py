@@ -1,0 +1,141 @@
+"""SGLang's rows and KV tokens, as admission asks for them (policy/admission.py), and its rule for who may take them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
+
+from sglang_dynasor.engine.live import LiveProgram, arrival_of, internal_tag_of
+from sglang_dynasor.engine.queue import Front
+from sglang_dynasor.policy.admission import Admission, Gang, Waiting
+from sglang_dynasor.policy.gang import Cost, Room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+
+
+class SchedulerRoom:
+    """SGLang's scheduler as `admission.Engine`. `running_batch` is set in each step, before anything is asked."""
+
+    def __init__(self, scheduler: Any, front: Front, start: Callable[[LiveProgram, int], None]):
+        self.scheduler = scheduler
+        self.front = front
+        self.whole = Room(scheduler.max_running_requests, scheduler.max_total_num_tokens)
+        self.shares_prompts = not scheduler.tree_cache.disable
+        self.running_batch: ScheduleBatch | None = None
+        self._start = start
+
+    @property
+    def _running(self) -> ScheduleBatch:
+        assert self.running_batch is not None
+        return self.running_batch
+
+    @property
+    def is_empty(self) -> bool:
+        return self._running.is_empty() and not self.front.reqs and self.scheduler.chunked_req is None
+
+    @property
+    def free_rows(self) -> int:
+        running = self._running
+        rows = self.scheduler.get_num_allocatable_reqs(len(running.reqs), running_batch=running)
+        return rows - len(self.front)
+
+    @property
+    def free_tokens(self) -> int:
+        """Counted as SGLang's PrefillAdder counts them."""
+        scheduler = self.scheduler
+        ratio = scheduler.new_token_ratio_tracker.current
+        running = sum(
+            tokens_left(req) * (1.0 if req.sampling_params.ignore_eos else ratio) for req in self._running.reqs
+        )
+        queued = sum(self._cost(req).tokens(1) for req in self.front.reqs)
+        if (chunked := scheduler.chunked_req) is not None:
+            queued += self._cost(chunked).tokens(1)
+        budget = scheduler.token_to_kv_pool_allocator.create_prefill_budget(scheduler.tree_cache)
+        return int(budget.remaining_total - running) - queued
+
+    @property
+    def num_branches(self) -> int:
+        return sum(internal_tag_of(req) is not None for req in self._running.reqs) + len(self.front)
+
+    def waiting(self) -> Iterator[Waiting]:
+        for req in islice(self.scheduler.waiting_queue, len(self.front), None):
+            yield Waiting(arrival_of(req), req.sampling_params.max_new_tokens, self._cost(req))
+
+    def progress_tokens(self, gang: Gang) -> int:
+        return sum(len(req.output_ids) for req in gang.owner.in_flight())
+
+    def start(self, gang: Gang, num_branches: int) -> None:
+        self._start(gang.owner, num_branches)
+
+    def gang_cost(self, parent: Req) -> Cost:
+        """What branches of a program take, whose prompt nobody holds yet."""
+        cost = branch_cost(parent, self.scheduler.page_size, is_cached=False)
+        if self.shares_prompts and not computes_prompt(parent):
+            return cost
+        return Cost(0, cost.tokens(1))
+
+    def holds_back(self, admission: Admission) -> bool:
+        """Whether SGLang would look through its queue for nothing, and again in each step: all that is there waits for its turn."""
+        scheduler = self.scheduler
+        if self.front.reqs or scheduler.chunked_req is not None or scheduler.grammar_manager.has_waiting_grammars():
+            return False
+        return scheduler.prefill_delayer is None and admission.plain_rows == 0
+
+    def _cost(self, req: Req) -> Cost:
+        """What SGLang will ask for to admit one request by itself."""
+        tag = internal_tag_of(req)
+        is_cached = tag is not None and tag.live.gang.is_prompt_cached and not req.output_ids and self.shares_prompts
+        return branch_cost(req, self.scheduler.page_size, is_cached=is_cached and not computes_prompt(req))
+
+
+def tokens_left(req: Req) -> int:
+    """Tokens that a request may still generate, clipped as SGLang clips its reservation."""
+    most = req.sampling_params.max_new_tokens
+    assert most is not None  # SGLang sets it when the request comes
+    return max(0, min(most - len(req.output_ids), CLIP_MAX_NEW_TOKENS))
+
+
+def computes_prompt(req: Req) -> bool:
+    """Whether a request computes tokens of its prompt that the cache has: their log-probabilities are asked for."""
+    return req.return_logprob and 0 <= req.logprob_start_len < len(req.origin_input_ids) - 1
+
+
+def branch_cost(req: Req, page_size: int, *, is_cached: bool) -> Cost:
+    """Tokens of a request's prompt (with what it generated before a retraction), and of what it may still generate.
+
+    Two pages on top: SGLang reserves one, and a cached prompt is found up to a page's start.
+    """
+    num_tokens = 0 if is_cached else len(req.origin_input_ids) + len(req.output_ids)
+    return Cost(num_tokens, tokens_left(req) + 2 * page_size)
+
+
+@lru_cache(maxsize=1)
+def adder_class(base: type[PrefillAdder], admission: Admission) -> type[PrefillAdder]:
+    """A subclass of SGLang's PrefillAdder that leaves alone what is promised to gangs."""
+
+    class ProgramAdder(base):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_plain_left = admission.plain_rows
+            self.latest_plain = admission.latest_plain
+            self.memory_budget.total_offset += admission.promised_tokens
+
+        def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
+            if internal_tag_of(req) is not None:
+                return super().add_one_req(req, has_chunked_req, truncation_align_size)
+            if self.num_plain_left == 0 or arrival_of(req) > self.latest_plain:
+                return AddReqResult.OTHER
+            num_before = len(self.can_run_list)
+            result = super().add_one_req(req, has_chunked_req, truncation_align_size)
+            if self.num_plain_left is not None:
+                self.num_plain_left -= len(self.can_run_list) - num_before
+            return result
+
+    return ProgramAdder

@@ -1,0 +1,214 @@
+"""Running thoughts are asked for their answer, and closed once it stands (policy/thought.py decides both)."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.utils.rank_consensus_checker import assert_same
+
+from sglang_dynasor.engine.ends import Ends
+from sglang_dynasor.engine.inside import Inside
+from sglang_dynasor.engine.live import Asking, BranchTag, LiveProgram, ProbeTag, branch_tag_of, tag_of
+from sglang_dynasor.engine.probe import (
+    ThoughtTokens,
+    closed,
+    cost_tokens,
+    is_answered,
+    is_over,
+    make_probe,
+    read_trial,
+    says,
+    thought_tokens,
+)
+from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due, next_probe_tokens
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import AbortReq
+    from sglang.srt.managers.schedule_batch import Req
+
+
+class Thoughts:
+    """Who looks after probes, and after when the branches are asked that they ask.
+
+    Args:
+        line_ends: the tokens that end a line.
+        go_on: queues a branch in place of a program's branch `index`, which begins with the tokens given; the last
+            argument is what that one has generated.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        inside: Inside,
+        ends: Ends,
+        line_ends: Callable[[], Collection[int]],
+        go_on: Callable[[LiveProgram, int, array[int], int], None],
+    ):
+        self.scheduler = scheduler
+        self.inside = inside
+        self.admission = inside.admission
+        self.ends = ends
+        self.num_waves = 0
+        self.num_tokens_read = 0  # whose KV the thoughts had that probes have asked
+        self.num_tokens_cached = 0  # of those, found in the radix cache
+        self._line_ends = line_ends
+        self._go_on = go_on
+        self._due: list[BranchTag] = []  # to be asked before the next prefill batch
+        self._made: list[tuple[Req, ProbeTag]] = []  # probes that wait to be computed together
+        self._num_steps = 0  # that the first of them has waited
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether the KV of a running thought can be shared; where it cannot, thoughts are thought to their end."""
+        tree_cache = self.scheduler.tree_cache
+        return not (tree_cache.disable or tree_cache.supports_mamba())
+
+    # Thoughts
+
+    def begin(self, tag: BranchTag) -> None:
+        """Have a fresh branch asked now and then, if it is a thought."""
+        if tag.live.program.spec.thought is not None and self.may_ask:
+            tag.asking = Asking()
+            tag.asking.at_tokens = self._next(tag.live, tag.asking)
+            self.admission.num_thoughts += 1
+
+    def stop(self, tag: BranchTag) -> None:
+        """Ask it no more. No harm if nobody does."""
+        if tag.asking is not None:
+            tag.asking = None
+            self.admission.num_thoughts -= 1
+
+    def note_output(self, req: Req, tag: BranchTag) -> None:
+        """A branch goes on: it may have come to the place where it is asked next."""
+        if tag.asking is not None and tag.asking.at_tokens <= len(req.output_ids) and self._is_place(req, tag):
+            self._due.append(tag)
+
+    def _is_place(self, req: Req, tag: BranchTag) -> bool:
+        """After the word asked for; else as policy says."""
+        assert tag.asking is not None
+        thought = tag.live.program.spec.thought
+        if thought is not None and thought.word:
+            return req.output_ids[-1] in self._tokens(tag.live).word_ends and says(req, thought.word)
+        is_line_end = req.output_ids[-1] in self._line_ends()
+        return is_place_to_ask(len(req.output_ids), tag.asking.at_tokens, is_line_end=is_line_end)
+
+    def _next(self, live: LiveProgram, asking: Asking) -> int:
+        thought = live.program.spec.thought
+        assert thought is not None
+        num_suffix_tokens = len(self._tokens(live).suffix) + 1  # the KV of the thought's last token is not there
+        return next_probe_tokens(thought, asking.num_tokens, asking.costs, num_suffix_tokens)
+
+    def _tokens(self, live: LiveProgram) -> ThoughtTokens:
+        spec = live.program.spec
+        assert spec.thought is not None
+        return thought_tokens(spec.thought, spec.answer, self.scheduler.tokenizer)
+
+    # Probes
+
+    def make_due(self) -> None:
+        """Make the probes whose thoughts have come to their place. Before SGLang fills its next prefill batch."""
+        due, self._due = self._due, []
+        for tag in due:
+            self.ends.guarded(tag.live, lambda live, tag=tag: self._ask(live, tag))
+
+    def _ask(self, live: LiveProgram, tag: BranchTag) -> None:
+        """Ask a running thought for its answer, unless it is over, was retracted, or is being asked."""
+        program, req, asking = live.program, live.reqs.get(tag.index), tag.asking
+        if req is None or asking is None or tag_of(req) is not tag or not self.ends.programs.holds(live):
+            return
+        if req.finished() or req.to_finish is not None or not req.kv.holds_kv or tag.index in live.probes:
+            return  # it comes by again with the next step
+        tokens, num_tokens = self._tokens(live), len(req.output_ids)
+        if is_over(req, tokens, asking.num_tokens):
+            self.stop(tag)  # it is writing its answer
+            return
+        asking.num_tokens = num_tokens
+        asking.at_tokens = self._next(live, asking)
+        aside = ProbeTag(live, tag.index, self, num_thought_tokens=num_tokens)
+        is_line_end = req.output_ids[-1] in self._line_ends()
+        probe = make_probe(self.scheduler, req, tokens, self.inside.new_rid(), aside, is_line_end=is_line_end)
+        if probe is not None:
+            assert_same("dynasor asks %s at %d tokens", req.rid, num_tokens)
+            live.probes[tag.index] = probe
+            program.num_probes += 1
+            self._made.append((probe, aside))
+
+    def send(self) -> None:
+        """Queue the probes that were made, if it is time. Last in a step: they go with what else was started."""
+        if not self._made:
+            return
+        # Not what its program has ended or retracted meanwhile.
+        self._made = [(probe, tag) for probe, tag in self._made if tag.live.probes.get(tag.index) is probe]
+        if not self._made:
+            self._num_steps = 0
+            return
+        self._num_steps += 1
+        is_due = is_wave_due(
+            len(self._made) + self.admission.num_probes,
+            self.admission.num_thoughts,
+            self._num_steps,
+            is_pass_next=self.inside.front.is_pass_due,
+            is_urgent=any(tag.live.program.may_close(tag.index) for _, tag in self._made),
+        )
+        if not is_due:
+            return
+        made, self._made, self._num_steps = self._made, [], 0
+        self.num_waves += 1
+        for probe, tag in reversed(made):
+            self.inside.put(probe, tag)
+            self.admission.num_probes += 1
+
+    def has_output(self, req: Req, tag: ProbeTag) -> None:
+        if req.output_ids and is_answered(req, self._tokens(tag.live), tag.live.program.spec.answer):
+            self.inside.end(req)
+
+    def has_left(self, tag: ProbeTag) -> None:
+        self.admission.num_probes -= 1
+
+    def is_lost(self, req: Req, tag: ProbeTag, abort: AbortReq) -> None:
+        tag.live.probes.pop(tag.index, None)
+
+    def has_ended(self, req: Req, tag: ProbeTag) -> None:
+        """A probe has its answer: the thought goes on, or is closed where it was asked."""
+        live, index = tag.live, tag.index
+        program = live.program
+        if live.probes.pop(index, None) is None or live.parent is None:  # nobody waits for it
+            return
+        tokens, cost = self._tokens(live), cost_tokens(req)
+        program.num_probe_tokens += cost
+        num_read = len(live.parent.origin_input_ids) + tag.num_thought_tokens - 1  # the KV of the last was under way
+        self.num_tokens_read += num_read
+        self.num_tokens_cached += min(num_read, req.cached_tokens)
+        chain = live.reqs.get(index)
+        if chain is None or chain.finished() or chain.to_finish is not None or not self.ends.programs.holds(live):
+            return
+        if isinstance(req.finished_reason, FINISH_ABORT):
+            return
+        asked = branch_tag_of(chain)
+        if is_over(chain, tokens, tag.num_thought_tokens):
+            self.stop(asked)
+            return
+        if asked.asking is not None:
+            asked.asking.costs.append(cost)
+            asked.asking.at_tokens = self._next(live, asked.asking)
+        trial = read_trial(req, tag, tokens, program.spec.answer)
+        num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
+        if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
+            return
+        if program.see_trial(index, trial):
+            if program.speaker is not None:
+                self.ends.end_rest(live, spared=index)
+            self._close(live, index, chain, trial.num_tokens)
+
+    def _close(self, live: LiveProgram, index: int, chain: Req, num_tokens: int) -> None:
+        """End a thought as the model ends it: a new Req goes on from there and writes the answer.
+
+        What the chain generated since it was asked is dropped: the answer follows the text that the probe has read.
+        """
+        assert_same("dynasor closes the thought of %s at %d tokens", chain.rid, num_tokens)
+        is_line_end = chain.output_ids[num_tokens - 1] in self._line_ends()
+        given = closed(chain.output_ids[:num_tokens], self._tokens(live), is_line_end=is_line_end)
+        self._go_on(live, index, given, self.inside.end(chain))

@@ -1,0 +1,303 @@
+"""Which waiting programs start now, how wide, what is promised to their siblings, and when plain requests go.
+
+Pure policy over what an engine answers: the scheduler, a simulator and the adversaries in tests/test_order.py run the same.
+Programs wait here, not in the engine's queue: only branches that fit are started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from math import inf
+from typing import Any, NamedTuple, Protocol
+
+from sglang_dynasor.policy.allocation import fair_share
+from sglang_dynasor.policy.forecast import Forecast
+from sglang_dynasor.policy.gang import Cost, Room
+from sglang_dynasor.policy.look import Offer, look
+from sglang_dynasor.policy.order import Order, Plain, Ticket
+from sglang_dynasor.policy.program import Program
+
+THOUGHTS_PER_ROW = 8
+LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
+
+
+@dataclass(slots=True, eq=False)
+class Gang:
+    """A program as admission sees it: its place in line, and what its branches take together."""
+
+    program: Program
+    prompt_tokens: int  # computed once for all of them
+    cost: Cost  # of a gang whose prompt nobody holds
+    owner: Any  # what the engine knows it by
+    is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
+    num_expected: int = 0  # branches it is expected to need still (forecast.py)
+    ticket: Ticket = field(init=False)
+
+
+class Waiting(NamedTuple):
+    """A request that is no program and waits in the engine's own queue."""
+
+    arrival: int  # as `Admission.note_arrival` gave it; 0: before any program that is there now
+    most_tokens: float  # that it may generate
+    cost: Cost
+
+
+class Engine(Protocol):
+    """What admission asks of an engine. Rows are requests that run at once, tokens those of the KV pool."""
+
+    @property
+    def whole(self) -> Room:
+        """What it has when it is empty."""
+        ...
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether a prompt that one branch has computed is found by the next."""
+        ...
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing runs and no branch is queued, so that nothing will leave it either."""
+        ...
+
+    @property
+    def free_rows(self) -> int:
+        """Rows that no running request and no queued branch has; may be negative."""
+        ...
+
+    @property
+    def free_tokens(self) -> int:
+        """Tokens that no running request and no queued branch has or may still need; may be negative."""
+        ...
+
+    @property
+    def num_branches(self) -> int:
+        """Branches that run or are queued."""
+        ...
+
+    def waiting(self) -> Iterable[Waiting]:
+        """Requests that wait and are no programs, in the order in which the engine would admit them."""
+        ...
+
+    def progress_tokens(self, gang: Gang) -> int:
+        """What the gang's branches in flight have generated so far."""
+        ...
+
+    def start(self, gang: Gang, num_branches: int) -> None:
+        """Make so many branches and queue them before everything else."""
+        ...
+
+
+class Admission:
+    """The line of one engine, and who may enter.
+
+    Args:
+        patience_tokens: service that later arrivals may get before a waiting program is head of the line.
+        weights: of tenants that differ from 1.
+        width: branches in flight of every program, whatever the load; 0: the load decides.
+    """
+
+    def __init__(self, engine: Engine, patience_tokens: int, weights: Mapping[str, float], width: int = 0):
+        self.engine = engine
+        self.fixed_width = width
+        self.order = Order(patience_tokens, weights)
+        self.forecast = Forecast()
+        self.cheap_rows = engine.whole.rows  # that a step carries nearly for free (pace.py)
+        self.promised: dict[Gang, int] = {}  # siblings that follow once their leader has cached the prompt
+        self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
+        self.num_expected = 0  # branches, of all live programs
+        self.num_thoughts = 0  # running branches that are asked for their answer now and then
+        self.num_probes = 0  # that ask one now
+        self.max_overtaken_tokens = 0
+        self._is_stale = False
+        self._num_steps = 0
+
+    # The line
+
+    def arrive(self, gang: Gang) -> None:
+        """A program has come. It does not wait yet."""
+        gang.is_prompt_cached = not self.engine.shares_prompts
+        gang.ticket = self.order.arrive(gang.program.spec.tenant, gang)
+
+    def wait(self, gang: Gang) -> None:
+        """Let a program that wants branches stand in line, or move in it."""
+        progress = self.engine.progress_tokens(gang)
+        self.order.wait(gang.ticket, self.forecast.remaining_tokens(gang.program, progress))
+        self._is_stale = True
+
+    def expect(self, gang: Gang) -> None:
+        """Count the branches that the program still needs, as far as is known now: programs share rows by them."""
+        self._expect(gang, round(self.forecast.branches(gang.program)))
+
+    def follow(self, gang: Gang) -> None:
+        """Start the siblings that were promised to follow their leader."""
+        num_branches = min(self.promised.pop(gang, 0), gang.program.num_unused)
+        if num_branches:
+            self.engine.start(gang, num_branches)
+
+    def advance(self, gang: Gang) -> None:
+        """Something has changed about a program that goes on: its siblings follow, and it stands in line for more."""
+        if gang.is_prompt_cached:
+            self.follow(gang)
+        self.expect(gang)
+        if gang.program.num_unused and gang not in self.promised:
+            self.wait(gang)
+
+    def stop_waiting(self, gang: Gang) -> None:
+        """The program starts by another way."""
+        self.order.stop_waiting(gang.ticket)
+
+    def leave(self, gang: Gang) -> None:
+        """The program is over."""
+        self.promised.pop(gang, None)
+        self._expect(gang, 0)
+        self.order.end(gang.ticket)
+        self._is_stale = True
+
+    def charge(self, gang: Gang, tokens: int) -> None:
+        """The program was given `tokens` of service (negative: a correction)."""
+        self.order.charge(gang.ticket, tokens)
+
+    def note_change(self) -> None:
+        """Something has left the engine: look at the line in the next step."""
+        self._is_stale = True
+
+    def _expect(self, gang: Gang, num_branches: int) -> None:
+        self.num_expected += num_branches - gang.num_expected
+        gang.num_expected = num_branches
+
+    # Requests that are no programs
+
+    def note_arrival(self) -> int:
+        """The arrival of a request that is no program; 0 where no programs are there to compare with."""
+        if not self.order.num_alive:
+            return 0
+        self._is_stale |= not self.is_plain_due  # it may be its turn, though it was nobody's at the last look
+        return self.order.line("").arrive()
+
+    def note_departure(self, arrival: int, num_tokens: int) -> None:
+        """A request that is no program has left, whatever came of it; it was served `num_tokens`, its prompt included."""
+        self._is_stale = True
+        if arrival:
+            self.order.charge_arrival(self.order.line(""), arrival, num_tokens)
+
+    @property
+    def plain_rows(self) -> int | None:
+        """Requests that are no programs and may start in this step; None: as many as the engine finds room for."""
+        if not self.is_plain_due:
+            return 0
+        if not (self.promised or self.probe_rows):
+            return None
+        return max(0, self.engine.free_rows - self._num_promised - self.probe_rows)
+
+    @property
+    def latest_plain(self) -> float:
+        """The arrival up to which plain requests may start: that of the program they would overtake beyond patience."""
+        order = self.order
+        oldest = order.line("").oldest() if order.num_waiting else None
+        return oldest.arrival if oldest is not None and order.is_overdue(oldest) else inf
+
+    # What is spoken for
+
+    @property
+    def probe_rows(self) -> int:
+        """Rows kept free for probes, which would starve in a full batch: one for every THOUGHTS_PER_ROW thoughts."""
+        return max(0, -(-self.num_thoughts // THOUGHTS_PER_ROW) - self.num_probes)
+
+    @property
+    def promised_tokens(self) -> int:
+        return sum(num * gang.cost.branch_tokens for gang, num in self.promised.items())
+
+    @property
+    def _num_promised(self) -> int:
+        return sum(self.promised.values())
+
+    # One look
+
+    def look(self) -> Gang | None:
+        """Start the waiting programs that fit, in order. Called once per step, before the engine admits others.
+
+        Returns:
+            The program that room is saved for, if any: its prompt is used next.
+        """
+        if not self.order.num_waiting:
+            self.is_plain_due = True
+            return None
+        engine = self.engine
+        self._num_steps += 1
+        is_empty = engine.is_empty
+        if not (self._is_stale or is_empty or self._num_steps >= LOOK_EVERY):
+            return None
+        self._is_stale, self._num_steps = False, 0
+        rows = engine.free_rows - self._num_promised - self.probe_rows
+        if rows <= 0:
+            return None
+        room = Room(rows, engine.free_tokens - self.promised_tokens)
+        num_rows = rows + engine.num_branches + self._num_promised
+        self.is_plain_due, head = look(
+            self.order,
+            room,
+            engine.whole,
+            plain=self._plain(),
+            is_empty=is_empty,
+            offer=lambda ticket: self._offer(ticket.owner, num_rows),
+            start=lambda ticket, num: self._admit(ticket.owner, num),
+            set_aside_plain=self._set_aside_plain,
+        )
+        return None if head is None else head.owner
+
+    def _offer(self, gang: Gang, num_rows: int) -> Offer:
+        program = gang.program
+        wanted, least = program.num_to_start(self._width(gang, num_rows), is_fixed=self.fixed_width > 0)
+        if self._takes_all(program):
+            wanted = program.num_to_start(program.spec.branches)[0] - self.promised.get(gang, 0)
+        is_there = gang.is_prompt_cached and program.num_in_flight > 0
+        return Offer(wanted, least, Cost(0, gang.cost.branch_tokens) if is_there else gang.cost)
+
+    def _admit(self, gang: Gang, num: int) -> None:
+        program, ticket = gang.program, gang.ticket
+        program.overtaken_tokens = self.order.overtaken_tokens(ticket)
+        self.max_overtaken_tokens = max(self.max_overtaken_tokens, program.overtaken_tokens)
+        if not ticket.is_started:
+            ticket.is_started, program.gang = True, num
+            self.order.charge(ticket, gang.prompt_tokens)
+        if self.engine.shares_prompts and not program.num_in_flight:
+            gang.is_prompt_cached = False  # nobody holds its KV: it may have been evicted since
+        if gang.is_prompt_cached:
+            self.engine.start(gang, num)
+        else:  # one computes the prompt, the others find it in the cache
+            num_leaders = 0 if program.num_in_flight else 1
+            if num_following := num - num_leaders:
+                self.promised[gang] = self.promised.get(gang, 0) + num_following
+            if num_leaders:
+                self.engine.start(gang, num_leaders)
+        if self._takes_all(program) and program.num_unused > self.promised.get(gang, 0):
+            self.wait(gang)  # for the others
+
+    def _takes_all(self, program: Program) -> bool:
+        """Whether load does not narrow it: no branch can be saved, so each is started as soon as there is room.
+
+        Not thoughts: they end early whatever the vote, and leave rows to their probes.
+        """
+        return program.needs_all and program.spec.thought is None and not self.fixed_width
+
+    def _width(self, gang: Gang, num_rows: int) -> int:
+        """Branches that one program may have in flight under the present load."""
+        if self.fixed_width:
+            return self.fixed_width
+        num_fitting = int(self.engine.whole.tokens / max(1.0, self.forecast.length_tokens(gang.program)))
+        if gang.program.spec.thought is not None:  # some are left for its probes
+            num_rows = num_rows * THOUGHTS_PER_ROW // (THOUGHTS_PER_ROW + 1)
+        return fair_share(min(num_rows, num_fitting, self.cheap_rows), gang.num_expected, self.num_expected)
+
+    def _plain(self) -> Plain | None:
+        first = next(iter(self.engine.waiting()), None)
+        if first is None:
+            return None
+        return Plain(self.order.line(""), first.arrival, min(self.forecast.plain_tokens.value, first.most_tokens))
+
+    def _set_aside_plain(self, room: Room) -> None:
+        for waiting in islice(self.engine.waiting(), max(0, room.rows)):
+            room.take(waiting.cost, 1)
