@@ -22,6 +22,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.offline import _failed
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.record import RECORD_HELP
+from sglang_dynasor.policy.rules import RULES
 from sglang_dynasor.policy.spec import FIELD_HELP, parse_field
 
 MOST_README_WORDS = 1200
@@ -106,6 +107,16 @@ def test_a_key_that_is_explained_is_read(key: str) -> None:
 def test_every_key_of_a_search_is_explained() -> None:
     """And nothing that no search takes."""
     assert {key for found in ALGORITHMS.values() for key in found.search_keys} == set(SEARCH_HELP)
+
+
+def test_every_rule_is_explained() -> None:
+    """docs/stopping.md names each, with its default and its levels; one that takes no level has none."""
+    rows = re.findall(r"^\| `(\w+)` \|.*\|(.*)\|(.*)\|$", (ROOT / "docs" / "stopping.md").read_text(), re.M)
+    with_level = [row for row in rows if row[2].strip()]
+    told = {name: (tuple(map(float, levels.split(" to "))), float(level)) for name, levels, level in with_level}
+    takes_level = {name: rule for name, rule in RULES.items() if rule.high > rule.low}
+    assert told == {name: ((rule.low, rule.high), rule.default) for name, rule in takes_level.items()}
+    assert [name for name, *_ in rows] == list(RULES)
 
 
 def test_every_option_is_explained() -> None:
