@@ -133,8 +133,19 @@ def test_the_guide_s_parts_work(server: Server, tmp_path: Path, containing: str)
 def test_the_guide_s_batch_works(server: Server, tmp_path: Path) -> None:
     """An address stands for an engine, as the snippet says."""
     given = f"engine, prompts = {server.url!r}, [{prompt(QUESTION.text)!r}] * 3\n"
-    printed = run_script(tmp_path / "batch.py", given + block(FRONTEND, "python", "sglang_dynasor.solve("))
+    printed = run_script(tmp_path / "batch.py", given + block(FRONTEND, "python", "results.table()"))
     assert len(re.findall(rf"^{QUESTION.answer} 0\.\d+ \d+ certain$", printed, re.M)) >= 2
+
+
+def test_the_guide_s_own_rule_works(server: Server, tmp_path: Path) -> None:
+    """Three votes ahead are enough, says the author; the default rule asks for four."""
+    given = f"import sglang_dynasor\n\nengine, prompts = {server.url!r}, [{prompt(QUESTION.text)!r}]\n"
+    rule = block(FRONTEND, "python", "stop=lambda")
+    printed = run_script(
+        tmp_path / "rule.py", given + rule + "print(results[0].record['votes'], results[0].stop_reason)\n"
+    )
+    assert re.search(rf"'answer': '{QUESTION.answer}', 'votes': [3-9]", printed)
+    assert printed.rstrip().endswith("certain")
 
 
 def test_the_field_of_long_thoughts_is_taken(server: Server) -> None:
