@@ -31,7 +31,7 @@ from sglang_dynasor.demo import program_params, read_questions, show
 NUM_ROWS = 8
 SHORT, LONG = (12, 36), (150, 250)  # tokens of a request, from and to. Short: one ends in every third step or so
 NUM_SETTLING = 16  # steps between the last submission and the first that counts
-METHODS = ("intake", "admit", "on_output")  # the controller's, called by hooks; what they call is in their time
+METHODS = ("take", "admit", "on_output")  # the controller's, called by hooks; what they call is in their time
 COLUMNS = ("pass", "order", "ours", "changing", "num_changes")
 FCFS, LPM, OURS = {"schedule_policy": "fcfs"}, {"schedule_policy": "lpm"}, {"scheduler": "dynasor"}
 # Engine options; whether requests are programs; tokens of each.
@@ -42,6 +42,11 @@ WAYS: dict[str, tuple[dict[str, Any], bool, tuple[int, int]]] = {
     "dynasor, programs": (OURS, True, SHORT),
     "dynasor, programs of longer branches": (OURS, True, LONG),
 }
+
+
+def changes_of(controller: Any) -> tuple[int, ...]:
+    """What differs after a call that took in a request, or started or ended a branch."""
+    return controller.inside.num_made, controller.inside.num_reqs, len(controller.programs.held)
 
 
 class Clocks:
@@ -87,7 +92,7 @@ class Clocks:
         def wrapper(controller: Any, *args: Any, **kwargs: Any) -> Any:
             if self.depth:
                 return function(controller, *args, **kwargs)
-            before = controller.num_started, controller.num_inside, len(controller.held)
+            before = changes_of(controller)
             self.depth += 1
             started = time.perf_counter()
             try:
@@ -96,7 +101,7 @@ class Clocks:
                 seconds = time.perf_counter() - started
                 self.depth -= 1
                 self.now["ours"] += seconds
-                if before != (controller.num_started, controller.num_inside, len(controller.held)):
+                if before != changes_of(controller):
                     self.now["changing"] += seconds
                     self.now["num_changes"] += 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,14 +11,32 @@ import pytest
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine import controller as controller_module
-from sglang_dynasor.engine.admission import Admission, computes_prompt
-from sglang_dynasor.engine.branch import FINISH_ENDED, BranchTag, end_branch, go_on_from, set_tag, tag_of
-from sglang_dynasor.engine.controller import WAVE_STEPS, Controller, LiveProgram
+from sglang_dynasor.engine import thoughts as thoughts_module
+from sglang_dynasor.engine.branches import SentBranches
+from sglang_dynasor.engine.controller import Controller
+from sglang_dynasor.engine.live import (
+    Asking,
+    BranchTag,
+    LiveProgram,
+    ProbeTag,
+    SentTag,
+    branch_tag_of,
+    set_tag,
+    tag_of,
+)
+from sglang_dynasor.engine.queue import Front
+from sglang_dynasor.engine.req import FINISH_ENDED, end_branch, go_on_from
 from sglang_dynasor.engine.retraction import retract_whole
+from sglang_dynasor.engine.room import SchedulerRoom, computes_prompt
 from sglang_dynasor.engine.teller import TOLD_RID
+from sglang_dynasor.engine.thoughts import Thoughts
+from sglang_dynasor.policy.admission import Admission, Gang
+from sglang_dynasor.policy.gang import Cost
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.spec import parse_field
-from sglang_dynasor.policy.thought import Trial
+from sglang_dynasor.policy.thought import WAVE_STEPS, Trial
+
+KEEPER: Any = SimpleNamespace(has_left=lambda tag: None)
 
 
 class Stand(SimpleNamespace):
@@ -27,7 +46,7 @@ class Stand(SimpleNamespace):
 
 
 def request(num_output_tokens: int = 0, **fields: Any) -> Any:
-    given: dict[str, Any] = {"rid": "r",
+    given: dict[str, Any] = {"rid": "r", "cached_tokens": 0,
         "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None,
         "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
         "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
@@ -38,25 +57,63 @@ def request(num_output_tokens: int = 0, **fields: Any) -> Any:
 
 
 def live_program(**field: Any) -> LiveProgram:
-    return LiveProgram(Program("p", parse_field(field, 64)), parent=request())
+    program = Program("p", parse_field(field, 64))
+    live = LiveProgram(program, parent=request())
+    live.gang = Gang(program, 100, Cost(100, 52), live)
+    return live
 
 
-def branch(live: LiveProgram, *, is_internal: bool = True, num_output_tokens: int = 0) -> Any:
+def branch(live: LiveProgram, *, kind: type[BranchTag] = BranchTag, num_output_tokens: int = 0) -> Any:
     req = request(num_output_tokens)
-    set_tag(req, BranchTag(live, live.program.start_branch(), is_internal=is_internal))
+    set_tag(req, kind(live, live.program.start_branch(), KEEPER))
     return req
+
+
+def probe_of(live: LiveProgram, index: int = 0, num_thought_tokens: int = 0, num_output_tokens: int = 0) -> Any:
+    req = request(num_output_tokens)
+    set_tag(req, ProbeTag(live, index, KEEPER, num_thought_tokens=num_thought_tokens))
+    return req
+
+
+def scheduler_of(**fields: Any) -> Any:
+    """As much of SGLang's scheduler as a controller reads when it is made."""
+    given: dict[str, Any] = {
+        "max_total_num_tokens": 10_000, "max_running_requests": 64, "page_size": 1, "waiting_queue": [],
+        "chunked_req": None, "tokenizer": None, "tree_cache": SimpleNamespace(disable=False, supports_mamba=lambda: False),
+        "_release_aborted_request": lambda req: None, "_prefetch_kvcache": lambda req: None, "processed_tokens_counter": 0,
+        "_pending_chunked_abort_req": None,
+    }  # fmt: skip
+    return SimpleNamespace(**{**given, **fields})
+
+
+@pytest.fixture
+def make_controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller]:
+    """A controller on a scheduler that does nothing, on the first of one rank."""
+    parallel = SimpleNamespace(pp_rank=0, attn_tp_rank=0, attn_cp_rank=0)
+    monkeypatch.setattr(controller_module, "get_parallel", lambda: parallel)
+
+    def make(*, strict: bool = True, **fields: Any) -> Controller:
+        config = DynasorConfig(scheduler="dynasor", dynasor_strict=strict)
+        return Controller(scheduler_of(**fields), config)
+
+    return make
 
 
 # A branch in the middle of its prompt
 
 
 @pytest.mark.parametrize(
-    ("is_chunked", "is_internal", "pending", "is_dropped"),
-    [(True, True, None, True), (False, True, None, False), (True, False, None, False), (True, True, "other", False)],
+    ("is_chunked", "kind", "pending", "is_dropped"),
+    [
+        (True, BranchTag, None, True),
+        (False, BranchTag, None, False),
+        (True, SentTag, None, False),
+        (True, BranchTag, "other", False),
+    ],
 )
-def test_the_rest_of_a_prompt_is_dropped(is_chunked: bool, is_internal: bool, pending: Any, is_dropped: bool) -> None:
+def test_the_rest_of_a_prompt_is_dropped(is_chunked: bool, kind: Any, pending: Any, is_dropped: bool) -> None:
     """Only of one of ours that is being computed in chunks now; a client's branch ends as a normal stop."""
-    req = branch(live_program(), is_internal=is_internal)
+    req = branch(live_program(), kind=kind)
     scheduler = SimpleNamespace(
         chunked_req=req if is_chunked else None, _pending_chunked_abort_req=pending, waiting_queue=[]
     )
@@ -69,61 +126,49 @@ def test_the_rest_of_a_prompt_is_dropped(is_chunked: bool, is_internal: bool, pe
 
 
 @pytest.mark.parametrize("is_ending", [True, False])
-def test_a_retracted_branch_that_was_ending_is_not_computed_again(is_ending: bool) -> None:
+def test_a_retracted_branch_that_was_ending_is_not_computed_again(
+    is_ending: bool, make_controller: Callable[..., Controller]
+) -> None:
     """It leaves as if its last step had been read; any other waits in front."""
-    req = branch(live_program(), num_output_tokens=7)
+    released: list[Any] = []
+    controller = make_controller(_release_aborted_request=released.append)
+    live = live_program()
+    req = branch(live, num_output_tokens=7)
     req.to_finish = FINISH_ENDED() if is_ending else None
-    req.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
-    happened: list[Any] = []
-    controller: Any = SimpleNamespace(
-        scheduler=SimpleNamespace(
-            _release_aborted_request=lambda req: happened.append("released"),
-            _prefetch_kvcache=lambda req: None,
-            processed_tokens_counter=0,
-        ),
-        on_output=lambda reqs: happened.append(("left", reqs[0].finished_reason)),
-        admission=SimpleNamespace(put_in_front=lambda req: happened.append("queued")),
-        _end_probe=lambda live, index: None,
-    )
-    Controller._take_back(controller, req)
+    req.finished_output, req.time_stats = None, SimpleNamespace(set_wait_queue_entry_time=lambda: None)
+    controller.admission.arrive(live.gang)
+    controller.inside.enter(tag_of(req))  # type: ignore[arg-type]
+    ended: list[Any] = []
+    branch_tag_of(req).keeper = SimpleNamespace(has_left=lambda tag: None, has_ended=lambda req, tag: ended.append(req))  # type: ignore[assignment]
+    controller.take(lambda req, is_retracted: None, req, is_retracted=True)
     if is_ending:
-        (released, (left, reason)) = happened
-        assert (released, left, req.to_finish) == ("released", "left", None)
-        assert isinstance(reason, FINISH_ENDED)
+        assert (released, ended, req.to_finish) == ([req], [req], None)
+        assert isinstance(req.finished_reason, FINISH_ENDED)
+        assert controller.scheduler.waiting_queue == []
     else:
-        assert happened == ["queued"]
+        assert (released, ended, controller.scheduler.waiting_queue) == ([], [], [req])
 
 
 @pytest.mark.parametrize("is_probe", [True, False])
-def test_what_asks_a_thought_does_not_come_back(is_probe: bool) -> None:
+def test_what_asks_a_thought_does_not_come_back(is_probe: bool, make_controller: Callable[..., Controller]) -> None:
     """Neither a probe that was retracted nor that of a branch that was: what it was to read may be gone."""
+    controller = make_controller()
     live = live_program()
-    req = branch(live, num_output_tokens=7)
-    probe = request()
-    set_tag(probe, BranchTag(live, 0, is_internal=True, is_probe=True))
+    req, probe = branch(live, num_output_tokens=7), probe_of(live)
     live.probes[0] = probe
+    controller.admission.arrive(live.gang)
     for each in (req, probe):
         each.kv, each.cached_tokens = SimpleNamespace(holds_kv=False, holds_mamba=False), 0
         each.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
-    queued: list[Any] = []
-    left: list[Any] = []
-    controller: Any = SimpleNamespace(
-        scheduler=SimpleNamespace(
-            waiting_queue=[], chunked_req=None, _release_aborted_request=lambda req: None,
-            _prefetch_kvcache=lambda req: None, processed_tokens_counter=0,
-        ),
-        on_output=left.extend, admission=SimpleNamespace(put_in_front=queued.append),
-    )  # fmt: skip
-    controller._generated = lambda req, num: num
-    controller._end = lambda req: Controller._end(controller, req)
-    controller._end_probe = lambda live, index: Controller._end_probe(controller, live, index)
-    Controller._take_back(controller, probe if is_probe else req)
+        controller.inside.enter(tag_of(each))  # type: ignore[arg-type]
+    comes_back = controller.intake.take_back(probe if is_probe else req)
     assert not live.probes
     if is_probe:
-        assert left == [probe]
-        assert not queued
+        assert not comes_back
+        assert controller.scheduler.waiting_queue == []
     else:
-        assert queued == [req]
+        assert comes_back
+        assert controller.scheduler.waiting_queue == [req]
         assert isinstance(probe.to_finish, FINISH_ENDED)  # it leaves with the step under way
 
 
@@ -131,8 +176,7 @@ def test_what_asks_a_thought_does_not_come_back(is_probe: bool) -> None:
 def test_a_probe_that_is_retracted_does_not_take_its_program_along(is_aside: bool) -> None:
     """A branch does: the siblings would hold memory and come to no decision."""
     live, plain = live_program(), request()
-    chain, sibling, probe = branch(live), branch(live), request()
-    set_tag(probe, BranchTag(live, 0, is_internal=True, is_probe=True))
+    chain, sibling, probe = branch(live), branch(live), probe_of(live)
     released: list[int] = []
 
     def keep(keep_indices: list[int]) -> None:
@@ -151,44 +195,56 @@ def test_a_probe_that_is_retracted_does_not_take_its_program_along(is_aside: boo
 # Probes
 
 
+def thoughts_of(**admission: Any) -> tuple[Thoughts, list[Any], list[Any]]:
+    """A keeper of probes; what it puts into SGLang, and the thoughts that it closes."""
+    put: list[Any] = []
+    closed: list[Any] = []
+    given = {"num_thoughts": 1, "num_probes": 0, **admission}
+    inside: Any = SimpleNamespace(
+        admission=SimpleNamespace(**given), front=SimpleNamespace(is_pass_due=False),
+        put=lambda req, tag: put.append(req), end=lambda req: 0,
+    )  # fmt: skip
+    ends: Any = SimpleNamespace(programs=SimpleNamespace(holds=lambda live: True), end_rest=lambda live, spared: None)
+    tree_cache = SimpleNamespace(disable=False, supports_mamba=lambda: False)
+    scheduler = SimpleNamespace(tree_cache=tree_cache, tokenizer=None)
+    made = Thoughts(scheduler, inside, ends, frozenset, lambda live, index, given, spent: closed.append(list(given)))
+    return made, put, closed
+
+
 @pytest.mark.parametrize("has_ended", [True, False])
 def test_a_thought_that_has_ended_by_itself_is_not_closed(has_ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its trial was computed: it is writing its answer."""
     live = live_program(algorithm="long_cot", think_end="end", agree=1, exit="trial:0.9")
-    chain, probe = branch(live, num_output_tokens=30), request(2)
-    aside = BranchTag(live, 0, is_internal=True, is_probe=True, num_thought_tokens=20)
-    set_tag(probe, aside)
+    chain, probe = branch(live, num_output_tokens=30), probe_of(live, num_thought_tokens=20, num_output_tokens=2)
     live.reqs[0], live.probes[0] = chain, probe
     probe.cached_tokens = 100
-    tag = tag_of(chain)
-    assert tag is not None
-    tag.probe_at = 25
-    monkeypatch.setattr(controller_module, "has_ended", lambda req, tokens, since: has_ended and since == 20)
-    monkeypatch.setattr(controller_module, "read_trial", lambda *args: Trial("7", "7", 0.99, 20))
-    closed: list[int] = []
-    controller: Any = SimpleNamespace(
-        num_probe_tokens_read=0, num_probe_tokens_cached=0, admission=SimpleNamespace(num_thoughts=1),
-        holds=lambda live: True, _next_probe=lambda live, tag: 40, _end_rest=lambda live, spared: None,
-        _thought_tokens=lambda live: SimpleNamespace(new_line=(), end=(0,)),
-        _close=lambda live, index, chain, num_tokens: closed.append(num_tokens),
-    )  # fmt: skip
-    controller._stop_asking = lambda tag: Controller._stop_asking(controller, tag)
-    Controller._settle_probe(controller, live, 0, probe)
-    assert closed == ([] if has_ended else [20])
-    assert (tag.probe_at, controller.admission.num_thoughts) == ((0, 0) if has_ended else (40, 1))
+    tag = branch_tag_of(chain)
+    tag.asking = Asking(at_tokens=25, num_tokens=20)
+    thoughts, _, closed = thoughts_of()
+    monkeypatch.setattr(thoughts_module, "is_over", lambda req, tokens, since: has_ended and since == 20)
+    monkeypatch.setattr(thoughts_module, "read_trial", lambda *args: Trial("7", "7", 0.99, 20))
+    monkeypatch.setattr(thoughts_module, "closed", lambda thought, tokens, is_line_end: thought)
+    monkeypatch.setattr(thoughts, "_next", lambda live, asking: 40)
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,)))
+    thoughts.has_ended(probe, tag_of(probe))  # type: ignore[arg-type]
+    assert closed == ([] if has_ended else [list(range(20))])
+    assert thoughts.admission.num_thoughts == (0 if has_ended else 1)
+    assert (tag.asking and tag.asking.at_tokens) == (None if has_ended else 40)
 
 
 # The line
 
 
-def admission(*, has_cache: bool = True) -> tuple[Admission, list[int]]:
+def room_of(*, has_cache: bool = True) -> tuple[SchedulerRoom, list[int]]:
     started: list[int] = []
-    scheduler = SimpleNamespace(
-        max_total_num_tokens=10_000, max_running_requests=64, page_size=1, waiting_queue=[],
-        tree_cache=SimpleNamespace(disable=not has_cache),
-    )  # fmt: skip
-    made = Admission(scheduler, DynasorConfig(scheduler="dynasor"), lambda live, num: started.append(num))
-    return made, started
+    tree_cache = SimpleNamespace(disable=not has_cache)
+    scheduler = scheduler_of(tree_cache=tree_cache)
+    return SchedulerRoom(scheduler, Front(scheduler), lambda live, num: started.append(num)), started
+
+
+def admission(*, has_cache: bool = True) -> tuple[Admission, list[int]]:
+    room, started = room_of(has_cache=has_cache)
+    return Admission(room, room.whole.tokens, {}), started
 
 
 @pytest.mark.parametrize(
@@ -200,14 +256,14 @@ def test_a_leader_goes_first_whenever_nobody_holds_the_prompt(
     """Also in a program's later goes: its prompt may have been evicted since. Not where a sibling holds it, nor without a cache."""
     made, started = admission(has_cache=has_cache)
     live = live_program()
-    live.is_prompt_cached = True
-    live.ticket = made.arrive(live)
+    made.arrive(live.gang)
+    live.gang.is_prompt_cached = True
     for _ in range(num_in_flight):
         live.program.start_branch()
-    made._admit(live, 4)
+    made._admit(live.gang, 4)
     assert started == expected
-    assert made.promised.get(live, 0) == 4 - expected[0]
-    assert live.is_prompt_cached is (expected == [4])
+    assert made.promised.get(live.gang, 0) == 4 - expected[0]
+    assert live.gang.is_prompt_cached is (expected == [4])
 
 
 @pytest.mark.parametrize(
@@ -223,73 +279,68 @@ def test_a_leader_goes_first_whenever_nobody_holds_the_prompt(
 def test_a_probe_waits_for_others(agree: int, num_thoughts: int, is_prefill_next: bool, num_steps: int) -> None:
     """As long as that costs less than a prefill pass of its own."""
     live = live_program(algorithm="long_cot", think_end="end", agree=agree)
-    probe, tag = request(), BranchTag(live, live.program.start_branch(), is_internal=True, is_probe=True)
-    live.probes[0] = probe
-    sent: list[Any] = []
-    controller: Any = SimpleNamespace(
-        admission=SimpleNamespace(num_thoughts=num_thoughts, num_probes=0, is_pass_due=is_prefill_next),
-        asked=[(probe, tag)], num_steps_asked=0, num_probe_waves=0,
-        _put_inside=lambda req, tag: sent.append(req),
-    )  # fmt: skip
+    live.program.start_branch()
+    probe = live.probes[0] = probe_of(live)
+    thoughts, sent, _ = thoughts_of(num_thoughts=num_thoughts)
+    thoughts.inside.front.is_pass_due = is_prefill_next  # type: ignore[misc]
+    thoughts._made = [(probe, tag_of(probe))]  # type: ignore[list-item]
     for _ in range(num_steps - 1):
-        Controller._send_probes(controller)
+        thoughts.send()
         assert not sent
-    Controller._send_probes(controller)
+    thoughts.send()
     assert sent == [probe]
-    assert (controller.asked, controller.num_steps_asked, controller.num_probe_waves) == ([], 0, 1)
+    assert (thoughts._made, thoughts._num_steps, thoughts.num_waves) == ([], 0, 1)
+    assert thoughts.admission.num_probes == 1
 
 
 def test_a_probe_that_nobody_waits_for_is_not_sent() -> None:
     """Its program has ended, or its thought was retracted."""
     live = live_program(algorithm="long_cot", think_end="end")
-    tag = BranchTag(live, live.program.start_branch(), is_internal=True, is_probe=True)
-    sent: list[Any] = []
-    controller: Any = SimpleNamespace(
-        admission=SimpleNamespace(num_thoughts=1, num_probes=0, is_pass_due=True),
-        asked=[(request(), tag)], num_steps_asked=3, num_probe_waves=0, _put_inside=lambda req, tag: sent.append(req),
-    )  # fmt: skip
-    Controller._send_probes(controller)
-    assert (sent, controller.asked, controller.num_steps_asked, controller.num_probe_waves) == ([], [], 0, 0)
+    live.program.start_branch()
+    probe = probe_of(live)
+    thoughts, sent, _ = thoughts_of()
+    thoughts.inside.front.is_pass_due = True  # type: ignore[misc]
+    thoughts._made, thoughts._num_steps = [(probe, tag_of(probe))], 3  # type: ignore[list-item]
+    thoughts.send()
+    assert (sent, thoughts._made, thoughts._num_steps, thoughts.num_waves) == ([], [], 0, 0)
 
 
 def test_a_pass_is_due_for_what_is_new() -> None:
     """Or for the rest of a prompt; not for a branch that did not fit when SGLang looked."""
-    made, _ = admission()
-    made.scheduler.chunked_req = None
-    assert not made.is_pass_due
-    made.put_in_front(branch(live_program()))
-    assert made.is_pass_due
-    made.open_batch(SimpleNamespace(batch_is_full=False))  # type: ignore[arg-type]
-    assert not made.is_pass_due
-    made.scheduler.chunked_req = request()
-    assert made.is_pass_due
+    front = room_of()[0].front
+    assert not front.is_pass_due
+    front.put(branch(live_program()))
+    assert front.is_pass_due
+    front.open_batch(SimpleNamespace(batch_is_full=False))  # type: ignore[arg-type]
+    assert not front.is_pass_due
+    front.scheduler.chunked_req = request()
+    assert front.is_pass_due
 
 
 def test_probes_go_before_branches() -> None:
     """A branch that does not fit would hold them up, and with them what gives memory back."""
-    made, _ = admission()
+    front = room_of()[0].front
     live = live_program()
-    first, second, probe = branch(live), branch(live), request()
-    set_tag(probe, BranchTag(live, 0, is_internal=True, is_probe=True))
+    first, second, probe = branch(live), branch(live), probe_of(live)
     for req in (first, second, probe):
-        made.put_in_front(req)
-    assert made.scheduler.waiting_queue == [probe, first, second]
+        front.put(req)
+    assert front.scheduler.waiting_queue == [probe, first, second]
 
 
 def test_the_queue_is_opened_once_for_what_is_new_in_front() -> None:
     """Where ours do not fit either, SGLang waits until something leaves instead of trying in every step."""
-    made, _ = admission()
+    front = room_of()[0].front
     batch: Any = SimpleNamespace(batch_is_full=True)
-    made.open_batch(batch)
+    front.open_batch(batch)
     assert batch.batch_is_full  # nothing of ours is there
     queued = branch(live_program())
-    made.put_in_front(queued)
-    made.open_batch(batch)
+    front.put(queued)
+    front.open_batch(batch)
     assert not batch.batch_is_full
     batch.batch_is_full = True  # it did not fit
-    made.open_batch(batch)
+    front.open_batch(batch)
     assert batch.batch_is_full
-    assert queued in made.front
+    assert queued in front.reqs
 
 
 @pytest.mark.parametrize(
@@ -305,14 +356,15 @@ def test_the_queue_is_opened_once_for_what_is_new_in_front() -> None:
 )
 def test_sglang_does_not_look_for_what_may_not_start(changed: dict[str, Any], expected: bool) -> None:
     """Its look through the queue grows with the queue, and would come again in each step."""
-    made, _ = admission()
+    room, _ = room_of()
+    made = Admission(room, room.whole.tokens, {})
     made.is_plain_due = bool(changed.get("is_plain_due"))
-    made.scheduler.chunked_req = changed.get("chunked_req")
-    made.scheduler.prefill_delayer = changed.get("prefill_delayer")
-    made.scheduler.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: bool(changed.get("has_grammar")))
+    room.scheduler.chunked_req = changed.get("chunked_req")
+    room.scheduler.prefill_delayer = changed.get("prefill_delayer")
+    room.scheduler.grammar_manager = SimpleNamespace(has_waiting_grammars=lambda: bool(changed.get("has_grammar")))
     if changed.get("front"):
-        made.put_in_front(branch(live_program()))
-    assert made.holds_back(SimpleNamespace(reqs=[])) is expected  # type: ignore[arg-type]
+        room.front.put(branch(live_program()))
+    assert room.holds_back(made) is expected
 
 
 @pytest.mark.parametrize(("min_new_tokens", "expected"), [(0, 0), (3, 0), (10, 5)])
@@ -328,22 +380,22 @@ def test_a_closed_thought_counts_as_sampled(min_new_tokens: int, expected: int) 
 
 
 @pytest.mark.parametrize("is_only_one", [False, True])
-def test_who_cannot_speak_is_not_chosen_at_the_deadline(is_only_one: bool) -> None:
+def test_who_cannot_speak_is_not_chosen_at_the_deadline(
+    is_only_one: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A branch that is computed again in chunks is aborted by SGLang; a shorter one that runs gives the text."""
     live = live_program(branches=4)
     reqs = [branch(live, num_output_tokens=9), branch(live, num_output_tokens=5)][: 1 if is_only_one else 2]
     live.reqs = dict(enumerate(reqs))
-    spared: list[int] = []
-    controller: Any = SimpleNamespace(
-        scheduler=SimpleNamespace(chunked_req=reqs[0]),
-        admission=SimpleNamespace(leave=lambda live: None),
-        _end_judges=lambda live: None,
-        _end_rest=lambda live, spared: spared_add(spared),
-        _end=lambda req: None,
-    )
+    controller = make_controller(chunked_req=reqs[0])
+    controller.admission.arrive(live.gang)
+    spared: list[int | None] = []
+    monkeypatch.setattr(controller.ends, "end_rest", lambda live, spared: spared_add(spared))
     spared_add = spared.append
-    Controller._expire(controller, live)
+    controller.ends.expire(live)
     assert spared == [0 if is_only_one else 1]
+    controller.ends.expire(live)  # told again
+    assert len(spared) == 1
 
 
 @pytest.mark.parametrize(
@@ -353,22 +405,18 @@ def test_logprobs_of_a_prompt_are_no_cache_hit(return_logprob: bool, start: int,
     """Then every sibling computes it, and room must be there for all."""
     req = request(return_logprob=return_logprob, logprob_start_len=start)
     assert computes_prompt(req) is expected
-    made, _ = admission()
-    live = live_program()
-    live.parent, live.is_prompt_cached = req, True
-    live.program.start_branch()
-    cost = made._gang_cost(live)
-    assert (cost.branch_tokens > 100) is expected
+    cost = room_of()[0].gang_cost(req)
+    assert (cost.branch_tokens > 100, cost.prompt_tokens == 0) == (expected, expected)
 
 
 def test_a_program_that_has_started_all_needs_ever_less() -> None:
     """Its share of the rows falls with every branch that ends, so that others get more."""
     made, _ = admission()
     live = live_program(branches=4, stop="never", answer="hash")
-    live.ticket = made.arrive(live)
+    made.arrive(live.gang)
     seen: list[int] = []
     for index in [live.program.start_branch() for _ in range(4)]:
-        made.expect(live)
+        made.expect(live.gang)
         seen.append(made.num_expected)
         live.program.finish(index, f"#### {index}", 5)
     assert seen == [4, 3, 2, 1]
@@ -377,12 +425,11 @@ def test_a_program_that_has_started_all_needs_ever_less() -> None:
 def test_who_leaves_unseen_is_charged_and_looked_after() -> None:
     """A plain request that SGLang gave up was served all the same, and has left room."""
     made, _ = admission()
-    made.arrive(live_program())  # somebody to compare with
-    req = request(5)
-    made.note_arrival(req)
+    made.arrive(live_program().gang)  # somebody to compare with
+    arrival = made.note_arrival()
     made._is_stale = False
     before = made.order.line("").counter
-    made.note_loss(req)
+    made.note_departure(arrival, 105)
     assert made.order.line("").counter == before + 105
     assert made._is_stale
 
@@ -390,10 +437,10 @@ def test_who_leaves_unseen_is_charged_and_looked_after() -> None:
 # What is told
 
 
-def test_what_nobody_has_told_is_ignored() -> None:
+def test_what_nobody_has_told_is_ignored(make_controller: Callable[..., Controller]) -> None:
     """A client may abort any rid it can think of: that is counted, and the scheduler goes on."""
     for strict in (False, True):
-        controller = Controller(SimpleNamespace(), DynasorConfig(scheduler="dynasor", dynasor_strict=strict))
+        controller = make_controller(strict=strict)
         for rid in (TOLD_RID, f"{TOLD_RID}deadline:x", f"{TOLD_RID}reward:1"):
             abort: Any = SimpleNamespace(rid=rid, abort_all=False)
             if strict:
@@ -401,7 +448,7 @@ def test_what_nobody_has_told_is_ignored() -> None:
                     controller.abort(abort)
             else:
                 controller.abort(abort)
-        assert controller.totals.num_policy_errors == 3
+        assert controller.faults.num == 3
 
 
 @pytest.mark.parametrize(
@@ -409,6 +456,41 @@ def test_what_nobody_has_told_is_ignored() -> None:
 )
 def test_a_thought_is_probed_where_its_kv_can_be_shared(is_off: bool, has_mamba: bool, expected: bool) -> None:
     """Not without a radix cache, nor where a state stands beside the KV: there it is thought to its end."""
-    tree_cache = SimpleNamespace(disable=is_off, supports_mamba=lambda: has_mamba)
-    controller = Controller(SimpleNamespace(tree_cache=tree_cache), DynasorConfig(scheduler="dynasor"))
-    assert controller._may_probe is expected
+    thoughts, _, _ = thoughts_of()
+    thoughts.scheduler.tree_cache = SimpleNamespace(disable=is_off, supports_mamba=lambda: has_mamba)
+    assert thoughts.may_ask is expected
+
+
+# Kinds
+
+
+def test_the_end_of_a_branch_that_another_goes_on_for_passes_unread(make_controller: Callable[..., Controller]) -> None:
+    """The one that goes on is read, when it ends."""
+    controller = make_controller(tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: "#### 7"))
+    live = live_program(branches=4, answer="hash")
+    controller.admission.arrive(live.gang)
+    old = branch(live, num_output_tokens=9)
+    new = request(5)
+    set_tag(new, BranchTag(live, 0, controller.branches, given_tokens=4, spent_tokens=9))
+    live.reqs[0] = new
+    for req in (old, new):
+        req.finished_reason, req.cached_tokens, req.output_ids_through_stop = object(), 0, req.output_ids
+        controller.branches.has_ended(req, branch_tag_of(req))
+        assert live.program.num_in_flight == (1 if req is old else 0)
+    assert live.program.branches[0].answer == "7"
+    assert live.program.branches[0].num_tokens == 9 + 5 - 4
+
+
+def test_a_program_of_a_client_s_branches_ends_the_others(make_controller: Callable[..., Controller]) -> None:
+    """By its rule; not while it is undecided."""
+    controller = make_controller(tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: "#### 7"))
+    live = LiveProgram(
+        Program("p", parse_field({"branches": 8, "answer": "hash", "stop": "margin", "program": "p"}, 64)), None
+    )
+    keeper = SentBranches(controller.ends, controller.branches.voting)
+    reqs = [branch(live, kind=SentTag, num_output_tokens=3) for _ in range(8)]
+    live.reqs = dict(enumerate(reqs))
+    for number, req in enumerate(reqs[:5]):
+        req.finished_reason, req.cached_tokens, req.output_ids_through_stop = object(), 0, req.output_ids
+        keeper.has_ended(req, tag_of(req))  # type: ignore[arg-type]
+        assert (reqs[7].to_finish is not None) is (number == 4)

@@ -11,7 +11,7 @@ from engines import assert_nothing_left, settled, status_of
 from fastapi import HTTPException
 from questions import held_out, prompt
 
-from sglang_dynasor.engine import controller
+from sglang_dynasor.engine import branches
 from sglang_dynasor.policy import program
 from sglang_dynasor.policy.program import Program
 
@@ -78,7 +78,7 @@ def test_a_crash_of_the_controller_runs_the_request_as_stock(
     def broken(*args: Any) -> Any:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(controller, "make_branch", broken)
+    monkeypatch.setattr(branches, "make_branch", broken)
     engine = start_engine(scheduler="dynasor")
     outs = ask(engine, QUESTIONS)
     assert all(out["text"] and "dynasor" not in out["meta_info"] for out in outs)

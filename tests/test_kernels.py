@@ -109,8 +109,8 @@ def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> No
 def test_after_the_warm_up_no_step_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """At start the engine compiles what it may launch; then no number of rows, of watched rows or of judges brings another."""
     compiled = compile_only(monkeypatch)
-    controller = SimpleNamespace(fall_back=lambda where, error: pytest.fail(f"{where}: {error}"))
-    Observer(controller).warm_up(VOCAB_SIZE, torch.device("cpu"))  # type: ignore[arg-type]
+    watch = SimpleNamespace(faults=SimpleNamespace(fall_back=lambda where, error: pytest.fail(f"{where}: {error}")))
+    Observer(watch).warm_up(VOCAB_SIZE, torch.device("cpu"))  # type: ignore[arg-type]
     warm = set(compiled)
     assert {name for name, _ in warm} == {"_row_stats_kernel", "_row_stats_split_kernel", "_row_stats_merge_kernel"}
     for path in ("split", "row"):

@@ -131,16 +131,16 @@ DIFFERING = """
 import torch.distributed as dist
 from conftest import engines
 from questions import held_out, prompt
-from sglang_dynasor.engine import admission
+from sglang_dynasor.engine import branches
 
-real = admission.assert_same
+real = branches.assert_same
 
 def differing(message, *args):
-    if message.startswith("dynasor admits") and dist.get_rank() == 1:
+    if message.startswith("dynasor starts") and dist.get_rank() == 1:
         args = (args[0] + 1, *args[1:])
     real(message, *args)
 
-admission.assert_same = differing
+branches.assert_same = differing
 with engines() as start:
     engine = start(scheduler="dynasor", tp_size=2, max_total_tokens=6000)
     field = {"temperature": 1.7, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
@@ -158,7 +158,7 @@ def test_the_checker_sees_a_rank_that_decides_differently(two_ranks: None) -> No
     )
     assert done.returncode != 0
     assert "nobody noticed" not in done.stdout
-    assert "dynasor admits" in done.stdout + done.stderr
+    assert "dynasor starts" in done.stdout + done.stderr
 
 
 def test_data_parallel_keeps_programs_whole(start_engine: Any, two_ranks: None) -> None:

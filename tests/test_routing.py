@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from sglang_dynasor.engine.branch import BranchTag, set_tag
-from sglang_dynasor.engine.controller import LiveProgram
+from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, set_tag
 from sglang_dynasor.engine.retraction import youngest_last
 from sglang_dynasor.engine.routing import route_program
 from sglang_dynasor.policy.program import Program
@@ -43,23 +42,23 @@ def test_a_choice_of_the_client_stands() -> None:
     assert routed({"dynasor": {"program": "p"}}, [0, 1], routed_dp_rank=1) == 1
 
 
-def branch(number: int | None, *, is_internal: bool = True) -> Any:
+def branch(number: int | None, *, kind: type[BranchTag] = BranchTag) -> Any:
     req: Any = SimpleNamespace()
     if number is not None:
         program = Program("p", parse_field({}, 64))
         program.start_branch()
         live = LiveProgram(program, parent=None, number=number)
-        set_tag(req, BranchTag(live, 0, is_internal=is_internal))
+        set_tag(req, kind(live, 0, SimpleNamespace()))  # type: ignore[arg-type]
     return req
 
 
 def test_the_youngest_program_is_retracted_first() -> None:
     """SGLang pops from the end: plain requests and what clients sent are kept longest, then programs by age."""
-    reqs = [branch(2), branch(None), branch(1), branch(2), branch(9, is_internal=False), branch(1)]
+    reqs = [branch(2), branch(None), branch(1), branch(2), branch(9, kind=SentTag), branch(1)]
     assert youngest_last([5, 4, 3, 2, 1, 0], reqs) == [4, 1, 5, 2, 3, 0]
 
 
 def test_without_programs_the_order_is_sglang_s() -> None:
     """The very list."""
     order = [2, 0, 1]
-    assert youngest_last(order, [branch(None), branch(None), branch(3, is_internal=False)]) is order
+    assert youngest_last(order, [branch(None), branch(None), branch(3, kind=SentTag)]) is order

@@ -16,8 +16,9 @@ from fastapi import HTTPException
 from questions import held_out, prompt
 from sglang.srt.managers import scheduler
 
-from sglang_dynasor.engine.admission import Admission
-from sglang_dynasor.engine.branch import tag_of
+from sglang_dynasor.engine.live import tag_of
+from sglang_dynasor.engine.queue import Front
+from sglang_dynasor.policy.admission import Admission
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
@@ -37,9 +38,9 @@ def admitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Ba
     """What engines started after this admit, prefill batch by prefill batch."""
     log = tmp_path / "admitted.jsonl"
     log.touch()
-    note = Admission.note_admitted
+    note = Front.note_admitted
 
-    def noting(self: Admission, batch: Any) -> None:
+    def noting(self: Front, batch: Any) -> None:
         if batch is not None:
             running = batch.decoding_reqs or []  # with mixed chunks they come along
             tags = [(tag_of(req), req) for req in batch.reqs if req not in running]
@@ -48,7 +49,7 @@ def admitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], Ba
                 out.write(json.dumps(rows) + "\n")
         note(self, batch)
 
-    monkeypatch.setattr(Admission, "note_admitted", noting)  # schedulers fork from here
+    monkeypatch.setattr(Front, "note_admitted", noting)  # schedulers fork from here
     return lambda: [[tuple(row) for row in json.loads(line)] for line in log.read_text().splitlines()]
 
 
@@ -230,21 +231,21 @@ def test_siblings_follow_though_the_batch_was_full_for_others(
     """SGLang stops reading its queue once a request did not fit. Room for siblings is kept, so they follow at once; they
     would not if the batch were left closed."""
     log = tmp_path / "steps"
-    note, real = Admission.note_admitted, Admission.open_batch
+    note, real = Front.note_admitted, Front.open_batch
 
-    def noting(self: Admission, batch: Any) -> None:
+    def noting(self: Front, batch: Any) -> None:
         note(self, batch)
         if batch is not None:
             with log.open("a") as out:
                 out.write(f"{self.scheduler.forward_ct} {len(batch.reqs)}\n")
 
-    def opening(self: Admission, running_batch: Any) -> None:
+    def opening(self: Front, running_batch: Any) -> None:
         running_batch.batch_is_full = not running_batch.is_empty()  # as after a request that did not fit
         if is_opened:
             real(self, running_batch)
 
-    monkeypatch.setattr(Admission, "note_admitted", noting)
-    monkeypatch.setattr(Admission, "open_batch", opening)
+    monkeypatch.setattr(Front, "note_admitted", noting)
+    monkeypatch.setattr(Front, "open_batch", opening)
     engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4)
     run(engine, [("p", {**params(60, branches=4, stop="beta"), "ignore_eos": True})])
     (first, _), (second, num_siblings) = (map(int, line.split()) for line in log.read_text().splitlines()[:2])
