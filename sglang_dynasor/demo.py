@@ -6,15 +6,22 @@ import csv
 import json
 import os
 import platform
+import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.errors import ConfigError
+from sglang_dynasor.outcome import Outcome, Solved, accuracies, cheapest, comparison, hardest, rows, savings, show
+from sglang_dynasor.picture import FORMATS, draw
 from sglang_dynasor.policy.answers import answer_key, extract_answer
 
 MAX_NEW_TOKENS = 200
@@ -23,32 +30,53 @@ TEMPERATURE = 1.7  # hot enough that the tiny reasoner is as often wrong as a la
 
 
 @dataclass(frozen=True, slots=True)
-class Solved:
-    """One question's outcome."""
+class Demo:
+    """What the command line asks for."""
 
-    answer: str | None
-    is_right: bool
-    num_tokens: int
-    num_branches: int
-    latency_s: float
-    certaindex: float | None  # None for stock sampling, which does not know
+    reasoner: Path  # folder of the tiny reasoner
+    num_questions: int
+    cap: int  # samples per question, and the programs' cap
+    picture: Path
+    csv: Path | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """One way of solving the whole set."""
+def check_demo(demo: Demo) -> None:
+    """Find out before the work what would stop it after.
 
-    name: str
-    solved: list[Solved]
-    wall_s: float
+    Raises:
+        ConfigError: what is missing or out of range, with the remedy.
+    """
+    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"the demo needs {' and '.join(missing)}, not installed here; pip install 'sglang-dynasor[demo]' brings what it needs"
+        )
+    for name in ("checkpoint/config.json", "checkpoint/model.safetensors", "held_out.jsonl"):
+        if not (demo.reasoner / name).is_file():
+            raise ConfigError(
+                f"--reasoner={demo.reasoner} holds no {name}; run this in a checkout of sglang-dynasor, or give the path of its "
+                "examples/tiny_reasoner"
+            )
+    num_held_out = len((demo.reasoner / "held_out.jsonl").read_text().splitlines())
+    if not 1 <= demo.num_questions <= num_held_out:
+        raise ConfigError(f"--num-questions={demo.num_questions} is outside [1, {num_held_out}]; choose a value inside")
+    most = DynasorConfig().dynasor_max_branches
+    if not 2 <= demo.cap <= most:
+        raise ConfigError(f"--branches={demo.cap} is outside [2, {most}]; choose a value inside")
+    if demo.picture.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--picture={demo.picture} is no picture; let it end with one of {', '.join(FORMATS)}")
+    _check_writable("--picture", demo.picture)
+    if demo.csv is not None:
+        _check_writable("--csv", demo.csv)
 
-    @property
-    def accuracy(self) -> float:
-        return mean(s.is_right for s in self.solved)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.solved)
+def _check_writable(option: str, file: Path) -> None:
+    if file.is_dir():
+        raise ConfigError(f"{option}={file} is a folder; give the path of a file")
+    if not file.parent.is_dir():
+        raise ConfigError(f"{option}={file}: there is no folder {file.parent}; make it, or choose another path")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"{option}={file} cannot be written; choose a path that can, or change its permissions")
 
 
 def read_questions(reasoner: Path, num_questions: int) -> list[dict[str, Any]]:
@@ -59,27 +87,53 @@ def read_questions(reasoner: Path, num_questions: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:num_questions]]
 
 
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """Keep off the terminal what SGLang warns of while its processes import it, and their bars. Errors still show."""
+    import tqdm  # noqa: F401  # it reads its variables once, when it is imported: ours must not be held back
+
+    quiet = {
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning"])),
+        "TQDM_DELAY": "600",  # seconds; SGLang's bars say themselves that they are not disabled
+    }
+    before = {name: os.environ.get(name) for name in quiet}
+    os.environ.update(quiet)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def start_engine(reasoner: Path, scheduler: str | None = "dynasor") -> Any:
     """The engine on the tiny reasoner; on a machine without a GPU the CPU platform serves it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import sglang as sgl
+    with quiet_start():
+        import sglang as sgl
 
-    return sgl.Engine(
-        model_path=str(reasoner / "checkpoint"),
-        scheduler=scheduler,
-        dtype="float32",
-        max_total_tokens=65_536,
-        max_running_requests=ROWS,
-        log_level="error",
-    )
+        return sgl.Engine(
+            model_path=str(reasoner / "checkpoint"),
+            scheduler=scheduler,
+            dtype="float32",
+            max_total_tokens=65_536,
+            max_running_requests=ROWS,
+            log_level="error",
+        )
 
 
 def progress(items: Iterable[Solved], total: int, name: str, columns: int) -> Iterator[Solved]:
     """Pass `items` on, with a bar."""
     from tqdm import tqdm
 
-    yield from tqdm(items, total=total, desc=f"{name:<22}", ncols=min(columns, 100), unit="question")
+    # Its own lock is a semaphore between processes, whose tracker SGLang's shutdown kills: a traceback at exit.
+    tqdm.set_lock(threading.RLock())
+    yield from tqdm(items, total=total, desc=f"{name:<18}", ncols=min(columns, 100), unit="question")
 
 
 def stock_params(num_samples: int) -> dict[str, Any]:
@@ -132,7 +186,6 @@ class Client:
 
     def __init__(self, engine: Any):
         import asyncio
-        import threading
 
         self.engine = engine
         self.loop = engine.loop
@@ -156,103 +209,49 @@ def run(name: str, solve: Any, questions: list[dict[str, Any]], columns: int) ->
     return Outcome(name, solved, time.perf_counter() - started)
 
 
-def table(outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    """One row per outcome; savings against the first."""
-    base = outcomes[0]
-    return [
-        {
-            "way": outcome.name,
-            "accuracy_percent": round(100 * outcome.accuracy, 1),
-            "tokens": outcome.num_tokens,
-            "tokens_saved_percent": round(100 * (1 - outcome.num_tokens / base.num_tokens), 1),
-            "wall_s": round(outcome.wall_s, 1),
-            "wall_saved_percent": round(100 * (1 - outcome.wall_s / base.wall_s), 1),
-            "mean_latency_s": round(mean(s.latency_s for s in outcome.solved), 3),
-            "branches_per_question": round(mean(s.num_branches for s in outcome.solved), 1),
-        }
-        for outcome in outcomes
-    ]
+def run_demo(demo: Demo, columns: int) -> None:
+    """Solve the questions both ways, print the comparison and write the picture.
 
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table."""
-    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
-    print("  ".join(f"{key:>{width}}" for key, width in widths.items()))
-    for row in rows:
-        print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
-
-
-def draw(questions: list[dict[str, Any]], outcomes: list[Outcome], picture: Path) -> None:
-    """One picture: what each question cost against how sure its program was, and accuracy by difficulty."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    stock, program = outcomes[0], outcomes[-1]
-    steps = sorted({q["num_steps"] for q in questions})
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.4))
-    for outcome, color in ((stock, "#9aa5b1"), (program, "#1f7a8c")):
-        groups = [[s for s, q in zip(outcome.solved, questions, strict=True) if q["num_steps"] == n] for n in steps]
-        left.plot(steps, [mean(s.num_tokens for s in g) for g in groups], "o-", color=color, label=outcome.name)
-        middle.plot(steps, [100 * mean(s.is_right for s in g) for g in groups], "o-", color=color, label=outcome.name)
-    left.set(title="tokens per question", xlabel="steps in the question")
-    middle.set(title="accuracy, %", xlabel="steps in the question", ylim=(0, 105))
-    for is_right, color in ((True, "#1f7a8c"), (False, "#d1495b")):
-        some = [s for s in program.solved if s.is_right is is_right]
-        right.scatter(
-            [s.certaindex or 0.0 for s in some], [s.num_branches for s in some], s=22, alpha=0.5, color=color,
-            label="right" if is_right else "wrong",
-        )  # fmt: skip
-    right.set(title="each program: branches used", xlabel="certaindex at its end")
-    for axis in (left, middle, right):
-        axis.legend(frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-    plt.close(figure)
-
-
-def run_demo(reasoner: Path, num_questions: int, cap: int, picture: Path, csv_file: Path | None, columns: int) -> None:
-    """Print the comparison and write the picture.
+    Args:
+        demo: what is asked for.
+        columns: width of the terminal, in characters.
 
     Raises:
-        SystemExit: more questions are asked for than there are.
+        ConfigError: what is missing or out of range, before anything is run.
     """
-    questions = read_questions(reasoner, num_questions)
+    check_demo(demo)
+    questions = read_questions(demo.reasoner, demo.num_questions)
     print(f"starting SGLang on the tiny reasoner ({platform.machine()}, {os.cpu_count()} cores) ...", flush=True)
-    engine = start_engine(reasoner)
+    engine = start_engine(demo.reasoner)
     client = Client(engine)
     try:
         solve_stock(client, questions[0], 2)  # the first requests warm the engine up
-        outcomes = [
-            run(f"stock, {cap} samples", lambda q: solve_stock(client, q, cap), questions, columns),
-            run(f"program, cap {cap}", lambda q: solve_program(client, q, cap), questions, columns),
-        ]
+        stock = run(f"stock, {demo.cap} samples", lambda q: solve_stock(client, q, demo.cap), questions, columns)
+        program = run(f"program, cap {demo.cap}", lambda q: solve_program(client, q, demo.cap), questions, columns)
     finally:
         client.close()
         engine.shutdown()
-    rows = table(outcomes)
     print()
-    show(rows)
-    program = outcomes[-1]
-    ranked = sorted(
-        zip(questions, program.solved, strict=True),
-        key=lambda pair: (-(pair[1].certaindex or 0.0), pair[1].num_branches),
-    )
-    for title, pairs in (("most certain", ranked[:3]), ("most uncertain", ranked[-3:])):
+    show(comparison(stock, program))
+    for title, order in (("cheapest", cheapest(stock, program)), ("hardest", hardest(program))):
         print(f"\n{title}:")
-        for question, solved in pairs:
-            verdict = "right" if solved.is_right else f"wrong, it is {question['answer']}"
-            print(
-                f"  certaindex {solved.certaindex:.3f}, {solved.num_branches} branches, {question['num_steps']} steps:",
-                end=" ",
-            )
-            print(f"{solved.answer} ({verdict})")
-    draw(questions, outcomes, picture)
-    print(f"\nthe picture is in {picture}")
-    if csv_file is not None:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+        for i in order[:3]:
+            print(f"  {_told(questions[i], stock.solved[i], program.solved[i])}")
+    draw([question["num_steps"] for question in questions], stock, program, demo.picture)
+    if demo.csv is not None:
+        table = rows(stock, program)
+        with demo.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(table)
+    print(f"\nthe picture is in {demo.picture}")
+    print(f"{savings(stock, program)}: {accuracies(stock, program)}")
+
+
+def _told(question: dict[str, Any], stock: Solved, program: Solved) -> str:
+    """One question's line."""
+    verdict = "right" if program.is_right else f"wrong, it is {question['answer']}"
+    return (
+        f"{question['num_steps']} step{'s' * (question['num_steps'] != 1)}: {program.num_branches} branches, certaindex {program.certaindex or 0.0:.2f}, "
+        f"{program.num_tokens} of {stock.num_tokens} tokens: {program.answer} ({verdict})"
+    )
