@@ -282,7 +282,16 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int, load: int
         ({"branches": "8"}, "dynasor.branches='8' is a str"),
         ({"branches": True}, "dynasor.branches=True is a bool"),
         ({"branches": 4, "width": 5}, r"dynasor.width=5 is outside \[1, 4\]"),
-        ({"algorithm": "magic"}, "dynasor.algorithm='magic' is not known"),
+        (
+            {"algorithm": "magic"},
+            "dynasor.algorithm='magic' is not known to the engine; use one of self_consistency, best_of_n, long_cot. Searches run",
+        ),
+        (
+            {"algorithm": "best_of_n", "vote": "majority", "stop": "never"},
+            "dynasor.algorithm='best_of_n' without dynasor.judge",
+        ),
+        ({"exit": "trial"}, "dynasor.exit='trial' is for algorithm 'long_cot'"),
+        ({"stop": print}, "dynasor.stop=<built-in function print> is a builtin_function_or_method; send a string"),
         ({"algorithm": 3}, "dynasor.algorithm=3 is a int"),
         ({"stop": "certain"}, "not a rule"),
         ({"answer": "boxd"}, "not an extractor"),

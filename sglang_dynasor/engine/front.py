@@ -17,6 +17,7 @@ from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError, PatchError
 from sglang_dynasor.observe.ledger import Owners, RecordBook
+from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, parse_field
 
 # OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
@@ -145,14 +146,16 @@ def _check_thought(spec: ProgramSpec, obj: GenerateReqInput, params: dict[str, A
 
 
 def take_effort(result: Any, serving_chat: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-    """OpenAI's `reasoning_effort` becomes the field's `effort`, where a long_cot field has none."""
+    """OpenAI's `reasoning_effort` becomes the field's `effort`, where a field that takes that has none."""
     params: Any = result[0].sampling_params
     custom: Any = params.get("custom_params") if isinstance(params, dict) else None
     field: Any = custom.get("dynasor") if isinstance(custom, dict) else None
     effort = REASONING_EFFORTS.get(request.reasoning_effort) if isinstance(request.reasoning_effort, str) else None
     if isinstance(field, str):
         field = {"algorithm": field}
-    if effort is None or not isinstance(field, dict) or field.get("algorithm") != "long_cot" or "effort" in field:
+    name = field.get("algorithm") if isinstance(field, dict) else None
+    about = ENGINE_ALGORITHMS.get(name) if isinstance(name, str) else None
+    if effort is None or about is None or "effort" not in about.engine_keys or "effort" in field:
         return
     result[0].sampling_params = params | {"custom_params": custom | {"dynasor": field | {"effort": effort}}}
 

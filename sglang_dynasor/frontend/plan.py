@@ -67,6 +67,8 @@ def parse_plan(field: dict[str, Any], *, has_reward: bool) -> Plan:
     """
     field = dict(field)
     about = find(field.pop("algorithm", SELF_CONSISTENCY.name))
+    if about.search is None and not about.is_engine_s:
+        raise FieldError(f"dynasor.algorithm={about.name!r} has nothing to run; give its record search=CLASS")
     if about.search is None:
         raise FieldError(
             f"dynasor.algorithm={about.name!r} needs --scheduler dynasor: a running thought is probed inside the engine only, where "

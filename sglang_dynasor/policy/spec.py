@@ -144,7 +144,7 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     if not isinstance(field, dict):
         raise FieldError(
             f"dynasor={field!r} is a {type(field).__name__}; send an object such as "
-            '{"algorithm": "self_consistency"}, or the algorithm\'s name'
+            f'{{"algorithm": "{SELF_CONSISTENCY.name}"}}, or the algorithm\'s name'
         )
     options = cast("dict[str, Any]", field)
     for key in options:
