@@ -61,7 +61,7 @@ def test_the_readme_s_client_works(server: Server, tmp_path: Path) -> None:
     """The first thing a reader copies, and what it says below that this printed."""
     script = block(README, "python", "openai").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
     printed = run_script(tmp_path / "client.py", script)
-    (told,) = re.findall(r"^```\n(.*?stop_reason.*?)^```", README, re.S | re.M)
+    told, _, _ = README.partition("it printed:\n\n```\n")[2].partition("```")
     text, record = told.split("program: ")
     assert printed.startswith(text)
     assert re.findall(r"^(\w+): ", printed, re.M) == re.findall(r"^(\w+): ", f"program: {record}", re.M)
