@@ -29,18 +29,8 @@ from rows import percentile, write_rows
 from server import Server
 from tqdm import tqdm
 
-from sglang_dynasor.demo import (
-    CONCURRENCY,
-    MAX_NEW_TOKENS,
-    ROWS,
-    TEMPERATURE,
-    Outcome,
-    Solved,
-    read_questions,
-    read_record,
-    show,
-    vote,
-)
+from sglang_dynasor.demo import CONCURRENCY, MAX_NEW_TOKENS, ROWS, TEMPERATURE, read_questions, read_record, vote
+from sglang_dynasor.outcome import Outcome, Solved, show
 from sglang_dynasor.policy.answers import answer_key, extract_answer
 
 REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
