@@ -1,6 +1,6 @@
 """Which waiting programs start now, how wide, what is promised to their siblings, and when plain requests go.
 
-Pure policy over what an engine answers: the scheduler, a simulator and the adversaries in tests/test_order.py run the same.
+Pure policy over what an engine answers: the scheduler, a simulator and the adversaries in tests/test_admission.py run the same.
 Programs wait here, not in the engine's queue: only branches that fit are started.
 """
 
@@ -252,7 +252,7 @@ class Admission:
         program = gang.program
         wanted, least = program.num_to_start(self._width(gang, num_rows), is_fixed=self.fixed_width > 0)
         if self._takes_all(program):
-            wanted = program.num_to_start(program.spec.branches)[0] - self.promised.get(gang, 0)
+            wanted = self._all_wanted(gang)
         is_there = gang.is_prompt_cached and program.num_in_flight > 0
         return Offer(wanted, least, Cost(0, gang.cost.branch_tokens) if is_there else gang.cost)
 
@@ -273,7 +273,7 @@ class Admission:
                 self.promised[gang] = self.promised.get(gang, 0) + num_following
             if num_leaders:
                 self.engine.start(gang, num_leaders)
-        if self._takes_all(program) and program.num_unused > self.promised.get(gang, 0):
+        if self._takes_all(program) and self._all_wanted(gang):
             self.wait(gang)  # for the others
 
     def _takes_all(self, program: Program) -> bool:
@@ -282,6 +282,10 @@ class Admission:
         Not thoughts: they end early whatever the vote, and leave rows to their probes.
         """
         return program.needs_all and program.spec.thought is None and not self.fixed_width
+
+    def _all_wanted(self, gang: Gang) -> int:
+        """Branches that the program would start now if the load narrowed nothing, besides those promised to it."""
+        return max(0, gang.program.num_to_start(gang.program.spec.branches)[0] - self.promised.get(gang, 0))
 
     def _width(self, gang: Gang, num_rows: int) -> int:
         """Branches that one program may have in flight under the present load."""

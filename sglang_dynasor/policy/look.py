@@ -1,6 +1,6 @@
 """One look at the line: which waiting programs start now, and with how many branches.
 
-Pure policy: the scheduler runs it once per step, the adversaries in tests/test_order.py run the same.
+Pure policy, a part of admission.py.
 """
 
 from __future__ import annotations
