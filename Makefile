@@ -10,7 +10,7 @@ help:
 	@echo "make install   virtual environment with SGLang and this project"
 	@echo "make demo      the main job: a question set solved by stock sampling and by programs, with a picture"
 	@echo "make test      all tests"
-	@echo "make lint      ruff and pyright"
+	@echo "make lint      ruff, pyright, and who may import whom"
 	@echo "make bench     the benchmarks behind the tables of docs/results.md"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
@@ -40,6 +40,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 bench: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'

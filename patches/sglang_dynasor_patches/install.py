@@ -18,7 +18,7 @@ from sglang.version import __version__ as sglang_version
 from sglang_dynasor.config import SGLANG_RANGE
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor_patches.patch import Patch, Role
-from sglang_dynasor_patches.records import PATCHES
+from sglang_dynasor_patches.records import PATCHES, SERVER_ARGS
 
 _ROLES: dict[str, tuple[Role, ...]] = {
     "run_detokenizer_process": (),
@@ -87,9 +87,7 @@ def register() -> None:
         # Also where hooks are missing: it is what refuses then. Not a hook: SGLang's own seam for the arguments of sgl.Engine.
         from sglang.srt.entrypoints.engine import Engine
 
-        from sglang_dynasor.engine.flag import engine_server_args
-
-        Engine.server_args_class = staticmethod(engine_server_args)  # pyright: ignore[reportAttributeAccessIssue]
+        Engine.server_args_class = staticmethod(pkgutil.resolve_name(SERVER_ARGS))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def unproved(roles: tuple[Role, ...]) -> list[str]:

@@ -13,6 +13,8 @@ _FLAG = "sglang_dynasor.engine.flag"
 _HOOKS = "sglang_dynasor.engine.hooks"
 _FRONT = "sglang_dynasor.engine.front"
 
+SERVER_ARGS = f"{_FLAG}.engine_server_args"  # makes the arguments of sgl.Engine
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         f"{_ARGS}.add_cli_args", "after", ("parser",), f"{_FLAG}.add_cli_args", "flag",
