@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 
 def without_code(text: str) -> str:
-    return re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
+    return re.sub(r"^( *)```.*?^\1```", "", text, flags=re.S | re.M)
 
 
 def anchors(text: str) -> set[str]:
@@ -79,9 +80,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 @each_page
 def test_snippets_are_what_they_say(page: Path) -> None:
     """Python compiles, JSON parses."""
-    for language, code in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.S | re.M):
+    for _, language, code in re.findall(r"^( *)```(\w+)\n(.*?)^\1```", page.read_text(), re.S | re.M):
         if language == "python":
-            ast.parse(code)
+            ast.parse(dedent(code))
         elif language == "json":
             json.loads(code)
 
