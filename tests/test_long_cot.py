@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from questions import held_out, prompt
 
-from sglang_dynasor.engine import front
+from sglang_dynasor.engine import validation
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.answers import is_complete
@@ -572,15 +572,15 @@ def test_without_a_radix_cache_thoughts_are_refused(start_engine: Any) -> None:
 @pytest.mark.parametrize("is_stripped", [True, False])
 def test_thoughts_that_the_cache_does_not_keep_are_refused(monkeypatch: pytest.MonkeyPatch, is_stripped: bool) -> None:
     """SGLang would free KV that probes have published."""
-    monkeypatch.setattr(front, "get_serving", lambda: SimpleNamespace(strip_thinking_cache=is_stripped))
-    monkeypatch.setattr(front, "get_memory", lambda: SimpleNamespace(disable_radix_cache=False))
+    monkeypatch.setattr(validation, "get_serving", lambda: SimpleNamespace(strip_thinking_cache=is_stripped))
+    monkeypatch.setattr(validation, "get_memory", lambda: SimpleNamespace(disable_radix_cache=False))
     manager, request = (
         SimpleNamespace(tokenizer=Tokenizer(**vars(tokenizer_of(set())))),
         SimpleNamespace(return_logprob=False),
     )
     expected = pytest.raises(FieldError, match="--strip-thinking-cache") if is_stripped else nullcontext()
     with expected:
-        front._check_thought(parse_field(FIELD, 64), request, {}, manager)  # type: ignore[arg-type]
+        validation._check_thought(parse_field(FIELD, 64), request, {}, manager)  # type: ignore[arg-type]
 
 
 @pytest.mark.engine

@@ -12,6 +12,7 @@ _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _FLAG = "sglang_dynasor.engine.flag"
 _HOOKS = "sglang_dynasor.engine.hooks"
 _FRONT = "sglang_dynasor.engine.front"
+_VALIDATION = "sglang_dynasor.engine.validation"
 
 SERVER_ARGS = f"{_FLAG}.engine_server_args"  # makes the arguments of sgl.Engine
 
@@ -43,13 +44,13 @@ PATCHES: tuple[Patch, ...] = (
         "SGLang lets a plugin add a router",
     ),
     Patch(
-        f"{_TOKENIZER}._validate_one_request", "after", ("self", "obj", "input_ids"), f"{_FRONT}.validate", "main",
+        f"{_TOKENIZER}._validate_one_request", "after", ("self", "obj", "input_ids"), f"{_VALIDATION}.validate", "main",
         "answers a wrong dynasor field with HTTP 400 before anything is queued",
         "SGLang lets a plugin validate custom_params",
     ),
     Patch(
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request", "after",
-        ("self", "request", "raw_request"), f"{_FRONT}.take_effort", "main",
+        ("self", "request", "raw_request"), f"{_VALIDATION}.take_effort", "main",
         "OpenAI's reasoning_effort says how soon a long thought may be closed",
         "SGLang hands reasoning_effort to plugins",
     ),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 BRANCH_RID = (
-    "\0dynasor-"  # followed by a number and a dot; the front process refuses clients' rids with a NUL (front.py)
+    "\0dynasor-"  # followed by a number and a dot; the front process refuses clients' rids with a NUL (validation.py)
 )
 
 
