@@ -15,7 +15,7 @@ from engines import CHECKPOINT, ROOT
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.front import check_schedulers
-from sglang_dynasor.engine.hooks import init_model_worker
+from sglang_dynasor.engine.hooks import observe
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor_patches import install
 from sglang_dynasor_patches.records import PATCHES
@@ -224,18 +224,13 @@ def test_check_fails_with_the_remedy() -> None:
 
 def test_another_plugin_s_observer_is_not_overwritten() -> None:
     """SGLang has room for one sampling observer: ours goes where none is, and refuses to push one out."""
-    controller = SimpleNamespace(observer=object())
-
-    def scheduler(observer: object) -> SimpleNamespace:
-        runner = SimpleNamespace(sampling_observer=observer, device="cpu")
-        return SimpleNamespace(_dynasor=controller, tp_worker=SimpleNamespace(model_runner=runner))
-
-    free, taken = scheduler(None), scheduler("theirs")
-    init_model_worker(None, free)
-    assert free.tp_worker.model_runner.sampling_observer is controller.observer
+    observer: Any = object()
+    free, taken = (SimpleNamespace(sampling_observer=there, device="cpu") for there in (None, "theirs"))
+    observe(free, observer)
+    assert free.sampling_observer is observer
     with pytest.raises(PatchError, match="another plugin's sampling observer"):
-        init_model_worker(None, taken)
-    assert taken.tp_worker.model_runner.sampling_observer == "theirs"
+        observe(taken, observer)
+    assert taken.sampling_observer == "theirs"
 
 
 CONFIGURED = """

@@ -14,7 +14,7 @@ from sglang_dynasor.engine.controller import Controller
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.retraction import retract_whole, youngest_last
 from sglang_dynasor.engine.room import adder_class
-from sglang_dynasor.engine.statistics import HostStatistics
+from sglang_dynasor.engine.statistics import HostStatistics, Observer
 from sglang_dynasor.engine.streamer import streamer_class
 from sglang_dynasor.errors import PatchError
 
@@ -32,15 +32,23 @@ def init_schedule_policy(result: None, scheduler: Any) -> None:
 
     require_live(("scheduler",))
     controller = scheduler._dynasor = scheduler.policy._dynasor = Controller(scheduler, config)
-    runner = scheduler.tp_worker.model_runner
+    observe(scheduler.tp_worker.model_runner, controller.observer)
+
+
+def observe(runner: Any, observer: Observer) -> None:
+    """Show `observer` the logits of every step.
+
+    Raises:
+        PatchError: another plugin's observer is there.
+    """
     if runner.sampling_observer is not None:
         raise PatchError(
             f"--scheduler dynasor: another plugin's sampling observer ({type(runner.sampling_observer).__name__}) is there, "
             "and SGLang has room for one; leave out one of the two plugins"
         )
-    runner.sampling_observer = controller.observer
+    runner.sampling_observer = observer
     if (device := torch.device(runner.device)).type != "cpu":
-        controller.observer.warm_up(runner.model_config.vocab_size, device)
+        observer.warm_up(runner.model_config.vocab_size, device)
 
 
 def run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
