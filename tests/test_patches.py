@@ -224,12 +224,12 @@ def test_check_fails_with_the_remedy() -> None:
 
 def test_another_plugin_s_observer_is_not_overwritten() -> None:
     """SGLang has room for one sampling observer: ours goes where none is, and refuses to push one out."""
-    observer: Any = object()
+    observer = object()
     free, taken = (SimpleNamespace(sampling_observer=there, device="cpu") for there in (None, "theirs"))
-    observe(free, observer)
+    observe(free, observer)  # type: ignore[arg-type]
     assert free.sampling_observer is observer
     with pytest.raises(PatchError, match="another plugin's sampling observer"):
-        observe(taken, observer)
+        observe(taken, observer)  # type: ignore[arg-type]
     assert taken.sampling_observer == "theirs"
 
 
