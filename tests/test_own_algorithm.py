@@ -45,6 +45,11 @@ def follow(blocks: list[str], **names: Any) -> dict[str, Any]:
     return names
 
 
+@pytest.fixture(scope="module")
+def engine(start_shared_engine: Callable[..., Any]) -> Any:
+    return start_shared_engine(scheduler="dynasor", dynasor_strict=True)
+
+
 @pytest.fixture
 def author() -> dict[str, Any]:
     """What the author has before anything runs: a class, a rule, a record."""
@@ -99,9 +104,8 @@ def test_the_recipe_keeps_its_budget(author: dict[str, Any], lost: float) -> Non
 
 
 @pytest.mark.engine
-def test_the_recipe_on_the_engine(start_shared_engine: Callable[..., Any]) -> None:
+def test_the_recipe_on_the_engine(engine: Any) -> None:
     """By `solve` and by `reason`, with our scheduler, which knows nothing of it."""
-    engine = start_shared_engine(scheduler="dynasor", dynasor_strict=True)
     names = follow(recipe(), engine=engine, prompts=PROMPTS, sampling=SAMPLING)
     for result in names["results"]:
         assert result.answer is not None
@@ -118,6 +122,16 @@ def test_the_recipe_on_the_engine(start_shared_engine: Callable[..., Any]) -> No
     assert state.text() == PROMPTS[0] + state["solution"]
     assert p.stop_reason in ("certain", "cap")
     assert p.record["algorithm"] == "Rounds"
+
+
+@pytest.mark.engine
+def test_a_record_of_the_engine_s_is_run_there(engine: Any) -> None:
+    """As its name would be; with a rule that cannot be sent it is driven from here."""
+    options = {"branches": 3, "answer": "hash", "sampling": SAMPLING, "progress": False}
+    (there,) = solve(engine, PROMPTS[:1], ALGORITHMS["self_consistency"], **options)
+    (here,) = solve(engine, PROMPTS[:1], ALGORITHMS["self_consistency"], stop=lambda evidence: False, **options)
+    assert (there.record["gang"] > 0, here.record["gang"]) == (True, 0)
+    assert (here.stop_reason, here.num_branches) == ("cap", 3)
 
 
 # What is missing or wrong is named
@@ -252,9 +266,9 @@ def test_a_record_says_what_its_class_does(record: AlgorithmRecord) -> None:
 # Rules of the author's own in programs of forks
 
 
-@pytest.fixture(scope="module")
-def backend(start_shared_engine: Callable[..., Any]) -> Iterator[LocalEngine]:
-    with LocalEngine(start_shared_engine(scheduler="dynasor", dynasor_strict=True)) as running:
+@pytest.fixture
+def backend(engine: Any) -> Iterator[LocalEngine]:
+    with LocalEngine(engine) as running:
         yield running
 
 
