@@ -10,10 +10,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,9 @@ def read_questions(reasoner: Path, num_questions: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def quiet_start() -> Iterator[None]:
+def quiet_start() -> Generator[None]:
     """Keep off the terminal what SGLang warns of while its processes import it, and their bars. Errors still show."""
-    import tqdm  # noqa: F401  # it reads its variables once, when it is imported: ours must not be held back
+    import_module("tqdm")  # it reads its variables once, when it is imported: our own bars must not be held back
 
     quiet = {
         "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore::UserWarning"])),

@@ -200,28 +200,6 @@ def test_hugging_face_kernels_is_not_shadowed() -> None:
     subprocess.run([sys.executable, "-c", "from kernels import get_kernel"], cwd=ROOT, check=True)
 
 
-def test_check_prints_one_row_per_requirement() -> None:
-    """`sglang-dynasor check` is green here, and names every patch."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sglang_dynasor.cli", "check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert all(patch.target.removeprefix("sglang.srt.") in done.stdout for patch in PATCHES)
-    assert "FAIL" not in done.stdout
-
-
-def test_check_fails_with_the_remedy() -> None:
-    """A filtered plugin is a row that fails, and exit code 1."""
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-m", "sglang_dynasor.cli", "check"],
-        capture_output=True, text=True, check=False, env={**os.environ, "SGLANG_PLUGINS": "other"},
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "add dynasor" in done.stdout
-
-
 def test_another_plugin_s_observer_is_not_overwritten() -> None:
     """SGLang has room for one sampling observer: ours goes where none is, and refuses to push one out."""
     observer = object()
