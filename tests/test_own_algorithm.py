@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from sglang_dynasor.frontend import LocalEngine, reason
 from sglang_dynasor.frontend.driver import Driver
 from sglang_dynasor.frontend.plan import parse_plan
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, AlgorithmRecord
+from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import own_rule, parse_stop
 
@@ -305,6 +307,29 @@ def test_a_rule_that_fails_is_the_author_s_error(backend: LocalEngine) -> None:
         forked(backend, lambda evidence: 1 / (2 - len(evidence.recent)) > 9)
     with pytest.raises(FieldError, match="returned 1, a int"):
         forked(backend, lambda evidence: len(evidence.recent) if evidence.recent else False)
+
+
+def test_an_object_may_be_a_rule() -> None:
+    """One with settings of its own; it decides how wide a program starts, as any rule."""
+
+    @dataclass
+    class Ahead:
+        votes: int
+
+        def __call__(self, evidence: Evidence) -> bool:
+            return evidence.lead >= self.votes
+
+    for votes, needed in ((3, 3), (5, 5), (20, 0)):
+        rule = own_rule(Ahead(votes))
+        assert rule.text == "Ahead"
+        assert votes_needed(Evidence((), 0, 16), rule) == needed
+
+
+def test_an_own_rule_may_ask_for_the_order() -> None:
+    """Programs with the same votes in another order are not the same to it."""
+    rule = own_rule(lambda evidence: evidence.recent[-2:] == ("a", "a"))
+    assert votes_needed(Evidence((2, 1), 0, 5, ("a", "b", "a")), rule) == 1
+    assert votes_needed(Evidence((2, 1), 0, 5, ("a", "a", "b")), rule) == 2
 
 
 def test_a_rule_of_numpy_is_a_rule() -> None:

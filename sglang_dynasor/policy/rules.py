@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from typing import Any, NamedTuple
 
@@ -171,7 +172,9 @@ def own_rule(function: Callable[[Evidence], bool]) -> StopRule:
     Raises:
         FieldError: it returned something else than a bool; or whatever it raises itself.
     """
-    rule = StopRule(getattr(function, "__name__", type(function).__name__), (), needs_all=True, function=function)
+    name = getattr(function, "__name__", type(function).__name__)
+    # As a partial it can be looked up (allocation.py) even where the author's object has no hash.
+    rule = StopRule(name, (), needs_all=True, function=partial(function))
     rule.stops(Evidence((), 0, 1))
     return rule
 
