@@ -9,14 +9,12 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-import sglang_dynasor
-
 CPU_PLATFORM = "torch_cpu"
 
 
 def cpu_platform_folder() -> Path:
     """The source of the CPU platform, a distribution of its own: beside our modules in a wheel, in examples/ in a checkout."""
-    package = Path(sglang_dynasor.__file__).parent
+    package = Path(__file__).parents[1]
     folders = (package / "cpu_platform", package.parent / "examples" / "cpu_platform")
     return next((folder for folder in folders if (folder / "pyproject.toml").is_file()), folders[0])
 
