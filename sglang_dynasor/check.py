@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import NamedTuple
 
@@ -68,9 +69,19 @@ def sglang_rows() -> list[Row]:
     missing = missing_device()
     rows.append(Row("device", missing is None, missing or serving_device()))
     for patch in PATCHES:
-        wrong = check_patch(patch)
+        wrong = check_patch(patch) or check_hook(patch.hook)
         rows.append(Row(f"patch {patch.target.removeprefix('sglang.srt.')}", wrong is None, wrong or patch.kind))
     return rows
+
+
+def check_hook(hook: str) -> str | None:
+    """Why our function behind a patch cannot be loaded, which SGLang would only log, or None."""
+    module, _, name = hook.rpartition(".")
+    try:
+        getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        return f"our {hook} cannot be loaded: {error}; reinstall sglang-dynasor"
+    return None
 
 
 def probed_sglang() -> list[Row]:

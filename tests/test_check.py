@@ -61,6 +61,21 @@ def test_an_sglang_that_cannot_be_imported_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("hook", "wrong"),
+    [
+        (PATCHES[0].hook, None),
+        ("sglang_dynasor.gone.f", "No module named 'sglang_dynasor.gone'; reinstall sglang-dynasor"),
+        ("sglang_dynasor.check.gone", "has no attribute 'gone'; reinstall sglang-dynasor"),
+    ],
+    ids=["there", "module gone", "function gone"],
+)
+def test_a_hook_that_cannot_be_loaded_is_named(hook: str, wrong: str | None) -> None:
+    """SGLang would log it and go on: an installation that misses a module must not look fine."""
+    found = check.check_hook(hook)
+    assert found is None if wrong is None else found is not None and found.endswith(wrong)
+
+
+@pytest.mark.parametrize(
     ("python", "is_met"),
     [((3, 10, 14), False), ((3, 11, 0), True), ((3, 12, 9), True), ((3, 13, 0), False), ((4, 0, 0), False)],
 )
