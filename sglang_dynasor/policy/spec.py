@@ -230,7 +230,7 @@ def _about(options: dict[str, Any]) -> AlgorithmRecord:
             "through the frontend: sglang_dynasor.solve() or reason()"
         )
     about = ENGINE_ALGORITHMS[name]
-    if key := next((key for key in options if _OWNERS.get(key, name) != name), None):
+    if key := next((key for key, owner in _OWNERS.items() if key in options and owner != name), None):
         raise FieldError(
             f"dynasor.{key}={options[key]!r} is for algorithm {_OWNERS[key]!r}; leave it out, or ask for that"
         )
