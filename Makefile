@@ -1,5 +1,5 @@
 # Every command of the project. `make demo` and `make test` set up all they need.
-.PHONY: help install demo test lint bench soak reasoner thinker card readme docs clean
+.PHONY: help install demo test test-deep lint bench soak reasoner thinker card readme docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: on shared cores more of them decode many times slower.
@@ -10,6 +10,7 @@ help:
 	@echo "make install   virtual environment with SGLang and this project"
 	@echo "make demo      the main job: a question set solved by stock sampling and by programs, with a picture"
 	@echo "make test      all tests"
+	@echo "make test-deep 10,000 examples of every property, and more shapes of the kernels"
 	@echo "make lint      ruff, pyright, and who may import whom"
 	@echo "make bench     the benchmarks behind the tables of docs/results.md"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
@@ -28,13 +29,14 @@ install: .venv/installed
 demo: install
 	$(BIN)/sglang-dynasor demo
 
-# The examples mostly wait for one core, so what needs no engine runs beside them.
+# As many test processes as cores, each with engines of its own; more than four would want more memory than they save time.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
+
 test: install
-	@mkdir -p .pytest_cache
-	$(BIN)/python -m pytest -m "not engine" > .pytest_cache/unit.log 2>&1 & unit=$$!; \
-		$(BIN)/python -m pytest tests/test_examples.py; examples=$$?; \
-		wait $$unit; unit=$$?; cat .pytest_cache/unit.log; [ $$unit = 0 ] && [ $$examples = 0 ]
-	$(BIN)/python -m pytest -m engine --ignore=tests/test_examples.py
+	$(PYTEST)
+
+test-deep: install
+	$(PYTEST) -m "hypothesis or deep" --hypothesis-profile=deep
 
 lint: install
 	$(BIN)/ruff check .

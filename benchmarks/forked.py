@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import multiprocessing as mp
 import os
 from collections.abc import Iterator
@@ -45,11 +47,20 @@ def flush(engine: Any) -> None:
         raise RuntimeError(f"the cache cannot be flushed: {done.message}")
 
 
+def processes(engine: Any) -> list[mp.Process]:
+    """The engine's schedulers and its detokenizer."""
+    return engine.tokenizer_manager._subprocess_watchdog._processes
+
+
 def _end(engine: Any) -> None:
-    """End this engine's processes. Its own shutdown would kill every child here, and with them other engines."""
+    """End this engine's processes and tasks. Its own shutdown would kill every child here, and with them other engines."""
     from sglang.srt.utils import kill_process_tree
 
-    watchdog = engine.tokenizer_manager._subprocess_watchdog
-    watchdog.stop()
-    for process in watchdog._processes:
+    atexit.unregister(engine.shutdown)
+    manager = engine.tokenizer_manager
+    manager._subprocess_watchdog.stop()
+    for process in processes(engine):
         kill_process_tree(process.pid)
+    for task in manager.asyncio_tasks:
+        task.cancel()
+    engine.loop.run_until_complete(asyncio.gather(*manager.asyncio_tasks, return_exceptions=True))

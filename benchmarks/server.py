@@ -29,14 +29,18 @@ class Server:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        command = [str(Path(sys.executable).parent / "sglang"), "serve", "--model-path", str(checkpoint)]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(
-                [*command, "--port", str(self.port), *args],
+        options = ["serve", "--model-path", str(checkpoint), "--port", str(self.port), *args]
+        self.process = self._start(options, {**os.environ, **(environment or {})})
+
+    def _start(self, options: list[str], environment: dict[str, str]) -> Any:
+        """`sglang` with these options, in a session of its own."""
+        with self.log.open("w") as out:
+            return subprocess.Popen(
+                [str(Path(sys.executable).parent / "sglang"), *options],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **(environment or {})},
+                env=environment,
             )
 
     def wait(self, timeout_s: float = 300) -> None:

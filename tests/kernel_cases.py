@@ -22,6 +22,13 @@ from sglang_dynasor_kernels import program_stats, program_stats_ref, row_stats, 
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 PATHS = ["split", "row"]
+
+
+def deep(*values: Any) -> Any:
+    """A case beside which others take the same paths: run by `make test-deep`."""
+    return pytest.param(*values, marks=pytest.mark.deep)
+
+
 # kernels/README.md, "Tolerances": absolute, and relative to the value.
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, equal_nan=True)
 row_stats_module = import_module("sglang_dynasor_kernels.row_stats")
@@ -126,7 +133,7 @@ ROWS: dict[str, Callable[[int, int], Tensor]] = {
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("vocab_size", [2, 3, 63, 508, 8193])
+@pytest.mark.parametrize("vocab_size", [2, deep(3), deep(63), 508, 8193])
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows(kind: str, vocab_size: int, path: str) -> None:
     """Statistics of all kinds of rows equal the twin's, with one chunk and one element more than a chunk."""
@@ -150,7 +157,7 @@ def test_narrow_types(kind: str, dtype: torch.dtype, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("vocab_size", [5, 8193])
+@pytest.mark.parametrize("vocab_size", [deep(5), 8193])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_bad_row_is_reported_and_does_not_spread(bad: float, vocab_size: int, path: str) -> None:
     """One NaN or +inf, or nothing else or -inf: every float of the row is NaN, every id -1; others are as alone."""
@@ -231,8 +238,8 @@ def check_programs(num_programs: int, *columns: Tensor, **options: Any) -> Any:
     return got
 
 
-@pytest.mark.parametrize("num_programs", [1, 3, 9])
-@pytest.mark.parametrize("num_rows", [0, 1, 5, 33, 150])
+@pytest.mark.parametrize("num_programs", [1, deep(3), 9])
+@pytest.mark.parametrize("num_rows", [0, 1, deep(5), 33, deep(150)])
 def test_programs(num_rows: int, num_programs: int) -> None:
     """Votes, rewards and weights of programs, also of those without rows; rows of no program count nowhere."""
     columns = programs(num_rows, num_programs)

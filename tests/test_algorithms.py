@@ -9,7 +9,7 @@ from math import ceil, exp
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.algorithms.beam import Beam
@@ -118,7 +118,6 @@ def test_shares_of_a_published_case() -> None:
 # Budgets
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(NAMES),
     st.integers(1, 24),
@@ -288,7 +287,6 @@ def virtual(search: Mcts) -> int:
     return sum(visits.virtual + visits.pending for visits in search.visits)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(1, 12), st.sampled_from([0.0, 0.3]), st.integers(0, 1000))
 def test_no_virtual_loss_is_lost(cap: int, branching: int, room: int, lost: float, seed: int) -> None:
     """When nothing is in flight nobody is penalised, every iteration was credited to the root, and values add up."""

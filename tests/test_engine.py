@@ -15,9 +15,9 @@ pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
 
 
-@pytest.fixture(scope="module")
-def engine(start_shared_engine: Any) -> Any:
-    return start_shared_engine(scheduler="dynasor", dynasor_strict=True)
+@pytest.fixture
+def engine(shared_engine: Any) -> Any:
+    return shared_engine(scheduler="dynasor", dynasor_strict=True)
 
 
 def params(seed: int | None = None, **field: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import psutil
 import pytest
 from engines import assert_nothing_left, settled, status_of
 from fastapi import HTTPException
+from forked import processes
 from questions import held_out, prompt
 
 from sglang_dynasor.engine import branches
@@ -132,7 +133,7 @@ def test_a_thousand_programs_leave_nothing(start_engine: Any) -> None:
     """Memory and the program table return to their start."""
     engine = start_engine(scheduler="dynasor", dynasor_strict=True)
     ask(engine, QUESTIONS * 4, 16, branches=4)  # caches fill, allocators settle
-    process = max(psutil.Process().children(recursive=True), key=lambda p: p.memory_info().rss)
+    process = psutil.Process(processes(engine)[0].pid)
     before_bytes = process.memory_info().rss
     for _ in range(10):
         ask(engine, (QUESTIONS * 5)[:100], 16, branches=4)
@@ -181,9 +182,9 @@ def test_whatever_custom_params_are_stock_sglang_serves_them(engine: Any, custom
     assert status_of(engine) == before
 
 
-@pytest.fixture(scope="module")
-def engine(start_shared_engine: Any) -> Any:
-    return start_shared_engine(scheduler="dynasor", dynasor_strict=True, chunked_prefill_size=16)
+@pytest.fixture
+def engine(shared_engine: Any) -> Any:
+    return shared_engine(scheduler="dynasor", dynasor_strict=True, chunked_prefill_size=16)
 
 
 def test_nobody_waits_for_a_prompt_that_nobody_needs(engine: Any) -> None:

@@ -29,16 +29,16 @@ JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "jud
 HOT: dict[str, Any] = {"max_tokens": 200, "temperature": 1.7}
 
 
-@pytest.fixture(scope="module")
-def backend(start_shared_engine: Any) -> Iterator[LocalEngine]:
-    with LocalEngine(start_shared_engine(scheduler="dynasor", dynasor_strict=True)) as running:
+@pytest.fixture
+def backend(shared_engine: Any) -> Iterator[LocalEngine]:
+    with LocalEngine(shared_engine(scheduler="dynasor", dynasor_strict=True)) as running:
         yield running
 
 
-@pytest.fixture(scope="module")
-def plain(start_shared_engine: Any) -> Iterator[LocalEngine]:
+@pytest.fixture
+def plain(shared_engine: Any) -> Iterator[LocalEngine]:
     """Stock SGLang; the one warning has been given."""
-    with LocalEngine(start_shared_engine()) as running:
+    with LocalEngine(shared_engine()) as running:
         running._dynasor_warned = True  # type: ignore[attr-defined]
         yield running
 

@@ -16,6 +16,7 @@ import pytest
 from engines import ROOT
 from questions import held_out, prompt
 from server import Server
+from warm import run_python
 
 from sglang_dynasor.observe.ledger import STATUS_HELP
 
@@ -52,7 +53,7 @@ def block(text: str, language: str, containing: str) -> str:
 def run_script(path: Path, text: str) -> str:
     """What a script prints."""
     path.write_text(text)
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=400, check=False)
+    done = run_python([str(path)])
     assert done.returncode == 0, done.stderr
     return done.stdout
 

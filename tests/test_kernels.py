@@ -41,11 +41,12 @@ def normal(*shape: int) -> Tensor:
     return 3 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+@pytest.mark.parametrize("cases", ["not deep", pytest.param("deep", marks=pytest.mark.deep)])
 @pytest.mark.parametrize("mode", ["interpreter", "gpu"] if torch.cuda.is_available() else ["interpreter"])
-def test_kernels_equal_their_twins(mode: str) -> None:
-    """All of kernel_cases.py, and no warning: with the kernels interpreted, and compiled where there is a GPU."""
+def test_kernels_equal_their_twins(mode: str, cases: str) -> None:
+    """kernel_cases.py, and no warning: with the kernels interpreted, and compiled where there is a GPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "1" if mode == "interpreter" else "0"}
-    options = ["--noconftest", "-p", "no:cacheprovider", "-W", "error"]
+    options = ["--noconftest", "-p", "no:cacheprovider", "-W", "error", "-m", cases]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, "tests/kernel_cases.py"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False,

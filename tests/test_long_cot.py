@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import ENGINE_ARGS, assert_nothing_left, status_of
+from engines import assert_nothing_left, status_of
 from fastapi import HTTPException
-from forked import forked_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from questions import held_out, prompt
@@ -351,14 +349,9 @@ def ask(engine: Any, question: Any, field: dict[str, Any] | None, **params: Any)
     return engine.generate(prompt(question.text, think=True), sampling)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[{}, {"disable_overlap_schedule": True, "page_size": 16}],
-    ids=["overlap", "no overlap, pages"],
-)
-def engine(request: Any) -> Iterator[Any]:
-    with forked_engine(**ENGINE_ARGS, scheduler="dynasor", dynasor_strict=True, **request.param) as running:
-        yield running
+@pytest.fixture(params=[{}, {"disable_overlap_schedule": True, "page_size": 16}], ids=["overlap", "no overlap, pages"])
+def engine(request: Any, shared_engine: Any) -> Any:
+    return shared_engine(scheduler="dynasor", dynasor_strict=True, **request.param)
 
 
 @pytest.mark.engine

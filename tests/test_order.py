@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.policy.order import MOST_IDLE, MOST_SKIPPED, Order, Plain, Service, Ticket
@@ -359,7 +359,6 @@ def test_void_entries_leave_no_memory() -> None:
     assert len(order.least_served) + len(order.most_served) <= 200
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 400), st.integers(-3, 50)), max_size=60))
 def test_service_is_what_a_dictionary_says(steps: list[tuple[int, int, int]]) -> None:
     """Through growth and forgetting: whoever is alive reads the exact sum of what later arrivals were given."""

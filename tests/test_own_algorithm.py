@@ -47,9 +47,9 @@ def follow(blocks: list[str], **names: Any) -> dict[str, Any]:
     return names
 
 
-@pytest.fixture(scope="module")
-def engine(start_shared_engine: Callable[..., Any]) -> Any:
-    return start_shared_engine(scheduler="dynasor", dynasor_strict=True)
+@pytest.fixture
+def engine(shared_engine: Callable[..., Any]) -> Any:
+    return shared_engine(scheduler="dynasor", dynasor_strict=True)
 
 
 @pytest.fixture

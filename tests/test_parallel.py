@@ -129,7 +129,8 @@ def test_thoughts_on_two_ranks(start_engine: Any, two_ranks: None, monkeypatch: 
 
 DIFFERING = """
 import torch.distributed as dist
-from conftest import engines
+from engines import ENGINE_ARGS
+from forked import forked_engine
 from questions import held_out, prompt
 from sglang_dynasor.engine import branches
 
@@ -141,8 +142,7 @@ def differing(message, *args):
     real(message, *args)
 
 branches.assert_same = differing
-with engines() as start:
-    engine = start(scheduler="dynasor", tp_size=2, max_total_tokens=6000)
+with forked_engine(**{**ENGINE_ARGS, "max_total_tokens": 6000}, scheduler="dynasor", tp_size=2) as engine:
     field = {"temperature": 1.7, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
     for question in held_out(40):
         engine.generate(prompt(question.text), field)

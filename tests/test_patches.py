@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from engines import CHECKPOINT, ROOT
+from warm import run_python
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.front import check_schedulers
@@ -72,7 +73,7 @@ def test_an_engine_is_refused_where_hooks_do_not_fit() -> None:
         "from sglang.srt.entrypoints.engine import Engine\n"
         "Engine.server_args_class(model_path='x', scheduler='dynasor')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = run_python(["-c", code])
     assert done.returncode != 0
     assert f"{PatchError.__name__}: " in done.stderr
     assert "SGLang 9 is not supported" in done.stderr
@@ -80,10 +81,7 @@ def test_an_engine_is_refused_where_hooks_do_not_fit() -> None:
 
 def test_hooks_that_are_not_live_are_refused() -> None:
     """Nothing is applied in this process, so the proof must fail and say which patch."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from sglang_dynasor_patches.install import require_live; require_live(('scheduler',))"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_python(["-c", "from sglang_dynasor_patches.install import require_live; require_live(('scheduler',))"])
     assert done.returncode != 0
     assert PatchError.__name__ in done.stderr
     assert "Scheduler._add_request_to_queue: not live" in done.stderr
@@ -121,7 +119,7 @@ main()
 
 def run_broken(breakage: str, *args: str) -> subprocess.CompletedProcess[str]:
     code = BROKEN.format(breakage=breakage, model=str(CHECKPOINT), args=args)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, check=False)
+    return run_python(["-c", code])
 
 
 @pytest.mark.parametrize(
@@ -154,15 +152,11 @@ def test_what_cannot_be_served_stops_the_start_with_one_line(
 
 def test_launch_server_takes_the_flag_too() -> None:
     """`python -m sglang.launch_server` reads the same options and refuses the same."""
-    done = subprocess.run(
+    done = run_python(
         [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(CHECKPOINT), "--port", "1"),
+            *("-m", "sglang.launch_server", "--model-path", str(CHECKPOINT), "--port", "1"),
             *("--scheduler", "dynasor", "--dynasor-max-branches", "999"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
+        ]
     )
     assert done.returncode != 0
     assert "error: --dynasor-max-branches=999 is outside [1, 256]" in done.stderr
@@ -183,7 +177,8 @@ def test_without_the_flag_a_mismatch_leaves_sglang_alone() -> None:
         "from sglang.srt.plugins.hook_registry import HookRegistry\n"
         "print(sorted(t for t, hooks in HookRegistry._hooks.items() if any('sglang_dynasor' in h[1].__module__ for h in hooks)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400, check=True)
+    done = run_python(["-c", code])
+    assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1] == str(
         ["sglang.srt.server_args.ServerArgs.add_cli_args", "sglang.srt.server_args.ServerArgs.from_cli_args"]
     )
@@ -228,9 +223,7 @@ def test_a_config_file_carries_our_options(tmp_path: Path) -> None:
         f"model-path: {CHECKPOINT}\nscheduler: dynasor\ndynasor-width: 5\ndynasor-strict: true\n"
         "dynasor-tenant-weights: gold=4\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", CONFIGURED, str(config)], capture_output=True, text=True, check=False, timeout=400
-    )
+    done = run_python(["-c", CONFIGURED, str(config)])
     assert done.returncode == 0, done.stderr[-2000:]
     for part in ("scheduler='dynasor'", "dynasor_width=3", "dynasor_strict=True", "dynasor_tenant_weights='gold=4'"):
         assert part in done.stdout

@@ -173,7 +173,6 @@ def test_shortest_remaining_first_and_patience(start_engine: Any, admitted: Any)
     assert first_seen(admitted()) == ["filler", "short", "long"]
     assert outs[1]["meta_info"]["dynasor"]["overtaken_tokens"] > 0
     assert outs[0]["meta_info"]["dynasor"]["overtaken_tokens"] == 0
-    engine.shutdown()
     num_before = len(admitted())
     engine = start_engine(
         scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=4, dynasor_patience_tokens=0
@@ -217,7 +216,6 @@ def test_a_waiting_program_is_not_starved_by_plain_requests(start_engine: Any, a
     assert patience - num_rows * max(cost.values()) <= sum(cost[rid] for rid in before)
     assert sum(cost[rid] for rid in before) <= patience + num_rows * max(cost.values())
     assert outs[1]["meta_info"]["dynasor"]["overtaken_tokens"] >= patience
-    engine.shutdown()
     seen = len(admitted())
     engine = start_engine(**options, dynasor_patience_tokens=10**9)  # without the bound all forty go first
     run(engine, requests)

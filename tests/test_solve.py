@@ -24,14 +24,14 @@ SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 
-@pytest.fixture(scope="module")
-def engine(start_shared_engine: Any) -> Any:
-    return start_shared_engine(scheduler="dynasor", dynasor_strict=True)
+@pytest.fixture
+def engine(shared_engine: Any) -> Any:
+    return shared_engine(scheduler="dynasor", dynasor_strict=True)
 
 
-@pytest.fixture(scope="module")
-def plain(start_shared_engine: Any) -> Any:
-    return start_shared_engine()
+@pytest.fixture
+def plain(shared_engine: Any) -> Any:
+    return shared_engine()
 
 
 def solve(engine: Any, num: int, algorithm: str, **options: Any) -> Any:

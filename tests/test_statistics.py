@@ -15,19 +15,17 @@ import pytest
 from engines import CHECKPOINT, settled, status_of
 from questions import held_out, prompt
 from safetensors.torch import load_file, save_file
-from server import Server
 from transformers import AutoTokenizer
+from warm import WarmServer
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 
-@pytest.fixture(scope="module", params=["overlap", "no overlap"])
-def engine(request: pytest.FixtureRequest, start_shared_engine: Any) -> Any:
-    return start_shared_engine(
-        scheduler="dynasor", dynasor_strict=True, disable_overlap_schedule=request.param == "no overlap"
-    )
+@pytest.fixture(params=[{}, {"disable_overlap_schedule": True}], ids=["overlap", "no overlap"])
+def engine(request: pytest.FixtureRequest, shared_engine: Any) -> Any:
+    return shared_engine(scheduler="dynasor", dynasor_strict=True, **request.param)
 
 
 def params(temperature: float = 1.7, **field: Any) -> dict[str, Any]:
@@ -220,7 +218,7 @@ def reward_checkpoint(folder: Path) -> Path:
 def test_a_reward_model_on_another_server(start_engine: Any, tmp_path: Path) -> None:
     """The same judge behind a scalar head, asked over HTTP: the same rewards as the model's own judgement."""
     checkpoint = reward_checkpoint(tmp_path / "reward_model")
-    server = Server(tmp_path / "log", "--is-embedding", "--dtype", "float32", checkpoint=checkpoint)
+    server = WarmServer(tmp_path / "log", "--is-embedding", "--dtype", "float32", checkpoint=checkpoint)
     try:
         server.wait()
         engine = start_engine(
