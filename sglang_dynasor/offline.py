@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -206,6 +207,8 @@ def _shown(futures: list[Future[Result]], name: str, progress: bool) -> Iterator
         return
     from tqdm import tqdm
 
+    # Its own lock is a semaphore between processes, whose tracker SGLang's shutdown kills: a traceback at exit.
+    tqdm.set_lock(threading.RLock())
     yield from tqdm(done, total=len(futures), desc=name, ncols=100, unit="question")
 
 
