@@ -16,6 +16,7 @@ from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 from sglang_dynasor.engine.live import ProbeTag
 from sglang_dynasor.engine.req import make_side
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.algorithm import LONG_COT
 from sglang_dynasor.policy.answers import answer_key, extract_answer, is_complete
 from sglang_dynasor.policy.spec import ThoughtSpec
 from sglang_dynasor.policy.thought import Trial, hesitates
@@ -68,7 +69,7 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
         mark = _think_end(tokenizer)
         if mark is None:
             raise FieldError(
-                "dynasor.algorithm='long_cot': neither the tokenizer nor its chat template tells how this model ends a thought; "
+                f"dynasor.algorithm={LONG_COT.name!r}: neither the tokenizer nor its chat template tells how this model ends a thought; "
                 "send think_end, such as '</think>'"
             )
         end = f"{mark}\n\n"
@@ -79,7 +80,7 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
     if not suffix:
         if extractor not in LEADS:
             raise FieldError(
-                f"dynasor.answer={extractor!r} with algorithm 'long_cot': nothing tells how to ask for such an answer; "
+                f"dynasor.answer={extractor!r} with algorithm {LONG_COT.name!r}: nothing tells how to ask for such an answer; "
                 "send probe_suffix"
             )
         suffix = end + LEADS[extractor]

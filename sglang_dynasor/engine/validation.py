@@ -122,18 +122,18 @@ def _check_thought(spec: ProgramSpec, obj: GenerateReqInput, params: dict[str, A
     thought_tokens(spec.thought, spec.answer, tokenizer_manager.tokenizer)
     if get_memory().disable_radix_cache:
         raise FieldError(
-            "dynasor.algorithm='long_cot' on a server without radix cache (--disable-radix-cache, or SGLang turned it off): probes would compute the whole "
+            f"dynasor.algorithm={spec.algorithm!r} on a server without radix cache (--disable-radix-cache, or SGLang turned it off): probes would compute the whole "
             "thought again; use another algorithm"
         )
     if get_serving().strip_thinking_cache:
         raise FieldError(
-            "dynasor.algorithm='long_cot' on a server with --strip-thinking-cache: probes read thoughts from the cache; "
+            f"dynasor.algorithm={spec.algorithm!r} on a server with --strip-thinking-cache: probes read thoughts from the cache; "
             "use another algorithm, or leave that option out"
         )
     constraint = next((key for key in ("json_schema", "regex", "ebnf", "structural_tag") if params.get(key)), None)
     if constraint is not None or obj.return_logprob:
         raise FieldError(
-            f"{constraint or 'return_logprob'} with dynasor.algorithm='long_cot' is not supported: the end of a closed thought is "
+            f"{constraint or 'return_logprob'} with dynasor.algorithm={spec.algorithm!r} is not supported: the end of a closed thought is "
             "not sampled; leave out one of the two"
         )
 
