@@ -62,7 +62,8 @@ def _end(engine: Any) -> None:
     manager._subprocess_watchdog.stop()
     # All at once: a rank that misses another one tells this process to end, and SGLang's handler obeys.
     for process in processes(engine):
-        os.kill(process.pid, signal.SIGSTOP)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGSTOP)
     for process in processes(engine):
         kill_process_tree(process.pid)
     for task in manager.asyncio_tasks:
