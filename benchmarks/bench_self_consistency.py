@@ -176,7 +176,8 @@ async def measure(
         server = Server(Path(folder) / "log", *SERVER, *options, environment={"OMP_NUM_THREADS": "1"})
         try:
             server.wait()
-            connector = aiohttp.TCPConnector(limit=0)
+            # A connection kept alive may just be closed by the server when it is used again.
+            connector = aiohttp.TCPConnector(limit=0, force_close=True)
             timeout = aiohttp.ClientTimeout(total=None)
             async with AsyncExitStack() as stack:
                 session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=timeout))
