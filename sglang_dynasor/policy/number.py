@@ -1,0 +1,54 @@
+"""The last number of a text."""
+
+from __future__ import annotations
+
+import re
+
+from sglang_dynasor.policy.found import Found
+
+# Commas and spaces stand between thousands only: "1,2" is no 12. Possessive, with what may not stand before: linear.
+_WHOLE = (
+    r"(?:(?<![\d,])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})++(?!,?\d)|(?<![\d,])(?<!\d )\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})++(?![\d])|\d++)"
+)
+_VALUE = rf"(?:{_WHOLE}(?:\.\d++)?|\.\d++)"
+_DECIMAL_COMMA = re.compile(r"\d+,\d+")
+_NUMBER = re.compile(
+    rf"(?:\d++\s?)?\\[dtc]?frac\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)"  # a fraction, mixed or not
+    r"|\d{1,4}(?::\d{1,4})++(?!\d)"  # a time, a ratio
+    r"|(?<![\d.,])\d{1,4} \d{1,4}/\d{1,4}(?![\d/])"
+    r"|(?<![\d,.(\[{])(?<!\d, )(?:\d{1,12},(?:\d\d?|\d{4,12})|0,\d{3})(?![\d,.)\]}]|\s?,\s?\d)"  # a decimal comma
+    rf"|{_VALUE}(?:[eE][-+]?\d{{1,2}}(?!\d)|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{{?[-+−]?\d{{1,2}}\}}?|\^\{{?[-+−]?\d{{1,4}}\}}?)?"
+    rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?\\?[%％])?"
+)
+_MINUS = re.compile(r"(?:minus|negative)\s{1,3}$", re.I)
+_CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
+_OPERATOR = re.compile(r"(?:[\d)\]}%!]\s?|(?<![^\W\d_])[^\W\d_]\s|[^\W\d_])$")  # before a sign: it adds or takes away, or is a hyphen
+
+
+def find_number(text: str) -> Found | None:
+    r"""The last number with its sign and per cent; `\frac{1}{4}`, `3 1/2`, `3:30`, `12 500`, `1.5×10^3`, `1.5 million`, `2,74` too.
+
+    A digit that belongs to a word, an index or a power is none: "CO2", `x_2`, `x^2`. "5-3" ends in 3, not in -3.
+    """
+    for found in reversed(list(_NUMBER.finditer(text))):
+        start = found.start()
+        before = text[max(0, start - 24) : start]
+        if (before[-1:].isascii() and before[-1:].isalpha() and not before.endswith("\\")) or before.endswith(("_", "^", "_{", "^{", "^{-", "^-")):
+            continue
+        number = found[0]
+        if _DECIMAL_COMMA.fullmatch(number) and not re.fullmatch(r"[1-9]\d{0,2},\d{3}", number):
+            number = number.replace(",", ".")
+        return Found(_sign(before) + number, found.end() + 1 < len(text))
+    return None
+
+
+def _sign(before: str) -> str:
+    """The sign that a number has after `before`: "-" or nothing."""
+    before = _CURRENCY.sub("", before)
+    if _MINUS.search(before):
+        return "-"
+    if before.endswith((" - ", " − ", " – ")):
+        return "" if _OPERATOR.search(before[:-2]) or before[:-3].strip()[-1:].isalpha() else "-"
+    if not before.endswith(("-", "−", "–")):
+        return ""
+    return "" if _OPERATOR.search(before[:-1]) else "-"
