@@ -14,7 +14,7 @@ from pathlib import Path
 from sglang_dynasor.algorithms.catalogue import ALGORITHMS, SEARCH_HELP
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
-from sglang_dynasor.policy.answers import EXTRACTORS, MAX_PATTERN_CHARS
+from sglang_dynasor.policy.answers import EXTRACTORS, FORMS
 from sglang_dynasor.policy.record import RECORD_HELP
 from sglang_dynasor.policy.spec import EFFORTS, FIELD_HELP
 
@@ -42,7 +42,6 @@ COMMANDS = {
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
-REGEX_HELP = f"The last match's first group, or the whole match. RE2 syntax, up to {MAX_PATTERN_CHARS} characters."
 CLOSING = (
     "questions",
     "programs",
@@ -96,8 +95,8 @@ def reference(name: str) -> str:
             rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in SEARCH_HELP.items()]
             return grid(("key", "values", "meaning"), rows)
         case "answers":
-            rows = [(f"`{key}`", extract.__doc__ or "") for key, extract in EXTRACTORS.items()]
-            return grid(("answer", "what is found"), [*rows, ("`regex:PATTERN`", REGEX_HELP)])
+            rows = [(f"`{key}`", (extract.__doc__ or "").replace("\n", " ").replace("    ", "").strip()) for key, extract in EXTRACTORS.items()]
+            return grid(("answer", "what is found"), [*rows, *((f"`{form}`", meaning) for form, meaning in FORMS.items())])
         case "efforts":
             rows = [(f"`{key}`", *(f"{value:,}" for value in values)) for key, values in EFFORTS.items()]
             return grid(("effort", "agree", "probability", "min_tokens"), rows)

@@ -43,7 +43,7 @@ _PLEASANTRY = re.compile(
 )
 _NO_ANSWER = re.compile(r"[ \t]*(?:#{1,6}[ \t].*|```.*|~~~.*|</?[A-Za-z][\w-]*>|\\(?:begin|end)\{[a-z*]*\})[ \t]*")
 _ITEM = re.compile(r"^(?:[-*•>]\s+)+")
-_TAG_END = re.compile(r"(?:</[A-Za-z][\w-]*>\s*)+$")
+_TAG_END = re.compile(r"</[A-Za-z][\w-]{0,40}>$")
 
 
 def _last_line(text: str) -> Found | None:
@@ -61,7 +61,11 @@ def _line(text: str, *, is_plain: bool) -> Found | None:
         if is_plain:
             return Found(line.strip(), is_whole)
         if not _NO_ANSWER.fullmatch(line) and not _PLEASANTRY.match(line):
-            value = _TAG_END.sub("", _ITEM.sub("", line.strip())).strip()
+            value = _ITEM.sub("", line.strip())
+            while tag := _TAG_END.search(value, max(0, len(value) - 48)):
+                value = value[: tag.start()].rstrip()
+            if value.rstrip("*_ ").endswith((":", "：")):
+                return None  # it announces what did not come
             if any(c.isalnum() for c in value):
                 return Found(value, is_whole)
     return None

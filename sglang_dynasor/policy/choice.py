@@ -23,8 +23,8 @@ _WEAK = re.compile(rf"\b(?i:option|choice){_FILLER}{_LETTER}")
 _MARKED = re.compile(
     r"\*\*[(\[]?([A-J])(?:[)\].:]|\*\*)|(?<![\w)\]}\\])\(([A-Ja-j])\)(?![\w(])|(?<![\w)\]}\\])\[([A-J])\](?![\w(\[])"
 )
-_LINE = re.compile(r"^[\s>*_#`$\"(\[（【•-]*([A-J])[\s*_`$)\].:\"）】]*$", re.M)
-_OPENING = re.compile(r"^[\s>*_#-]*[(\[]?([A-J])(?:[)\]:]|\. )(?=\s*\S)", re.M)
+_LINE = re.compile(r"^[ \t>*_#`$\"(\[（【•-]*+([A-J])[ \t*_`$)\].:\"）】]*$", re.M)
+_OPENING = re.compile(r"^[ \t>*_#-]*+[(\[]?([A-J])(?:[)\]:]|\. )(?=[ \t]*\S)", re.M)
 _BOX = re.compile(r"(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|bf|rm)\b\s*\{?|[\s({\[*$\\\"])*+([A-Za-z])(?![A-Za-z0-9])")
 _MORE = re.compile(r"[\s*_$)}\]]*(?:and|or|&|/)[\s*_$({\[]*([A-Z])\b(?! *(?:is|was|has|are|can|cannot|would|does|isn't|gives)\b)")
 _FORMULA = re.compile(r" *[=+^<>*/](?!\*)|_\{?\w|\(|'\w| *- *\d|\\[a-z]")
@@ -34,7 +34,7 @@ _YES_NO = r"(yes|no)(?![A-Za-z0-9])"
 _SAID = re.compile(
     rf"(?:{ANSWER}|\b(?i:verdict|conclusion|decision|judge?ment)\b)(?:[\s*_:：=\"'`$()\\{{}}-]++|[是为]|\b(?i:is|the|final|therefore|thus|clearly|text|boxed)\b)*+(?i:{_YES_NO})(?=\s*(?:$|[^\w\s]|\n)|\s+(?:since|because|as)\b)"
 )
-_YES_NO_LINE = re.compile(rf"^[\s>*_#`\"'$-]*{_YES_NO}[\s*_`\"'$.!]*$", re.I | re.M)
+_YES_NO_LINE = re.compile(rf"^[ \t>*_#`\"'$-]*+{_YES_NO}[ \t*_`\"'$.!]*$", re.I | re.M)
 _YES_NO_FIRST = re.compile(rf"[\s>*_#`\"'-]*{_YES_NO}(?=[*_`\"']*(?:[,.;:!—–-]|\s*$|\s*\n))", re.I)
 _YES_NO_BOX = re.compile(rf"(?:\\(?:text|textbf|textrm|mathrm|mathbf)\b\s*\{{?|[\s({{*$\\\"])*+{_YES_NO}[\s)}}*$.\"!]*", re.I)
 

@@ -18,8 +18,8 @@ from types import CodeType
 from typing import Any
 
 EQUALS = ("math", "text")
-MATH_CHARS = 512  # a longer answer is compared as text
-CODE_CHARS = 3000  # longer Python is compared as text
+MATH_CHARS = 256  # a longer answer is compared as text
+CODE_CHARS = 2000  # longer Python is compared as text
 MAX_KEY_CHARS = 256  # a longer canonical form is counted by its digest
 MAX_DIGITS = 40  # beyond this a number is compared as text
 MAX_DEPTH = 24  # of braces
@@ -86,8 +86,8 @@ _LOOSE = re.compile(r" (?!\w)|(?<!\w) |(?<=\d) (?=[^\W\d_])")
 _COMMAND_SPACE = re.compile(r"(\\[A-Za-z]+) (?![A-Za-z])")
 
 
-class _TooDeep(Exception):
-    """Braces inside braces, more than anyone writes."""
+class _Unreadable(Exception):
+    """Braces that do not match, or more inside each other than anyone writes."""
 
 
 def answer_key(answer: str, equal: str = "math", extractor: str = "auto") -> str:
@@ -136,7 +136,7 @@ def canonical(answer: str) -> str:
             before, form = form, _simplify(form) or text_form(form)
             if form == before:
                 return form
-    except _TooDeep:
+    except _Unreadable:
         pass
     return KEPT + text_form(answer)
 
@@ -149,7 +149,7 @@ def as_number(text: str) -> Fraction | None:
     """
     try:
         return _number(_plain(_braced(_signs(text))))
-    except _TooDeep:
+    except _Unreadable:
         return None
 
 
@@ -214,7 +214,7 @@ class _Reader:
     def group(self, depth: int, ends: str = "") -> str:
         """What stands up to the closing `ends`, or to the end."""
         if depth > MAX_DEPTH:
-            raise _TooDeep
+            raise _Unreadable
         pieces: list[str] = []
         while self.at < len(self.tokens):
             token = self.tokens[self.at]
@@ -222,7 +222,9 @@ class _Reader:
             if token == ends:
                 return "".join(pieces)
             self.piece(token, pieces, depth)
-        return ("{" if ends == "}" else "") + "".join(pieces)  # never closed
+        if ends == "}":
+            raise _Unreadable
+        return "".join(pieces)
 
     def piece(self, token: str, pieces: list[str], depth: int) -> None:
         """Read one token and what belongs to it."""
@@ -268,9 +270,9 @@ class _Reader:
         """A group's contents; a plain set keeps its braces."""
         is_first = self.at == 1
         inner = self.group(depth + 1, "}")
-        if is_first and self.at == len(self.tokens) and not inner.startswith("{"):
+        if is_first and self.at == len(self.tokens):
             return rf"\{{{inner}\}}"  # all there is: a set
-        if inner.startswith("{") or inner.strip() == ",":
+        if inner.strip() == ",":
             return inner.strip()
         return rf"\{{{inner}\}}" if re.search("[,;:\"]", inner) else inner
 
@@ -294,7 +296,7 @@ class _Reader:
         if token.startswith("\\"):
             pieces: list[str] = []
             if depth > MAX_DEPTH:
-                raise _TooDeep
+                raise _Unreadable
             self.piece(token, pieces, depth + 1)
             return "".join(pieces).strip()
         if len(token) > 1:
@@ -442,6 +444,8 @@ def _elements(text: str) -> str:
 
 
 def _element(text: str) -> str:
+    if text.isascii() and (text.isdigit() or text.isalpha()):
+        return text
     if not any(c.isdigit() or c == "\\" for c in text):
         return text
     text = text.strip()

@@ -146,7 +146,7 @@ def find_phrase(text: str) -> Found | None:
             continue
         end = _SENTENCE_END.search(line)
         value = line[: end.start()] if end else line
-        value = re.sub(r"</?[A-Za-z][\w-]*>$", "", value.strip()).strip()
+        value = re.sub(r"</?[A-Za-z][\w-]{0,40}>$", "", value.strip()).strip()
         for mark in ("**", "__"):
             value = value.removesuffix(mark).strip() if value.count(mark) % 2 else value
         if any(c.isalnum() for c in value) and len(line) < MAX_PHRASE_CHARS:

@@ -20,6 +20,8 @@ _NUMBER = re.compile(
     rf"|{_VALUE}(?:[eE][-+]?\d{{1,2}}(?!\d)|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{{?[-+−]?\d{{1,2}}\}}?|\^\{{?[-+−]?\d{{1,4}}\}}?)?"
     rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?\\?[%％])?"
 )
+NEAR_CHARS = 1024  # at the end: read first, as most texts have a number there
+MAX_CHARS = 64  # that a number is taken to have; it is looked for in all of the text where it may have more
 _MINUS = re.compile(r"(?:minus|negative)\s{1,3}$", re.I)
 _CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
 _OPERATOR = re.compile(r"(?:[\d)\]}%!]\s?|(?<![^\W\d_])[^\W\d_]\s|[^\W\d_])$")  # before a sign: it adds or takes away, or is a hyphen
@@ -30,8 +32,15 @@ def find_number(text: str) -> Found | None:
 
     A digit that belongs to a word, an index or a power is none: "CO2", `x_2`, `x^2`. "5-3" ends in 3, not in -3.
     """
-    for found in reversed(list(_NUMBER.finditer(text))):
+    near = max(0, len(text) - NEAR_CHARS)
+    return (_find(text, near) if near else None) or _find(text, 0)
+
+
+def _find(text: str, begin: int) -> Found | None:
+    for found in reversed(list(_NUMBER.finditer(text, begin))):
         start = found.start()
+        if begin and start < begin + MAX_CHARS:
+            return None  # it may have begun before
         before = text[max(0, start - 24) : start]
         if (before[-1:].isascii() and before[-1:].isalpha() and not before.endswith("\\")) or before.endswith(("_", "^", "_{", "^{", "^{-", "^-")):
             continue

@@ -16,8 +16,6 @@ MAX_PATH_CHARS = 128
 _BRACKET = re.compile(r"[{}\[\]]")
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.M)
 _TAG_NAME = re.compile(r"[A-Za-z][\w.-]{0,63}")
-_FUNCTION = re.compile(r"<function=([^<>\s]{1,128})>(.*?)</function>", re.S)
-_PARAMETER = re.compile(r"<parameter=([^<>\s]{1,128})>\n?(.*?)\n?</parameter>", re.S)
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
 
 
@@ -144,7 +142,7 @@ def at_path(value: Any, path: str) -> Any:
 
 def find_calls(text: str, left_out: frozenset[str] = frozenset()) -> Found | None:
     """The calls of tools, canonical: name and arguments, without the arguments called as in `left_out`."""
-    calls = [_call(function[1], dict(_PARAMETER.findall(function[2])), left_out) for function in _FUNCTION.finditer(text[-READ_CHARS:])]
+    calls = [_call(name, dict(_named(inner, "parameter")), left_out) for name, inner in _named(text[-READ_CHARS:], "function")]
     for value, _ in reversed(list(values(text))) if not calls else ():
         for item in cast("list[Any]", value) if isinstance(value, list) else [value]:
             if (call := _read_call(item, left_out)) is not None:
@@ -152,6 +150,16 @@ def find_calls(text: str, left_out: frozenset[str] = frozenset()) -> Found | Non
     if not calls:
         return None
     return Found(dump(calls[0] if len(calls) == 1 else calls), True)
+
+
+def _named(text: str, kind: str) -> Iterator[tuple[str, str]]:
+    """Names and contents of `<KIND=NAME>...</KIND>`, as some models write a call."""
+    at = 0
+    while (start := text.find(f"<{kind}=", at)) >= 0 and (end := text.find(f"</{kind}>", start)) >= 0:
+        name, closes, inner = text[start + len(kind) + 2 : end].partition(">")
+        at = end + len(kind) + 3
+        if closes and 0 < len(name) <= MAX_PATH_CHARS:
+            yield name, inner.strip("\n")
 
 
 def _read_call(value: Any, left_out: frozenset[str]) -> dict[str, Any] | None:
