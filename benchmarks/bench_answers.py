@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.answers import EXTRACTORS, check_extractor, extract_answer
-from sglang_dynasor.policy.equal import answer_key, canonical, python_form
+from sglang_dynasor.policy.equal import CODE_CHARS, MATH_CHARS, answer_key, canonical, python_form
 
 NUM_CHARS = 4096
 REPEATS = 7
@@ -69,10 +69,10 @@ def rows() -> Iterable[dict[str, str]]:
     for extractor in (*EXTRACTORS, *more):
         yield row("extractor", extractor, *slowest(lambda text, e=extractor: extract_answer(text, e)))
     # A form is kept: another answer is another form.
-    yield row("equal", "math, 512 characters", *slowest(lambda text: canonical.__wrapped__(text[:512])))
+    yield row("equal", f"math, {MATH_CHARS} characters", *slowest(lambda text: canonical.__wrapped__(text[:MATH_CHARS])))
     yield row("equal", "math, 4,096 characters", *slowest(lambda text: canonical.__wrapped__(text)))
     yield row("equal", "text", *slowest(lambda text: answer_key(text, "text")))
-    yield row("equal", "code:python", *slowest(lambda text: python_form(text.removeprefix("```python\n").removesuffix("```")[:3000])))
+    yield row("equal", "code:python", *slowest(lambda text: python_form(text.removeprefix("```python\n").removesuffix("```")[:CODE_CHARS])))
     for pattern in PATTERNS:
         extractor = f"regex:{pattern}"
         try:

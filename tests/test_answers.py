@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.answers import (
     EXTRACTORS,
-    answer_key,
-    as_number,
     check_extractor,
     extract_answer,
     read_answer,
 )
+from sglang_dynasor.policy.equal import answer_key, as_number
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ _FILLER = (
 )
 _LETTER = r"([A-Za-z])(?![A-Za-z0-9])"
 _STRONG = re.compile(
-    rf"(?:{ANSWER}|\b(?i:correct|right|best|final|chosen|my)\s+(?i:option|choice)\b|\b(?i:choice)\s*(?=:)|\b(?i:no)[,:]\s*(?i:it is|it's)?){_FILLER}{_LETTER}"
+    rf"(?:{ANSWER}|\b(?i:correct|right|best|final|chosen|my)\s+(?i:option|choice)\b|\b(?i:choice)\s*(?=:)|(?<=\? )(?i:no)[,:]\s*(?i:it is|it's)?){_FILLER}{_LETTER}"
 )
 _WEAK = re.compile(rf"\b(?i:option|choice){_FILLER}{_LETTER}")
 _MARKED = re.compile(

@@ -19,7 +19,7 @@ from typing import Any
 
 EQUALS = ("math", "text")
 MATH_CHARS = 256  # a longer answer is compared as text
-CODE_CHARS = 2000  # longer Python is compared as text
+CODE_CHARS = 1500  # longer Python is compared as text
 MAX_KEY_CHARS = 256  # a longer canonical form is counted by its digest
 MAX_DIGITS = 40  # beyond this a number is compared as text
 MAX_DEPTH = 24  # of braces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from sglang_dynasor.policy.found import Found
@@ -43,14 +44,16 @@ class Box(NamedTuple):
 
 def boxes(text: str) -> list[Box]:
     r"""Complete boxes that are not empty, by where their contents begin: `\boxed{...}`, `\fbox`, `\framebox`, `\boxed 5`."""
-    return _boxes(text)[0]
+    return list(_boxes(text)[0])
 
 
-def _boxes(text: str) -> tuple[list[Box], bool]:
+@lru_cache(maxsize=8)  # several readers ask for those of one text
+def _boxes(text: str) -> tuple[tuple[Box, ...], bool]:
     """Complete boxes, and whether one was opened and never closed."""
+    if "box" not in text and "oxed" not in text:
+        return (), False
     opened: list[tuple[int, int] | None] = []  # where each open box and its contents begin; None: a brace of no box
     found: list[Box] = []
-    escaped = 0
     for brace in _BOX.finditer(text):
         mark = brace[0]
         if brace[1]:
@@ -58,14 +61,14 @@ def _boxes(text: str) -> tuple[list[Box], bool]:
         elif len(mark) > 1:
             opened.append((brace.start(), brace.end()))
         elif text[brace.start() - 1 : brace.start()] == "\\":
-            escaped += 1  # `\{` is a sign, not a group
+            continue  # `\{` is a sign, not a group
         elif mark == "{":
             opened.append(None)
         elif opened and (start := opened.pop()) is not None and (inner := text[start[1] : brace.start()].strip()):
             found.append(Box(inner, start[0], brace.end()))
     is_open = any(start is not None for start in opened)
     found.sort(key=lambda box: box.start)
-    return found, is_open
+    return tuple(found), is_open
 
 
 def is_box_open(text: str) -> bool:
