@@ -12,6 +12,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Iterator
+from dis import opmap
 from fractions import Fraction
 from functools import lru_cache
 from types import CodeType
@@ -24,6 +25,7 @@ MAX_KEY_CHARS = 256  # a longer canonical form is counted by its digest
 MAX_DIGITS = 40  # beyond this a number is compared as text
 MAX_DEPTH = 24  # of braces
 MAX_PASSES = 6  # until a form must no longer change
+_NOP = opmap["NOP"]
 KEPT = "\0"  # begins a form that is kept as it is
 
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
@@ -494,8 +496,10 @@ def python_form(code: str) -> str:
 
 
 def _shape(code: CodeType) -> tuple[Any, ...]:
+    # What is left of a docstring, and of a `try`: the exception table tells the latter.
+    steps = b"".join(code.co_code[i : i + 2] for i in range(0, len(code.co_code), 2) if code.co_code[i] != _NOP)
     return (
-        code.co_code, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
+        steps, code.co_exceptiontable, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
         code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, tuple(map(_constant, code.co_consts)),
     )  # fmt: skip
 

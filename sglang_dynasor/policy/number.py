@@ -11,12 +11,12 @@ _WHOLE = (
     r"(?:(?<![\d,])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})++(?!,?\d)|(?<![\d,])(?<!\d )\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})++(?![\d])|\d++)"
 )
 _VALUE = rf"(?:{_WHOLE}(?:\.\d++)?|\.\d++)"
-_DECIMAL_COMMA = re.compile(r"\d+,\d+")
+_DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)( [a-z]+)?", re.I)
 _NUMBER = re.compile(
     rf"(?:\d++\s?)?\\[dtc]?frac\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)"  # a fraction, mixed or not
     r"|\d{1,4}(?::\d{1,4})++(?!\d)"  # a time, a ratio
     r"|(?<![\d.,])\d{1,4} \d{1,4}/\d{1,4}(?![\d/])"
-    r"|(?<![\d,.(\[{])(?<!\d, )(?:\d{1,12},(?:\d\d?|\d{4,12})|0,\d{3})(?![\d,.)\]}]|\s?,\s?\d)"  # a decimal comma
+    r"|(?<![\d,.(\[{])(?<!\d, )(?:\d{1,12},(?:\d\d?|\d{4,12})|0,\d{3})(?![\d,.)\]}]|\s?,\s?\d)(?:\s(?:million|billion|trillion)\b)?"  # a decimal comma
     rf"|{_VALUE}(?:[eE][-+]?\d{{1,2}}(?!\d)|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{{?[-+−]?\d{{1,2}}\}}?|\^\{{?[-+−]?\d{{1,4}}\}}?)?"
     rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?\\?[%％])?"
 )
@@ -45,7 +45,7 @@ def _find(text: str, begin: int) -> Found | None:
         if (before[-1:].isascii() and before[-1:].isalpha() and not before.endswith("\\")) or before.endswith(("_", "^", "_{", "^{", "^{-", "^-")):
             continue
         number = found[0]
-        if _DECIMAL_COMMA.fullmatch(number) and not re.fullmatch(r"[1-9]\d{0,2},\d{3}", number):
+        if _DECIMAL_COMMA.fullmatch(number):
             number = number.replace(",", ".")
         return Found(_sign(before) + number, found.end() + 1 < len(text))
     return None
