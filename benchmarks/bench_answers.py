@@ -69,10 +69,16 @@ def rows() -> Iterable[dict[str, str]]:
     for extractor in (*EXTRACTORS, *more):
         yield row("extractor", extractor, *slowest(lambda text, e=extractor: extract_answer(text, e)))
     # A form is kept: another answer is another form.
-    yield row("equal", f"math, {MATH_CHARS} characters", *slowest(lambda text: canonical.__wrapped__(text[:MATH_CHARS])))
+    yield row(
+        "equal", f"math, {MATH_CHARS} characters", *slowest(lambda text: canonical.__wrapped__(text[:MATH_CHARS]))
+    )
     yield row("equal", "math, 4,096 characters", *slowest(lambda text: canonical.__wrapped__(text)))
     yield row("equal", "text", *slowest(lambda text: answer_key(text, "text")))
-    yield row("equal", "code:python", *slowest(lambda text: python_form(text.removeprefix("```python\n").removesuffix("```")[:CODE_CHARS])))
+    yield row(
+        "equal",
+        "code:python",
+        *slowest(lambda text: python_form(text.removeprefix("```python\n").removesuffix("```")[:CODE_CHARS])),
+    )
     for pattern in PATTERNS:
         extractor = f"regex:{pattern}"
         try:

@@ -95,8 +95,13 @@ def reference(name: str) -> str:
             rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in SEARCH_HELP.items()]
             return grid(("key", "values", "meaning"), rows)
         case "answers":
-            rows = [(f"`{key}`", (extract.__doc__ or "").replace("\n", " ").replace("    ", "").strip()) for key, extract in EXTRACTORS.items()]
-            return grid(("answer", "what is found"), [*rows, *((f"`{form}`", meaning) for form, meaning in FORMS.items())])
+            rows = [
+                (f"`{key}`", (extract.__doc__ or "").replace("\n", " ").replace("    ", "").strip())
+                for key, extract in EXTRACTORS.items()
+            ]
+            return grid(
+                ("answer", "what is found"), [*rows, *((f"`{form}`", meaning) for form, meaning in FORMS.items())]
+            )
         case "efforts":
             rows = [(f"`{key}`", *(f"{value:,}" for value in values)) for key, values in EFFORTS.items()]
             return grid(("effort", "agree", "probability", "min_tokens"), rows)

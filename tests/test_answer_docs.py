@@ -33,17 +33,21 @@ def code(cell: str) -> str | None:
     if cell == "—":
         return None
     fence = re.match("`+", cell)
-    assert fence and cell.endswith(fence[0]), cell
+    assert fence, cell
+    assert cell.endswith(fence[0]), cell
     return cell.removeprefix(fence[0]).removesuffix(fence[0]).strip(" ").replace("⏎", "\n")
 
 
-AUTO = [("auto", row[-3], row[-2]) for row in tables("What `auto` reads")[0][1:]]
-AUTO += [("auto", row[0], row[1]) for row in tables("What `auto` reads")[1][1:]]
+ORDER, LINES = tables("What `auto` reads")
+AUTO = [*(("auto", row[-3], row[-2]) for row in ORDER[1:]), *(("auto", row[0], row[1]) for row in LINES[1:])]
 OTHERS = [(code(row[0]), row[1], row[2]) for row in tables("What the others read")[0][1:]]
 EQUAL, DIFFERENT = tables("What counts as equal")
 CONTESTED = tables("Contested")[0][1:]
-PAIRS = [(row[0], row[1], True) for row in EQUAL[1:]] + [(row[0], row[1], False) for row in DIFFERENT[1:]]
-PAIRS += [(row[0], row[1], {"equal": True, "different": False}[row[2]]) for row in CONTESTED]
+PAIRS = [
+    *((row[0], row[1], True) for row in EQUAL[1:]),
+    *((row[0], row[1], False) for row in DIFFERENT[1:]),
+    *((row[0], row[1], {"equal": True, "different": False}[row[2]]) for row in CONTESTED),
+]
 
 
 @pytest.mark.parametrize(("extractor", "text", "answer"), [*AUTO, *OTHERS])

@@ -56,8 +56,23 @@ def test_extraction(extractor: str, text: str, answer: str | None) -> None:
 
 @pytest.mark.parametrize(
     "extractor",
-    ["nope", "regex", "regex:", "regex:(", "regex:" + "a" * 257, "regex:(?=a)", "HASH",
-     "json:", "json:a..b", "tool_call:id", "tool_call:-", "tag:", "tag:a b", "code:ruby", "auto:x"]
+    [
+        "nope",
+        "regex",
+        "regex:",
+        "regex:(",
+        "regex:" + "a" * 257,
+        "regex:(?=a)",
+        "HASH",
+        "json:",
+        "json:a..b",
+        "tool_call:id",
+        "tool_call:-",
+        "tag:",
+        "tag:a b",
+        "code:ruby",
+        "auto:x",
+    ],
 )
 def test_a_wrong_extractor_is_refused_with_what_is_allowed(extractor: str) -> None:
     """The error names the setting and what to use instead."""
@@ -235,7 +250,8 @@ def test_a_text_that_was_cut_has_an_answer_where_a_mark_says_that_it_ended(
 def test_an_answer_is_read_whole() -> None:
     """Answers that differ after 256 characters are two; a record has what fits in a line."""
     one, other = (extract_answer(f"\\boxed{{{'a b ' * 100}{end}}}", "boxed") for end in "xy")
-    assert one is not None and other is not None
+    assert one is not None
+    assert other is not None
     assert answer_key(one) != answer_key(other)
     short = shown(one)
     assert short is not None

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sglang_dynasor.policy.equal import MAX_KEY_CHARS, answer_key, as_number, canonical
 
+
 @pytest.mark.parametrize(
     "same",
     [

@@ -7,8 +7,8 @@ from typing import Any
 
 from sglang_dynasor.algorithms.tree import Choice, Reason, Tree
 from sglang_dynasor.policy.allocation import votes_needed
-from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
 from sglang_dynasor.policy.votes import Votes

@@ -179,7 +179,9 @@ def read_trial(req: Req, tag: ProbeTag, tokens: ThoughtTokens, extractor: str, e
     if hesitates(text, answer):
         answer = None
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
-    return Trial(answer, None if answer is None else answer_key(answer, equal, extractor), probability, tag.num_thought_tokens)
+    return Trial(
+        answer, None if answer is None else answer_key(answer, equal, extractor), probability, tag.num_thought_tokens
+    )
 
 
 def closed(thought: array[int], tokens: ThoughtTokens, *, is_line_end: bool) -> array[int]:

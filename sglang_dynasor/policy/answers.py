@@ -113,7 +113,14 @@ def _final_json(text: str) -> Found | None:
     for value, end in values(text):
         if not isinstance(value, dict) or not _is_end(text, end):
             return None
-        answer = next((inner for key, inner in value.items() if key.lower() in ("answer", "final_answer", "final answer") and inner is not None), value)  # pyright: ignore
+        answer = next(
+            (
+                inner
+                for key, inner in value.items()
+                if key.lower() in ("answer", "final_answer", "final answer") and inner is not None
+            ),
+            value,
+        )  # pyright: ignore
         return Found(dump(answer), True)
     return None
 
@@ -264,7 +271,9 @@ def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -
     """
     begun = lead.rpartition("\n")[2][-MAX_LEAD_CHARS:]
     if extractor == "auto" and begun:  # its last line is there in any text
-        return _begun(begun, text, "boxed", is_cut) or _begun(begun, text, "hash", is_cut) or _phrased(begun, text, is_cut)
+        return (
+            _begun(begun, text, "boxed", is_cut) or _begun(begun, text, "hash", is_cut) or _phrased(begun, text, is_cut)
+        )
     return _begun(begun, text, extractor, is_cut)
 
 
@@ -278,7 +287,12 @@ def _begun(begun: str, text: str, extractor: str, is_cut: bool) -> str | None:
 
 def _phrased(begun: str, text: str, is_cut: bool) -> str | None:
     found = _marked(begun + text[-TAIL_CHARS:]) if not any(mark in text for mark in THINK_ENDS) else None
-    if found is not None and not (is_cut and not found.is_whole) and found != _marked(begun) and _marked(text[-TAIL_CHARS:]) is None:
+    if (
+        found is not None
+        and not (is_cut and not found.is_whole)
+        and found != _marked(begun)
+        and _marked(text[-TAIL_CHARS:]) is None
+    ):
         return found.text.strip() or None
     return extract_answer(text, "auto", is_cut=is_cut)
 

@@ -25,10 +25,16 @@ _MARKED = re.compile(
 )
 _LINE = re.compile(r"^[ \t>*_#`$\"(\[（【•-]*+([A-J])[ \t*_`$)\].:\"）】]*$", re.M)
 _OPENING = re.compile(r"^[ \t>*_#-]*+[(\[]?([A-J])(?:[)\]:]|\. )(?=[ \t]*\S)", re.M)
-_BOX = re.compile(r"(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|bf|rm)\b\s*\{?|[\s({\[*$\\\"])*+([A-Za-z])(?![A-Za-z0-9])")
-_MORE = re.compile(r"[\s*_$)}\]]*(?:and|or|&|/)[\s*_$({\[]*([A-Z])\b(?! *(?:is|was|has|are|can|cannot|would|does|isn't|gives)\b)")
+_BOX = re.compile(
+    r"(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|bf|rm)\b\s*\{?|[\s({\[*$\\\"])*+([A-Za-z])(?![A-Za-z0-9])"
+)
+_MORE = re.compile(
+    r"[\s*_$)}\]]*(?:and|or|&|/)[\s*_$({\[]*([A-Z])\b(?! *(?:is|was|has|are|can|cannot|would|does|isn't|gives)\b)"
+)
 _FORMULA = re.compile(r" *[=+^<>*/](?!\*)|_\{?\w|\(|'\w| *- *\d|\\[a-z]")
-_DENIED = re.compile(r"[)\]*:]*\s*(?:is|was|are|seems|looks)?\s*(?:also )?(?:wrong|incorrect|not|false|out\b|eliminated|isn't|fails)")
+_DENIED = re.compile(
+    r"[)\]*:]*\s*(?:is|was|are|seems|looks)?\s*(?:also )?(?:wrong|incorrect|not|false|out\b|eliminated|isn't|fails)"
+)
 _REASON = re.compile(r"\s+(?:since|because|as|for|with|which|is|and|or|but|due|given|from|by|that)\b")
 _YES_NO = r"(yes|no)(?![A-Za-z0-9])"
 _SAID = re.compile(
@@ -36,7 +42,9 @@ _SAID = re.compile(
 )
 _YES_NO_LINE = re.compile(rf"^[ \t>*_#`\"'$-]*+{_YES_NO}[ \t*_`\"'$.!]*$", re.I | re.M)
 _YES_NO_FIRST = re.compile(rf"[\s>*_#`\"'-]*{_YES_NO}(?=[*_`\"']*(?:[,.;:!—–-]|\s*$|\s*\n))", re.I)
-_YES_NO_BOX = re.compile(rf"(?:\\(?:text|textbf|textrm|mathrm|mathbf)\b\s*\{{?|[\s({{*$\\\"])*+{_YES_NO}[\s)}}*$.\"!]*", re.I)
+_YES_NO_BOX = re.compile(
+    rf"(?:\\(?:text|textbf|textrm|mathrm|mathbf)\b\s*\{{?|[\s({{*$\\\"])*+{_YES_NO}[\s)}}*$.\"!]*", re.I
+)
 
 
 class _Several(Exception):
@@ -62,7 +70,11 @@ def _candidates(text: str) -> Iterator[tuple[str, int]]:
         if (found := _BOX.match(box.text)) and _stands(box.text, found.end(), found[1], is_alone=found[1].islower()):
             yield found[1], box.end
         break
-    if (tag := find_tag(text, "answer")) and (found := _BOX.match(tag.text)) and _stands(tag.text, found.end(), found[1]):
+    if (
+        (tag := find_tag(text, "answer"))
+        and (found := _BOX.match(tag.text))
+        and _stands(tag.text, found.end(), found[1])
+    ):
         yield found[1], 0
     for pattern in (_STRONG, _WEAK):
         for found in reversed(list(pattern.finditer(text))):
@@ -89,7 +101,9 @@ def _stands(text: str, end: int, letter: str, *, is_alone: bool = False) -> bool
             raise _Several
         return False
     if is_alone or letter.islower():  # else it is a word or a variable
-        return letter.lower() <= "j" and (not after.strip() or not (after[0].isspace() and after.split("\n")[0].strip()[:1].isalnum()))
+        return letter.lower() <= "j" and (
+            not after.strip() or not (after[0].isspace() and after.split("\n")[0].strip()[:1].isalnum())
+        )
     return letter not in "AI" or not re.match(r"\s+[a-z]", after) or _REASON.match(after) is not None
 
 

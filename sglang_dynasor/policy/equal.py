@@ -276,7 +276,7 @@ class _Reader:
             return rf"\{{{inner}\}}"  # all there is: a set
         if inner.strip() == ",":
             return inner.strip()
-        return rf"\{{{inner}\}}" if re.search("[,;:\"]", inner) else inner
+        return rf"\{{{inner}\}}" if re.search('[,;:"]', inner) else inner
 
     def skip_space(self) -> None:
         while self.peek().isspace():
@@ -321,7 +321,7 @@ class _Reader:
             return mark
         inner = self.argument(depth)
         if inner in ("\\circ", "'"):
-            return rf"^{{\circ}}" if inner == "\\circ" else "'"
+            return r"^{\circ}" if inner == "\\circ" else "'"
         return f"{mark}{{{inner}}}"
 
     def fraction(self, pieces: list[str], depth: int) -> None:
@@ -358,13 +358,14 @@ def _plain(text: str) -> str:
         text = text.replace("$$", "$")
         if len(text) > 1 and text[0] == "$" and (text[-1] == "$" or "$" not in text[1:]):
             text = text[1:].removesuffix("$")
-        elif text[-1:] == "$":
+        elif text[-1:] == "$" or (text[-1:] in (".", ",", ";", ":") and text[-2:] != ".." and len(text) > 1):
             text = text[:-1]
-        elif text[-1:] in (".", ",", ";", ":") and text[-2:] != ".." and len(text) > 1:
-            text = text[:-1]
-        elif len(text) > 2 and text[0] == text[-1] and text[0] in "*_`\"'" and (text[0] == "*" or text[0] not in text[1:-1]):
-            text = text[1:-1]
-        elif len(text) > 2 and text[0] == "(" and text[-1] == ")" and not re.search("[(),;]", text[1:-1]):
+        elif (
+            len(text) > 2
+            and text[0] == text[-1]
+            and text[0] in "*_`\"'"
+            and (text[0] == "*" or text[0] not in text[1:-1])
+        ) or (len(text) > 2 and text[0] == "(" and text[-1] == ")" and not re.search("[(),;]", text[1:-1])):
             text = text[1:-1]
         elif re.match(r"-\((\d[\d./]*)\)$", text):
             text = "-" + text[2:-1]
@@ -428,7 +429,9 @@ def _small(found: re.Match[str]) -> str:
     word = found[0]
     if found.start() and found.string[found.start() - 1] == "\\":
         return word
-    is_told = word[1:].islower() and len(word) > 2 or (word.isupper() and len(word) > 4) or word in ("No", "YES", "TRUE")
+    is_told = (
+        (word[1:].islower() and len(word) > 2) or (word.isupper() and len(word) > 4) or word in ("No", "YES", "TRUE")
+    )
     return word.casefold() if is_told else word
 
 
@@ -442,7 +445,9 @@ def _elements(text: str) -> str:
     pieces = _SPLIT.split(text)
     if len(pieces) == 1:
         return text
-    return "".join(";" if i % 2 and piece in (",", ";") else piece if i % 2 else _element(piece) for i, piece in enumerate(pieces))
+    return "".join(
+        ";" if i % 2 and piece in (",", ";") else piece if i % 2 else _element(piece) for i, piece in enumerate(pieces)
+    )
 
 
 def _element(text: str) -> str:

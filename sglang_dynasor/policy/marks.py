@@ -11,8 +11,12 @@ from sglang_dynasor.policy.found import Found
 MAX_BOXES = 8  # that are one answer together
 MAX_PHRASE_CHARS = 200
 MAX_MARKS = 16  # of a kind that are looked at, the last ones
-_BOX = re.compile(r"(?:\\|\x08|\\b)(?:boxed|oxed|fbox|framebox)(?:\[[^\]\n]{0,20}\]){0,2}\s{0,3}(?:\{|(-?[\w./%]+|\\[A-Za-z]+(?:\{[\w ]*\}){0,2}))|(?<=\\)[{}]|[{}]")
-_JOINT = re.compile(r"[\s$.\\()\[\]]*(?:,|;|&|and|or|\\text\{\s*(?:and|or)\s*\})[\s$,\\()\[\]]*(?:and|or)?[\s$\\()\[\]]*")
+_BOX = re.compile(
+    r"(?:\\|\x08|\\b)(?:boxed|oxed|fbox|framebox)(?:\[[^\]\n]{0,20}\]){0,2}\s{0,3}(?:\{|(-?[\w./%]+|\\[A-Za-z]+(?:\{[\w ]*\}){0,2}))|(?<=\\)[{}]|[{}]"
+)
+_JOINT = re.compile(
+    r"[\s$.\\()\[\]]*(?:,|;|&|and|or|\\text\{\s*(?:and|or)\s*\})[\s$,\\()\[\]]*(?:and|or)?[\s$\\()\[\]]*"
+)
 _HASH = re.compile(r"(?<!#)####(?!#)")
 _HEADINGS = frozenset(
     "conclusion conclusions solution explanation summary final result results verification check note notes approach analysis reasoning method given introduction "
@@ -30,7 +34,10 @@ _NO_VALUE = re.compile(
     r"simple|easy|based|still|also|going|supposed|expected|should|must|will|would|could|can|cannot|i|we|it|this|let|so|now|then|first)\b",
     re.I,
 )
-_SENTENCE_END = re.compile(r"[.。!](?=\s+[A-Z*]|\s*$)|[.。!](?=[*_$`\"')}\]]*(?:\s+[A-Z]|\s*$))|,? (?:since|because|so that|which means|where)\b|\. ", re.M)
+_SENTENCE_END = re.compile(
+    r"[.。!](?=\s+[A-Z*]|\s*$)|[.。!](?=[*_$`\"')}\]]*(?:\s+[A-Z]|\s*$))|,? (?:since|because|so that|which means|where)\b|\. ",
+    re.M,
+)
 _LAYOUT = re.compile(r"[\s\[\]$*_>\\-]*")
 
 

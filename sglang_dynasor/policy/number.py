@@ -7,9 +7,7 @@ import re
 from sglang_dynasor.policy.found import Found
 
 # Commas and spaces stand between thousands only: "1,2" is no 12. Possessive, with what may not stand before: linear.
-_WHOLE = (
-    r"(?:(?<![\d,])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})++(?!,?\d)|(?<![\d,])(?<!\d )\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})++(?![\d])|\d++)"
-)
+_WHOLE = r"(?:(?<![\d,])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})++(?!,?\d)|(?<![\d,])(?<!\d )\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})++(?![\d])|\d++)"
 _VALUE = rf"(?:{_WHOLE}(?:\.\d++)?|\.\d++)"
 _DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)( [a-z]+)?", re.I)
 _NUMBER = re.compile(
@@ -24,11 +22,13 @@ NEAR_CHARS = 1024  # at the end: read first, as most texts have a number there
 MAX_CHARS = 64  # that a number is taken to have; it is looked for in all of the text where it may have more
 _MINUS = re.compile(r"(?:minus|negative)\s{1,3}$", re.I)
 _CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
-_OPERATOR = re.compile(r"(?:[\d)\]}%!]\s?|(?<![^\W\d_])[^\W\d_]\s|[^\W\d_])$")  # before a sign: it adds or takes away, or is a hyphen
+_OPERATOR = re.compile(
+    r"(?:[\d)\]}%!]\s?|(?<![^\W\d_])[^\W\d_]\s|[^\W\d_])$"
+)  # before a sign: it adds or takes away, or is a hyphen
 
 
 def find_number(text: str) -> Found | None:
-    r"""The last number with its sign and per cent; `\frac{1}{4}`, `3 1/2`, `3:30`, `12 500`, `1.5×10^3`, `1.5 million`, `2,74` too.
+    r"""The last number with its sign and per cent; `\frac{1}{4}`, `3 1/2`, `3:30`, `12 500`, `1.5*10^3`, `1.5 million`, `2,74` too.
 
     A digit that belongs to a word, an index or a power is none: "CO2", `x_2`, `x^2`. "5-3" ends in 3, not in -3.
     """
@@ -42,7 +42,9 @@ def _find(text: str, begin: int) -> Found | None:
         if begin and start < begin + MAX_CHARS:
             return None  # it may have begun before
         before = text[max(0, start - 24) : start]
-        if (before[-1:].isascii() and before[-1:].isalpha() and not before.endswith("\\")) or before.endswith(("_", "^", "_{", "^{", "^{-", "^-")):
+        if (before[-1:].isascii() and before[-1:].isalpha() and not before.endswith("\\")) or before.endswith(
+            ("_", "^", "_{", "^{", "^{-", "^-")
+        ):
             continue
         number = found[0]
         if _DECIMAL_COMMA.fullmatch(number):

@@ -326,7 +326,9 @@ class Program:
             "certaindex": round(self._certaindex(risk), 6),
             "risk": round(risk, 6),
             "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
-            "votes": [{"answer": shown(self.branches[min(who)].answer), "votes": len(who)} for who in self.votes.ranking],
+            "votes": [
+                {"answer": shown(self.branches[min(who)].answer), "votes": len(who)} for who in self.votes.ranking
+            ],
             "num_abstentions": evidence.abstentions,
             "num_failed": self.num_failed,
             "branch": winner,
@@ -356,7 +358,8 @@ class Program:
             "num_probe_tokens": self.num_probe_tokens,
             "closed_at_tokens": [branch.closed_at for branch in self.branches],
             "trials": [
-                {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)} for t in trials
+                {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)}
+                for t in trials
             ],
         }
         if self.spec.branches == 1:

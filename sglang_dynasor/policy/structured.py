@@ -27,7 +27,11 @@ def is_tag(name: str) -> bool:
 def find_tag(text: str, name: str) -> Found | None:
     """What stands in the last `<NAME>...</NAME>` that is not empty."""
     found = None
-    for match in re.finditer(rf"<{re.escape(name)}(?:\s[^<>]*)?>([^<]*+(?:<(?!/?{re.escape(name)}[\s>])[^<]*+)*+)</{re.escape(name)}\s*>", text, re.I):
+    for match in re.finditer(
+        rf"<{re.escape(name)}(?:\s[^<>]*)?>([^<]*+(?:<(?!/?{re.escape(name)}[\s>])[^<]*+)*+)</{re.escape(name)}\s*>",
+        text,
+        re.I,
+    ):
         found = match[1].strip() or found
     return None if found is None else Found(found, True)
 
@@ -85,7 +89,7 @@ def values(text: str) -> Iterator[tuple[Any, int]]:
 def _regions(text: str) -> list[tuple[int, int]]:
     """Where brackets open and close, the outermost ones."""
     depth = start = 0
-    is_text = is_escaped = False
+    is_text = False
     found: list[tuple[int, int]] = []
     for bracket in re.finditer(r'\\.|["{}\[\]\n]', text, re.S):
         mark = bracket[0]
@@ -142,11 +146,13 @@ def at_path(value: Any, path: str) -> Any:
 
 def find_calls(text: str, left_out: frozenset[str] = frozenset()) -> Found | None:
     """The calls of tools, canonical: name and arguments, without the arguments called as in `left_out`."""
-    calls = [_call(name, dict(_named(inner, "parameter")), left_out) for name, inner in _named(text[-READ_CHARS:], "function")]
+    calls = [
+        _call(name, dict(_named(inner, "parameter")), left_out)
+        for name, inner in _named(text[-READ_CHARS:], "function")
+    ]
     for value, _ in reversed(list(values(text))) if not calls else ():
-        for item in cast("list[Any]", value) if isinstance(value, list) else [value]:
-            if (call := _read_call(item, left_out)) is not None:
-                calls.append(call)
+        items = cast("list[Any]", value) if isinstance(value, list) else [value]
+        calls += [call for item in items if (call := _read_call(item, left_out)) is not None]
     if not calls:
         return None
     return Found(dump(calls[0] if len(calls) == 1 else calls), True)
