@@ -28,7 +28,7 @@ MAX_PASSES = 6  # until a form must no longer change
 _NOP = opmap["NOP"]
 KEPT = "\0"  # begins a form that is kept as it is
 
-_VULGAR = re.compile("[¼-¾⅐-⅞↉]")
+_VULGAR = re.compile("[¼-¾⅐-⅞↉](?=(\\s*[A-Za-z\\\\(])?)")
 _SUPER = re.compile("[⁰¹²³⁴-⁹⁻⁺ⁿⁱ]+")
 _SUB = re.compile("[₀-₉₋₊]+")
 _SIGNS = {
@@ -61,6 +61,7 @@ _UNITS = (
     "(?:square|cubic) (?:inches|feet|yards|miles|meters|metres|centimeters|kilometers|cm|m|km)|(?:km|m|miles|meters|feet|ft)/(?:h|s|hr|hour|second)|(?:miles|meters|feet|kilometers) per (?:hour|second)"
 )
 _UNIT = re.compile(rf"(?:{_UNITS})(?:\^\{{[23]\}})?", re.I)
+_COUNTED = re.compile(r"[a-z]{2,}s|people")  # 12 \text{ apples}
 _LETTER_UNIT = re.compile(r"[A-Za-z](?:\^.*)?")  # next to a number it is a variable
 _WORD_START = re.compile(r"(?<=[\d .)}])[A-Za-z]")
 MAX_UNIT_CHARS = 32
@@ -77,14 +78,18 @@ _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10
 _MATH_SPACE = re.compile(r" *([-+*/=<>:^]) *")
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX*] ?(?=10\^)")
 _NAME = re.compile(r"(?:[A-Za-z]|\\[a-z]+|[A-Za-z]_\{?\w\}?|[A-Za-z]\([A-Za-z]\))(?:=|\\approx ?)(.+)")
+_NAMED = re.compile(r"([^=]*?)(?:=|\\approx)")
 _SPLIT = re.compile(r"(\\[{}]|[()\[\],;|])")
+_SET = re.compile(
+    r"\\\{((?:[^\\()\[\]|:{}\"]|\\[A-Za-z]|(?<=\^|_){[^{}]*})*+)\\\}"
+)  # without what has an order of its own
 _OR = re.compile(r" ?(?:,|;)? ?\b(?:and|or)\b ?", re.I)
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _ARTICLE = re.compile(r"(?:the|an?) (?=[^\W\d_]{2})", re.I)
 _HYPHEN = re.compile(r"(?<=[^\W\d_]{3})-(?=[^\W\d_]{3})")
 _EXCLAIMED = re.compile(r"(?:.*[^\w\\])?(?:[^\W\d_]{3,}|no)!", re.I)
 _OPTION = re.compile(r"(?:option|choice|answer):? \(?([A-Z])\)?", re.I)
-_LOOSE = re.compile(r" (?!\w)|(?<!\w) |(?<=\d) (?=[^\W\d_])")
+_LOOSE = re.compile(r" (?![\w.])|(?<![\w.]) |(?<=\d) (?=[^\W\d_])")
 _COMMAND_SPACE = re.compile(r"(\\[A-Za-z]+) (?![A-Za-z])")
 
 
@@ -184,7 +189,7 @@ def _decimal(text: str) -> Fraction:
 def _signs(text: str) -> str:
     """Characters that mean the same become one: digits of all scripts, wide and joined letters, signs, fractions, powers."""
     if not text.isascii():
-        text = _VULGAR.sub(lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/"), text)
+        text = _VULGAR.sub(_vulgar, text)
         text = _SUPER.sub(lambda m: "^{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
         text = _SUB.sub(lambda m: "_{" + unicodedata.normalize("NFKC", m[0]) + "}", text)
         text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
@@ -193,6 +198,12 @@ def _signs(text: str) -> str:
         text = unicodedata.normalize("NFKC", text).translate(_SIGN_TABLE)
         text = "".join(c if c.isascii() or not c.isdecimal() else str(unicodedata.decimal(c)) for c in text)
     return " ".join(text.split())
+
+
+def _vulgar(found: re.Match[str]) -> str:
+    """A fraction sign: in brackets where something would be read into its denominator."""
+    form = unicodedata.normalize("NFKC", found[0]).replace("⁄", "/")
+    return f"({form})" if found[1] else f" {form}"
 
 
 def _braced(text: str) -> str:
@@ -232,7 +243,11 @@ class _Reader:
         """Read one token and what belongs to it."""
         token = _COMMANDS.get(token, token)
         if token in _WRAPPERS:
-            pieces.append(self.wrapped(depth))
+            inner = self.wrapped(depth)
+            is_counted = (
+                not self.peek() and _COUNTED.fullmatch(inner.strip()) and "".join(pieces).strip()[-1:].isdigit()
+            )
+            pieces.append("" if is_counted else inner)
         elif token == r"\frac":
             self.fraction(pieces, depth)
         elif token == r"\sqrt":
@@ -445,9 +460,16 @@ def _elements(text: str) -> str:
     pieces = _SPLIT.split(text)
     if len(pieces) == 1:
         return text
-    return "".join(
-        ";" if i % 2 and piece in (",", ";") else piece if i % 2 else _element(piece) for i, piece in enumerate(pieces)
+    is_named = len({name[1] for piece in pieces[::2] if (name := _NAMED.match(piece))}) > 1  # x=1,y=2 is no 1,2
+    text = "".join(
+        ";" if i % 2 and piece in (",", ";") else piece if i % 2 else piece if is_named else _element(piece)
+        for i, piece in enumerate(pieces)
     )
+    return _SET.sub(_sorted, text)
+
+
+def _sorted(found: re.Match[str]) -> str:
+    return rf"\{{{';'.join(sorted(found[1].split(';')))}\}}"
 
 
 def _element(text: str) -> str:
@@ -471,6 +493,8 @@ def _alternatives(text: str) -> list[str] | None:
     if len(parts) < 2 or any(not part for part in parts):
         return None
     found: list[str] = []
+    if len({name[1] for part in parts if (name := _NAMED.match(part.strip()))}) > 1:
+        return None
     for part in parts:
         for piece in re.split("[,;]", part):
             value = name[1] if (name := _NAME.fullmatch(piece.strip())) else piece.strip()
