@@ -84,9 +84,9 @@ def rows() -> Iterable[dict[str, str]]:
         try:
             check_extractor(extractor)
         except FieldError:
-            yield {"kind": "pattern", "what": pattern, "worst text": "refused", "us": ""}
+            yield {"kind": "pattern", "what": f"`{pattern}`", "worst text": "refused", "us": ""}
             continue
-        yield row("pattern", pattern, *slowest(lambda text, e=extractor: extract_answer(text, e)))
+        yield row("pattern", f"`{pattern}`", *slowest(lambda text, e=extractor: extract_answer(text, e)))
 
 
 def row(kind: str, what: str, us: float, text: str) -> dict[str, str]:

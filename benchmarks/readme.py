@@ -39,6 +39,7 @@ COMMANDS = {
     '"client-side loop, every 64 tokens, trial:0.9, 2 agree" "client-side loop, at \'wait\', trial:0.9, 2 agree"',
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
     "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
+    "answers": "python benchmarks/bench_answers.py --csv benchmarks/results/answers.csv",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
@@ -73,7 +74,7 @@ def table(name: str) -> str:
     same = [key for key in CLOSING if key in rows[0] and len({row[key] for row in rows}) == 1]
     keys = [key for key in rows[0] if key not in same]
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
+    lines += ["| " + " | ".join(row[key].replace("|", "\\|") for key in keys) + " |" for row in rows]
     return "\n".join([*lines, "", source(name, {key: rows[0][key] for key in same})])
 
 

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def extraction(path: Path) -> None:
     print(f"texts read as expected: {sum(judged)} of {len(judged)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_same(one: str, other: str) -> bool:
     """What math-verify says of two boxes' contents."""
     values = [parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in (one, other)]

@@ -13,6 +13,7 @@ from sglang_dynasor.policy.answers import (
     EXTRACTORS,
     check_extractor,
     extract_answer,
+    is_complete,
     read_answer,
     shown,
 )
@@ -80,13 +81,26 @@ def test_a_wrong_extractor_is_refused_with_what_is_allowed(extractor: str) -> No
         check_extractor(extractor)
 
 
-@given(st.text(max_size=400), st.sampled_from(sorted(EXTRACTORS)))
+PIECES = (
+    "Answer", "answer is ", "the ", "####", "\\boxed", "{", "}", "(", ")", "[", "]", "**", "A", "b", "I", "1", ",", ".", " ", "\n", "\n\nQ: ", "-", "```", "json", '"a"', ":", "<answer>",
+    "</answer>", "<think>", "</think>", "<|x|>", "\\frac", "/", "yes", "no", "option ", "?", "答案", "<function=f>", "</function>", "Let me know", "\0", "1 000", "%", "\\",
+)  # fmt: skip
+ANY = (*sorted(EXTRACTORS), "json:a.b", "tool_call:-a", "tag:answer", "code:python", "regex:(a+)+$", "regex:.*")
+
+
+@given(
+    st.one_of(st.text(max_size=400), st.lists(st.sampled_from(PIECES), max_size=24).map("".join)), st.sampled_from(ANY)
+)
 def test_any_text_gives_a_bounded_answer_or_none(text: str, extractor: str) -> None:
     """Whatever a model writes, extraction and keying neither raise nor return something empty."""
     answer = extract_answer(text, extractor)
     if answer is not None:
         assert answer.strip() == answer != ""
         assert 0 < len(answer_key(answer, extractor=extractor)) <= 256
+    cut = extract_answer(text, extractor, is_cut=True)
+    assert cut in (None, answer)
+    read_answer(text, text, extractor)
+    is_complete(text, text, extractor)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +210,13 @@ def test_many_commas_cost_little() -> None:
         ("number", "12 of 1,5 million", "1.5 million"),
         ("number", "50\\%", "50\\%"),
         ("number", "H2O and A4", None),
+        ("number", "the virus COVID-19", None),
+        ("number", "version 1.2.3", None),
+        ("number", "1.234,56 oder 12 000,5", "12000.5"),
+        ("number", "5 percent", "5 percent"),
+        ("choice", "b", "B"),
+        ("choice", "a b", None),
+        ("auto", "The answer is Dr. Smith. Indeed.", "Dr. Smith"),
         ("json", "```json\n[1, {\"b\": null, \"a\": 1.5}]\n```\nDone.", '[1,{"a":1.5,"b":null}]'),
         ("json", "[" * 4000, None),
         ("json", "a {b} c", None),

@@ -24,6 +24,7 @@ _MARKED = re.compile(
     r"\*\*[(\[]?([A-J])(?:[)\].:]|\*\*)|(?<![\w)\]}\\])\(([A-Ja-j])\)(?![\w(])|(?<![\w)\]}\\])\[([A-J])\](?![\w(\[])"
 )
 _LINE = re.compile(r"^[ \t>*_#`$\"(\[（【•-]*+([A-J])[ \t*_`$)\].:\"）】]*$", re.M)
+_ONLY = re.compile(r"[\s>*_#`$\"(\[-]*+([A-Ja-j])[\s*_`$)\].:\"]*")
 _OPENING = re.compile(r"^[ \t>*_#-]*+[(\[]?([A-J])(?:[)\]:]|\. )(?=[ \t]*\S)", re.M)
 _BOX = re.compile(
     r"(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|bf|rm)\b\s*\{?|[\s({\[*$\\\"])*+([A-Za-z])(?![A-Za-z0-9])"
@@ -84,6 +85,8 @@ def _candidates(text: str) -> Iterator[tuple[str, int]]:
         for found in reversed(list(pattern.finditer(text))):
             if pattern is _LINE or not _DENIED.match(text, found.end()):
                 yield found[found.lastindex or 0], found.end()
+    if only := _ONLY.fullmatch(text):
+        yield only[1], only.end(1)
     opening = {found[1]: found.end() for found in _OPENING.finditer(text)}
     if len(opening) == 1:
         yield from opening.items()

@@ -35,8 +35,7 @@ _NO_VALUE = re.compile(
     re.I,
 )
 _SENTENCE_END = re.compile(
-    r"[.。!](?=\s+[A-Z*]|\s*$)|[.。!](?=[*_$`\"')}\]]*(?:\s+[A-Z]|\s*$))|,? (?:since|because|so that|which means|where)\b|\. ",
-    re.M,
+    r"(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\bMrs)[.。!](?=[*_$`\"')}\]]*(?:\s|$))|,? (?:since|because|so that|which means|where)\b"
 )
 _LAYOUT = re.compile(r"[\s\[\]$*_>\\-]*")
 

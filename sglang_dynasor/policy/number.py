@@ -14,13 +14,17 @@ _NUMBER = re.compile(
     rf"(?:\d++\s?)?\\[dtc]?frac\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)"  # a fraction, mixed or not
     r"|\d{1,4}(?::\d{1,4})++(?!\d)"  # a time, a ratio
     r"|(?<![\d.,])\d{1,4} \d{1,4}/\d{1,4}(?![\d/])"
+    r"|(?<![\d,.(\[{])(?:[1-9]\d{0,2}(?:\.\d{3})++|[1-9]\d{0,2}(?: \d{3})++),\d\d?(?![\d,.])"  # thousands and a decimal comma
     r"|(?<![\d,.(\[{])(?<!\d, )(?:\d{1,12},(?:\d\d?|\d{4,12})|0,\d{3})(?![\d,.)\]}]|\s?,\s?\d)(?:\s(?:million|billion|trillion)\b)?"  # a decimal comma
     rf"|{_VALUE}(?:[eE][-+]?\d{{1,2}}(?!\d)|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{{?[-+−]?\d{{1,2}}\}}?|\^\{{?[-+−]?\d{{1,4}}\}}?)?"
-    rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?\\?[%％])?"
+    rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?(?:\\?[%％]|percent\b))?"
 )
 NEAR_CHARS = 1024  # at the end: read first, as most texts have a number there
 MAX_CHARS = 64  # that a number is taken to have; it is looked for in all of the text where it may have more
 _MINUS = re.compile(r"(?:minus|negative)\s{1,3}$", re.I)
+_NAME = re.compile(r"[A-Za-z]{2}-$")  # COVID-19
+_MORE = re.compile(r"\.\d")  # 1.2.3
+_POINTED = re.compile(r"\d{1,3}(?:[. ]\d{3})+,\d+")
 _CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
 _OPERATOR = re.compile(
     r"(?:[\d)\]}%!]\s?|(?<![^\W\d_])[^\W\d_]\s|[^\W\d_])$"
@@ -47,6 +51,10 @@ def _find(text: str, begin: int) -> Found | None:
         ):
             continue
         number = found[0]
+        if _NAME.search(before) or (number[0] == "." and before[-1:].isdigit()) or _MORE.match(text, found.end()):
+            continue
+        if _POINTED.fullmatch(number):
+            number = number.replace(".", "").replace(" ", "")
         if _DECIMAL_COMMA.fullmatch(number):
             number = number.replace(",", ".")
         return Found(_sign(before) + number, found.end() + 1 < len(text))
