@@ -11,18 +11,20 @@ _WHOLE = r"(?:(?<![\d,])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})++(?!,?\d)|(?<![\d,])(?<
 _VALUE = rf"(?:{_WHOLE}(?:\.\d++)?|\.\d++)"
 _DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)( [a-z]+)?", re.I)
 _NUMBER = re.compile(
+    r"(?<![A-Za-z_\d])(?:"  # not within a word
     rf"(?:\d++\s?)?\\[dtc]?frac\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)"  # a fraction, mixed or not
     r"|\d{1,4}(?::\d{1,4})++(?!\d)"  # a time, a ratio
     r"|(?<![\d.,])\d{1,4} \d{1,4}/\d{1,4}(?![\d/])"
     r"|(?<![\d,.(\[{])(?:[1-9]\d{0,2}(?:\.\d{3})++|[1-9]\d{0,2}(?: \d{3})++),\d\d?(?![\d,.])"  # thousands and a decimal comma
     r"|(?<![\d,.(\[{])(?<!\d, )(?:\d{1,12},(?:\d\d?|\d{4,12})|0,\d{3})(?![\d,.)\]}]|\s?,\s?\d)(?:\s(?:million|billion|trillion)\b)?"  # a decimal comma
     rf"|{_VALUE}(?:[eE][-+]?\d{{1,2}}(?!\d)|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{{?[-+−]?\d{{1,2}}\}}?|\^\{{?[-+−]?\d{{1,4}}\}}?)?"
-    rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?(?:\\?[%％]|percent\b))?"
+    rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?(?:\\?[%％]|percent\b))?)"
 )
 NEAR_CHARS = 1024  # at the end: read first, as most texts have a number there
 MAX_CHARS = 64  # that a number is taken to have; it is looked for in all of the text where it may have more
 _MINUS = re.compile(r"(?:minus|negative)\s{1,3}$", re.I)
 _NAME = re.compile(r"[A-Za-z]{2}-$")  # COVID-19
+_PART = re.compile(r"\d\.$")
 _MORE = re.compile(r"\.\d")  # 1.2.3
 _POINTED = re.compile(r"\d{1,3}(?:[. ]\d{3})+,\d+")
 _CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
@@ -36,7 +38,10 @@ def find_number(text: str) -> Found | None:
 
     A digit that belongs to a word, an index or a power is none: "CO2", `x_2`, `x^2`. "5-3" ends in 3, not in -3.
     """
-    near = max(0, len(text) - NEAR_CHARS)
+    last = next((i for i in reversed(range(len(text))) if text[i].isdecimal()), None)
+    if last is None:
+        return None
+    near = max(0, last - NEAR_CHARS)
     return (_find(text, near) if near else None) or _find(text, 0)
 
 
@@ -51,7 +56,7 @@ def _find(text: str, begin: int) -> Found | None:
         ):
             continue
         number = found[0]
-        if _NAME.search(before) or (number[0] == "." and before[-1:].isdigit()) or _MORE.match(text, found.end()):
+        if _NAME.search(before) or _PART.search(before) or _MORE.match(text, found.end()):
             continue
         if _POINTED.fullmatch(number):
             number = number.replace(".", "").replace(" ", "")
