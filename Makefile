@@ -30,7 +30,8 @@ demo: install
 	$(BIN)/sglang-dynasor demo
 
 # As many test processes as cores, each with engines of its own; more than four would want more memory than they save time.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4
+# A process that dies ends the run: the one that would take its place would wait for ever.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --max-worker-restart=0
 
 test: install
 	$(PYTEST)

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import multiprocessing as mp
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,10 @@ def _end(engine: Any) -> None:
     atexit.unregister(engine.shutdown)
     manager = engine.tokenizer_manager
     manager._subprocess_watchdog.stop()
+    # All at once: a rank that misses another one tells this process to end, and SGLang's handler obeys.
+    for process in processes(engine):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGSTOP)
     for process in processes(engine):
         kill_process_tree(process.pid)
     for task in manager.asyncio_tasks:

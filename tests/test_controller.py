@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine import branches as branches_module
 from sglang_dynasor.engine import controller as controller_module
 from sglang_dynasor.engine import thoughts as thoughts_module
 from sglang_dynasor.engine.branches import SentBranches
@@ -494,3 +495,39 @@ def test_a_program_of_a_client_s_branches_ends_the_others(make_controller: Calla
         req.finished_reason, req.cached_tokens, req.output_ids_through_stop = object(), 0, req.output_ids
         keeper.has_ended(req, tag_of(req))  # type: ignore[arg-type]
         assert (reqs[7].to_finish is not None) is (number == 4)
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_a_thought_that_cannot_be_made_keeps_no_row_for_probes(
+    is_broken: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else rows would be kept for ever for thoughts that nobody thinks; its client's request runs as stock."""
+    controller = make_controller(strict=False)
+    live = live_program(algorithm="long_cot", think_end="end")
+    controller.admission.arrive(live.gang)
+    controller.programs.hold(live)
+    stock: list[Any] = []
+    controller.ends.enqueue = lambda req, is_retracted: stock.append(req)
+
+    def make(*args: Any) -> Any:
+        if is_broken:
+            raise RuntimeError("injected")
+        return request(time_stats=SimpleNamespace(set_wait_queue_entry_time=lambda: None))
+
+    monkeypatch.setattr(branches_module, "make_branch", make)
+    monkeypatch.setattr(controller.branches.thoughts, "_next", lambda live, asking: 40)
+    controller.branches.start(live, 1)
+    assert controller.admission.num_thoughts == (0 if is_broken else 1)
+    assert stock == ([live.parent] if is_broken else [])
+    assert controller.faults.num == is_broken
+
+
+def test_what_is_held_is_whole(make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that cannot be taken in is not held: it runs as stock, and an abort of everything finds nothing of ours."""
+    controller = make_controller(strict=False, max_queued_requests=None)
+    monkeypatch.setattr(controller.room, "gang_cost", lambda req: 1 / 0)
+    params = SimpleNamespace(custom_params={"dynasor": {"answer": "hash"}}, max_new_tokens=9)
+    stock: list[Any] = []
+    controller.take(lambda req, is_retracted: stock.append(req), request(sampling_params=params), is_retracted=False)
+    assert (len(stock), controller.programs.held, controller.is_idle, controller.faults.num) == (1, {}, True, 1)
+    controller.abort(SimpleNamespace(rid="", abort_all=True, finished_reason=None))  # type: ignore[arg-type]

@@ -46,12 +46,13 @@ class Branches:
     def _make(self, live: LiveProgram, num_branches: int) -> None:
         # Each is charged to its tenant by what it is expected to take; that is settled when it ends.
         assert live.parent is not None
-        assert_same("dynasor starts %d of program %s", num_branches, live.program.id)
+        num_promised = self.admission.promised.get(live.gang, 0)
+        assert_same("dynasor starts %d of program %s, %d promised", num_branches, live.program.id, num_promised)
         expected_tokens = int(self.admission.forecast.length_tokens(live.program))
         for _ in range(num_branches):
             tag = BranchTag(live, live.program.start_branch(), self)
-            self.thoughts.begin(tag)
             req = live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self.inside.new_rid(), tag)
+            self.thoughts.begin(tag)
             self.inside.charge(tag, expected_tokens)
             self.inside.put(req, tag)
 

@@ -96,7 +96,7 @@ def prefill_adder(result: type, scheduler: Any) -> type | None:
     controller = controller_of(scheduler)
     if controller is None or controller.is_idle:
         return None
-    return adder_class(result, controller.admission)
+    return adder_class(result, controller.room, controller.admission)
 
 
 def timeouts(result: list[Any], scheduler: Any) -> list[Any] | None:

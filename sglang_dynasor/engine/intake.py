@@ -96,10 +96,11 @@ class Intake:
         if (old := self.programs.held.get(req.rid)) is not None:
             self.ends.replace(old)
         program = Program(req.rid, spec)
-        live = self.programs.hold(program, req)
+        live = self.programs.number(program, req)
         live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live)
-        self.admission.arrive(live.gang)
         req.time_stats.set_wait_queue_entry_time()
+        self.admission.arrive(live.gang)
+        self.programs.hold(live)  # last: what is held is whole
         if spec.deadline_s is not None and self.teller is not None:
             self.teller.date(live.number, spec.deadline_s)
         return live

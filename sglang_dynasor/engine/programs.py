@@ -23,12 +23,15 @@ class Programs:
         self.sent: OrderedDict[str, LiveProgram] = OrderedDict()  # by program id, the longest unused first
         self._num = 0
 
-    def hold(self, program: Program, parent: Req) -> LiveProgram:
-        """A program for a client's request, whose rid is not held yet."""
+    def number(self, program: Program, parent: Req) -> LiveProgram:
+        """The next program for a client's request. It is not held yet."""
         self._num += 1
-        live = LiveProgram(program, parent, self._num)
-        self.held[parent.rid] = self.numbered[live.number] = live
-        return live
+        return LiveProgram(program, parent, self._num)
+
+    def hold(self, live: LiveProgram) -> None:
+        """From here on it owes its client an answer. Its rid is not held yet."""
+        assert live.parent is not None
+        self.held[live.parent.rid] = self.numbered[live.number] = live
 
     def holds(self, live: LiveProgram) -> bool:
         """Whether the program still owes its client an answer. By identity: a client may send the same rid again."""

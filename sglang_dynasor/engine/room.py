@@ -117,12 +117,13 @@ def branch_cost(req: Req, page_size: int, *, is_cached: bool) -> Cost:
 
 
 @lru_cache(maxsize=1)
-def adder_class(base: type[PrefillAdder], admission: Admission) -> type[PrefillAdder]:
+def adder_class(base: type[PrefillAdder], room: SchedulerRoom, admission: Admission) -> type[PrefillAdder]:
     """A subclass of SGLang's PrefillAdder that leaves alone what is promised to gangs."""
 
     class ProgramAdder(base):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            room.running_batch = self.running_batch
             self.num_plain_left = admission.plain_rows
             self.latest_plain = admission.latest_plain
             self.memory_budget.total_offset += admission.promised_tokens

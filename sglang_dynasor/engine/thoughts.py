@@ -71,8 +71,9 @@ class Thoughts:
     def begin(self, tag: BranchTag) -> None:
         """Have a fresh branch asked now and then, if it is a thought."""
         if tag.live.program.spec.thought is not None and self.may_ask:
-            tag.asking = Asking()
-            tag.asking.at_tokens = self._next(tag.live, tag.asking)
+            asking = Asking()
+            asking.at_tokens = self._next(tag.live, asking)
+            tag.asking = asking
             self.admission.num_thoughts += 1
 
     def stop(self, tag: BranchTag) -> None:

@@ -47,7 +47,6 @@ class Totals:
     num_branches: int = 0
     num_branches_saved: int = 0  # allowed by the caps, not used
     num_tokens: int = 0
-    num_policy_errors: int = 0  # exceptions in our code that fell back to stock behaviour
 
     def add(self, record: dict[str, Any]) -> None:
         """Count a program that was answered."""
