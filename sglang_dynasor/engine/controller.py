@@ -24,7 +24,7 @@ from sglang_dynasor.engine.ends import Ends, refusal
 from sglang_dynasor.engine.faults import Faults
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.intake import Intake
-from sglang_dynasor.engine.live import LiveProgram, SentTag, arrival_of, internal_tag_of, tag_of
+from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, arrival_of, tag_of
 from sglang_dynasor.engine.programs import Programs
 from sglang_dynasor.engine.queue import Front
 from sglang_dynasor.engine.req import FINISH_ENDED
@@ -97,7 +97,8 @@ class Controller:
 
     def take(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
         """SGLang queues a request."""
-        if internal_tag_of(req) is None:
+        tag = tag_of(req)
+        if tag is None or isinstance(tag, SentTag):
             self.intake.take(enqueue, req, is_retracted)
         elif not self.intake.take_back(req):
             self.on_output([req])
@@ -147,7 +148,9 @@ class Controller:
                 continue
             try:
                 if not req.finished():
-                    tag.keeper.has_output(req, tag)
+                    # Runs for every branch in every step, and for most there is nothing to do.
+                    if type(tag) is not BranchTag or tag.asking is not None or not tag.live.gang.is_prompt_cached:
+                        tag.keeper.has_output(req, tag)
                 elif not req.finished_output:  # with overlap a finished request comes by twice
                     self.inside.leave(req, tag)
                     tag.keeper.has_ended(req, tag)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang_dynasor.engine.branches import Branches, SentBranches
 from sglang_dynasor.engine.ends import Ends
@@ -45,7 +45,8 @@ class Intake:
     def take(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
         """Take in a request. `enqueue` is SGLang's own queueing of it."""
         self.ends.enqueue = enqueue
-        field = dynasor_field(req)
+        params = req.sampling_params.custom_params
+        field = params.get("dynasor") if isinstance(params, dict) else None  # SGLang takes any value there
         # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
         is_plain = field is None or is_retracted or tag_of(req) is not None or req.to_finish is not None
         if is_plain or req.finished() or req.sampling_params.max_new_tokens == 0:
@@ -121,9 +122,3 @@ class Intake:
         """Remember when a request that is no program came."""
         if arrival := self.admission.note_arrival():
             set_arrival(req, arrival)
-
-
-def dynasor_field(req: Req) -> Any:
-    """The field of a request, or None; SGLang takes any value in its place."""
-    params = req.sampling_params.custom_params
-    return params.get("dynasor") if isinstance(params, dict) else None
