@@ -25,7 +25,7 @@ from rows import percentile, write_rows
 from sglang_dynasor.demo import read_questions, show
 from sglang_dynasor.frontend import LocalEngine
 from sglang_dynasor.offline import Results, solve
-from sglang_dynasor.policy.answers import answer_key
+from sglang_dynasor.policy.equal import answer_key
 
 REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
 sys.path.append(str(REASONER))

@@ -30,7 +30,8 @@ from rows import write_rows
 from server import Server
 
 from sglang_dynasor.demo import read_questions, show
-from sglang_dynasor.policy.answers import answer_key, extract_answer
+from sglang_dynasor.policy.answers import extract_answer
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.thought import Trial, hesitates, is_settled
 

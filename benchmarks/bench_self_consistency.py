@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from sglang_dynasor.demo import CONCURRENCY, MAX_NEW_TOKENS, ROWS, TEMPERATURE, read_questions, read_record, vote
 from sglang_dynasor.outcome import Outcome, Solved, show
-from sglang_dynasor.policy.answers import answer_key, extract_answer
+from sglang_dynasor.policy.answers import extract_answer
+from sglang_dynasor.policy.equal import answer_key
 
 REASONER = Path(__file__).parents[1] / "examples" / "tiny_reasoner"
 PEER = "its_hub 1.2.0"

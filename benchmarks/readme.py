@@ -14,7 +14,7 @@ from pathlib import Path
 from sglang_dynasor.algorithms.catalogue import ALGORITHMS, SEARCH_HELP
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
-from sglang_dynasor.policy.answers import EXTRACTORS, MAX_PATTERN_CHARS
+from sglang_dynasor.policy.answers import EXTRACTORS, FORMS
 from sglang_dynasor.policy.record import RECORD_HELP
 from sglang_dynasor.policy.spec import EFFORTS, FIELD_HELP
 
@@ -39,10 +39,10 @@ COMMANDS = {
     '"client-side loop, every 64 tokens, trial:0.9, 2 agree" "client-side loop, at \'wait\', trial:0.9, 2 agree"',
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
     "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
+    "answers": "python benchmarks/bench_answers.py --csv benchmarks/results/answers.csv",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }
-REGEX_HELP = f"The last match's first group, or the whole match. RE2 syntax, up to {MAX_PATTERN_CHARS} characters."
 CLOSING = (
     "questions",
     "programs",
@@ -74,7 +74,7 @@ def table(name: str) -> str:
     same = [key for key in CLOSING if key in rows[0] and len({row[key] for row in rows}) == 1]
     keys = [key for key in rows[0] if key not in same]
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]
-    lines += ["| " + " | ".join(row[key] for key in keys) + " |" for row in rows]
+    lines += ["| " + " | ".join(row[key].replace("|", "\\|") for key in keys) + " |" for row in rows]
     return "\n".join([*lines, "", source(name, {key: rows[0][key] for key in same})])
 
 
@@ -96,8 +96,13 @@ def reference(name: str) -> str:
             rows = [(f"`{key}`", values, meaning) for key, (values, meaning) in SEARCH_HELP.items()]
             return grid(("key", "values", "meaning"), rows)
         case "answers":
-            rows = [(f"`{key}`", extract.__doc__ or "") for key, extract in EXTRACTORS.items()]
-            return grid(("answer", "what is found"), [*rows, ("`regex:PATTERN`", REGEX_HELP)])
+            rows = [
+                (f"`{key}`", (extract.__doc__ or "").replace("\n", " ").replace("    ", "").strip())
+                for key, extract in EXTRACTORS.items()
+            ]
+            return grid(
+                ("answer", "what is found"), [*rows, *((f"`{form}`", meaning) for form, meaning in FORMS.items())]
+            )
         case "efforts":
             rows = [(f"`{key}`", *(f"{value:,}" for value in values)) for key, values in EFFORTS.items()]
             return grid(("effort", "agree", "probability", "min_tokens"), rows)

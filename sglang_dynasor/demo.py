@@ -23,7 +23,8 @@ from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.outcome import Outcome, Solved, accuracies, cheapest, comparison, hardest, rows, savings, show
 from sglang_dynasor.picture import FORMATS, draw
-from sglang_dynasor.policy.answers import answer_key, extract_answer
+from sglang_dynasor.policy.answers import extract_answer
+from sglang_dynasor.policy.equal import answer_key
 
 MAX_NEW_TOKENS = 200
 CONCURRENCY, ROWS = 32, 128  # questions under way at once, in so many rows: a busy engine, as savings come with load

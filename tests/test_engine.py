@@ -9,7 +9,8 @@ import pytest
 from engines import assert_nothing_left, settled, status_of
 from questions import Question, held_out, prompt
 
-from sglang_dynasor.policy.answers import answer_key, extract_answer
+from sglang_dynasor.policy.answers import extract_answer
+from sglang_dynasor.policy.equal import answer_key
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)

@@ -20,7 +20,7 @@ from sglang_dynasor.frontend import LocalEngine, Reasoning, reason
 from sglang_dynasor.frontend.judge import reward_of
 from sglang_dynasor.frontend.plan import parse_plan
 from sglang_dynasor.frontend.seat import Executor, mend
-from sglang_dynasor.policy.answers import answer_key
+from sglang_dynasor.policy.equal import answer_key
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)

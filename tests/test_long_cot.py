@@ -320,7 +320,8 @@ def test_the_end_of_a_thought_is_the_model_s_own() -> None:
         ("number", "For question 7 the answer is ", True),
         ("number", "The answer is ", False),
         (r"regex:(\d+)", "Of question 7: ", True),
-        ("boxed", "As \\boxed{}: \\boxed{", True),
+        ("boxed", "As \\boxed{x}: \\boxed{", True),
+        ("boxed", "As \\boxed{}: \\boxed{", False),  # an empty box is none
         ("boxed", "\\boxed{", False),
         ("auto", "\\boxed{", False),
         ("hash", "#### 1", True),

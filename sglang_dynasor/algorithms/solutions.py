@@ -7,8 +7,8 @@ from typing import Any
 
 from sglang_dynasor.algorithms.tree import Choice, Reason, Tree
 from sglang_dynasor.policy.allocation import votes_needed
-from sglang_dynasor.policy.answers import answer_key
 from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
 from sglang_dynasor.policy.votes import Votes
@@ -35,7 +35,8 @@ class Solutions:
         """Count a terminal node."""
         found = self.tree[node]
         self.nodes.append(node)
-        self.votes.cast(node, None if found.answer is None else answer_key(found.answer), reward=found.reward)
+        key = None if found.answer is None else found.key or answer_key(found.answer)
+        self.votes.cast(node, key, reward=found.reward)
 
     def __len__(self) -> int:
         return len(self.nodes)

@@ -33,6 +33,7 @@ class Sample(NamedTuple):
     is_terminal: bool  # the model came to its end, or may not go on
     reward: float | None = None  # in [0, 1]; None where nobody judged
     answer: str | None = None  # as written; read only where terminal
+    key: str | None = None  # as counted; None: by what `answer_key` says of the answer
 
 
 class Choice(NamedTuple):
@@ -53,6 +54,7 @@ class Node:
     reward: float | None = None
     is_terminal: bool = False
     answer: str | None = None
+    key: str | None = None
     children: list[int] = field(default_factory=list[int])
 
 
@@ -72,7 +74,7 @@ class Tree:
         """Put a sample under `parent`; returns its index."""
         node = Node(
             parent, self.nodes[parent].depth + 1, sample.text, sample.num_tokens, sample.reward,
-            sample.is_terminal, sample.answer if sample.is_terminal else None,
+            sample.is_terminal, sample.answer if sample.is_terminal else None, sample.key,
         )  # fmt: skip
         self.nodes.append(node)
         self.nodes[parent].children.append(len(self.nodes) - 1)

@@ -17,14 +17,13 @@ from sglang_dynasor.engine.live import ProbeTag
 from sglang_dynasor.engine.req import make_side
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import LONG_COT
-from sglang_dynasor.policy.answers import answer_key, extract_answer, is_complete
+from sglang_dynasor.policy.answers import THINK_ENDS, extract_answer, is_complete
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.spec import ThoughtSpec
 from sglang_dynasor.policy.thought import Trial, hesitates
 
 WORD_TOKENS = 16  # that a word of 32 characters and what stands before it may take
 MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer
-# How models end a thought; the first that the tokenizer or its chat template knows.
-THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
 # What asks for an answer, by where the extractor will look for it.
 LEADS = {
     "auto": "**Final Answer**\n\\boxed{",
@@ -33,6 +32,10 @@ LEADS = {
     "choice": "The answer is (",
     "number": "The answer is ",
     "last_line": "The answer is ",
+    "yes_no": "The answer is ",
+    "json": "```json\n",
+    "code": "```\n",
+    "code:python": "```python\n",
 }
 
 
@@ -78,12 +81,13 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
             f"dynasor.think_end={end!r} is white space, which is in any thought; send what ends one, such as '</think>'"
         )
     if not suffix:
-        if extractor not in LEADS:
+        lead = _lead(extractor)
+        if not lead:
             raise FieldError(
                 f"dynasor.answer={extractor!r} with algorithm {LONG_COT.name!r}: nothing tells how to ask for such an answer; "
                 "send probe_suffix"
             )
-        suffix = end + LEADS[extractor]
+        suffix = end + lead
     if _holds_answer(suffix, extractor):
         raise FieldError(
             f"dynasor.probe_suffix={suffix!r} has an answer in it already, as dynasor.answer={extractor!r} reads it: every trial would "
@@ -99,6 +103,14 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
     new_line = () if word else tuple(tokenizer.encode("\n", add_special_tokens=False))
     word_ends = _word_ends(word, tokenizer) if word else frozenset[int]()
     return ThoughtTokens(ids["probe_suffix"], ids["think_end"], suffix, end.strip(), new_line, word_ends)
+
+
+def _lead(extractor: str) -> str:
+    """What asks for an answer that `extractor` will find; empty where nothing does."""
+    kind, _, rest = extractor.partition(":")
+    if kind == "tag":
+        return f"<{rest}>"
+    return LEADS["json"] if kind == "json" else LEADS.get(extractor, "")
 
 
 def _holds_answer(suffix: str, extractor: str) -> bool:
@@ -156,7 +168,7 @@ def is_answered(req: Req, tokens: ThoughtTokens, extractor: str) -> bool:
     return is_complete(tokens.lead, text, extractor)
 
 
-def read_trial(req: Req, tag: ProbeTag, tokens: ThoughtTokens, extractor: str) -> Trial:
+def read_trial(req: Req, tag: ProbeTag, tokens: ThoughtTokens, extractor: str, equal: str) -> Trial:
     """What a finished probe has found."""
     ids = list(req.output_ids_through_stop)
     logprobs = tag.logprobs[: len(ids)]
@@ -167,7 +179,9 @@ def read_trial(req: Req, tag: ProbeTag, tokens: ThoughtTokens, extractor: str) -
     if hesitates(text, answer):
         answer = None
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0
-    return Trial(answer, None if answer is None else answer_key(answer), probability, tag.num_thought_tokens)
+    return Trial(
+        answer, None if answer is None else answer_key(answer, equal, extractor), probability, tag.num_thought_tokens
+    )
 
 
 def closed(thought: array[int], tokens: ThoughtTokens, *, is_line_end: bool) -> array[int]:

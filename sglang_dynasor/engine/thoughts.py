@@ -195,7 +195,7 @@ class Thoughts:
         if asked.asking is not None:
             asked.asking.costs.append(cost)
             asked.asking.at_tokens = self._next(live, asked.asking)
-        trial = read_trial(req, tag, tokens, program.spec.answer)
+        trial = read_trial(req, tag, tokens, program.spec.answer, program.spec.equal)
         num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
         if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
             return

@@ -17,6 +17,7 @@ from sglang_dynasor.frontend.judge import Judge, OwnJudge, Reward, model_judge
 from sglang_dynasor.frontend.plan import Plan
 from sglang_dynasor.frontend.seat import sample_seed
 from sglang_dynasor.policy.answers import read_answer
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.program import StopReason
 
 DEFAULT_ROWS = 64
@@ -223,7 +224,8 @@ class Driver:
             with nullcontext() if isinstance(run.judge, OwnJudge) else self._places:
                 reward, num_judge_tokens = run.judge(run.prompt, before + text)
         answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer)
-        sample = Sample(text, num_tokens, not goes_on, reward, answer)
+        key = None if answer is None else answer_key(answer, run.plan.spec.equal, run.plan.spec.answer)
+        sample = Sample(text, num_tokens, not goes_on, reward, answer, key)
         return Sampled(sample, num_tokens, num_judge_tokens)
 
 

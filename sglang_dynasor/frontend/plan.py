@@ -18,7 +18,7 @@ MOST_STEP_CHARS = 64
 
 # Of spec.FIELD_HELP; the others need the engine's logits, or a place in its line ...
 _COMMON_KEYS = (
-    "branches", "width", "stop", "answer", "deadline_s", "vote", "judge", "judge_suffix", "judge_good", "judge_bad",
+    "branches", "width", "stop", "answer", "equal", "deadline_s", "vote", "judge", "judge_suffix", "judge_good", "judge_bad",
 )  # fmt: skip
 # ... and these may be left out where nobody knows them: the answer is the same.
 _IDLE_KEYS = ("tenant", "statistics", "group_tokens")

@@ -1,129 +1,208 @@
-"""What a branch answered: extraction from its text, and the key under which equal answers are counted.
+"""What a branch answered: extraction from its text.
 
-Everything here runs in the scheduler's loop on every finished branch, so the work is bounded: at most TAIL_CHARS
-characters are read, patterns run on RE2 (linear time), and numbers are exact rationals of bounded size.
+Everything here runs in the scheduler's loop on every finished branch, so the work is bounded: at most TAIL_CHARS characters
+are read (JSON and code: structured.READ_CHARS), expressions are linear, and a client's pattern has a bound of its own
+(pattern.py). docs/answers.md says what each extractor reads and when it abstains.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from fractions import Fraction
-from functools import lru_cache
-from typing import Any
-
-import re2
 
 from sglang_dynasor.errors import FieldError
-
-TAIL_CHARS = 4096
-MAX_ANSWER_CHARS = 256
-MAX_LEAD_CHARS = 256
-MAX_PATTERN_CHARS = 256
-MAX_DIGITS = 40  # beyond this a number is compared as text
-
-_WHOLE = r"(?:(?<![\d,])\d{1,3}(?:,\d{3})++(?!,?\d)|\d+)"  # commas stand between thousands only: "1,2" is two numbers
-_NUMBER = re.compile(rf"[-+]?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,2}}(?!\d))?(?:\s*/\s*{_WHOLE}(?:\.\d+)?)?")
-_SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")  # spaces between thousands
-_MIXED = re.compile(r"([-+]?)(\d+) +(\d+/\d+)")
-_AROUND_SIGN = re.compile(r" *([-+/]) *")
-_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
-_BRACE = re.compile(r"\\boxed\{|[{}]")
-_FRAC = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(-?\d+)\s*\}")
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
-_CHOICE = re.compile(
-    r"(?i:answer)[^A-Za-z0-9]{0,12}(?:(?i:is)\b|:)[^A-Za-z0-9]{0,12}([A-J])\b"
-    r"|(?i:choice|option)\b[^A-Za-z0-9]{0,12}(?:(?i:is)\b)?[^A-Za-z0-9]{0,12}([A-J])\b"
-    r"|\(([A-Ja-j])\)|\*\*([A-Ja-j])\*\*|^[ \t]*([A-J])[ \t]*[.)]?[ \t]*$",
-    re.M,
+from sglang_dynasor.policy.choice import find_choice, find_yes_no
+from sglang_dynasor.policy.found import TAIL_CHARS, Found
+from sglang_dynasor.policy.marks import find_boxed, find_hash, find_phrase, is_box_open
+from sglang_dynasor.policy.number import find_number
+from sglang_dynasor.policy.pattern import check_pattern, find_pattern
+from sglang_dynasor.policy.structured import (
+    MAX_PATH_CHARS,
+    READ_CHARS,
+    blocks,
+    dump,
+    find_calls,
+    find_code,
+    find_json,
+    find_tag,
+    is_tag,
+    values,
 )
 
-
-def _boxed(text: str) -> str | None:
-    r"""The contents of the last complete `\boxed{...}`, braces balanced."""
-    opened: list[int | None] = []  # where each open brace's contents begin; None: of no box
-    last: tuple[int, int] | None = None
-    for brace in _BRACE.finditer(text):
-        if brace[0] != "}":
-            opened.append(None if brace[0] == "{" else brace.end())
-        elif opened and (start := opened.pop()) is not None:
-            last = max(last or (0, 0), (start, brace.start()))
-    return None if last is None else text[slice(*last)]
-
-
-def _hash(text: str) -> str | None:
-    """What follows the last `####`, to the end of its line."""
-    _, mark, rest = text.rpartition("####")
-    return rest.split("\n", 1)[0] if mark else None
+MAX_SHOWN_CHARS = 256  # of an answer in a record
+MAX_LEAD_CHARS = 256
+MAX_RUNS = 4  # questions of its own that a branch goes on with
+THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
+THINK_STARTS = ("<think>", "<thinking>", "[THINK]", "<|begin_of_thought|>", "<seed:think>")
+_SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,40}\|>|</?s>|<eos>|<pad>|<end_of_turn>|\[/INST\])$")
+_RUN_ON = re.compile(r"\n[ \t]*\n[ \t]*(?:Q|Question|Problem|Human|User)[ \t]*\d{0,4}[ \t]*:", re.I)
+_PLEASANTRY = re.compile(
+    r"[\s*_>]*(?:let me know|(?:i )?hope (?:this|that|it)|i hope|feel free|if you (?:have|need|want|would|'d)|please (?:let|feel)|thank(?:s| you)|happy to|glad to|good luck|is there anything|"
+    r"do you (?:have|need|want)|would you like|have a (?:great|nice|good)|you(?:'|’)re welcome|enjoy|best regards|cheers|any (?:other|more|further) questions)\b",
+    re.I,
+)
+_NO_ANSWER = re.compile(r"[ \t]*(?:#{1,6}[ \t].*|```.*|~~~.*|</?[A-Za-z][\w-]*>|\\(?:begin|end)\{[a-z*]*\})[ \t]*")
+_ITEM = re.compile(r"^(?:[-*•>]\s+)+")
+_TAG_END = re.compile(r"</[A-Za-z][\w-]{0,40}>$")
 
 
-def _choice(text: str) -> str | None:
-    """The last letter A to J that stands as a choice: "answer is (B)", "(B)", or alone on a line."""
-    letter = None
-    for found in _CHOICE.finditer(text):
-        letter = found[found.lastindex or 0]
-    return letter.upper() if letter else None
+def _last_line(text: str) -> Found | None:
+    """The last line with a letter or digit."""
+    return _line(text, is_plain=True)
 
 
-def _number(text: str) -> str | None:
-    """The last number, commas and fractions included."""
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else None
-
-
-def _last_line(text: str) -> str | None:
-    """The last line that is not blank."""
-    lines = text.rstrip().rsplit("\n", 1)
-    return lines[-1]
-
-
-def _auto(text: str) -> str | None:
-    r"""`boxed`, else `hash`, else `last_line`."""
-    for extract in (_boxed, _hash, _last_line):
-        if (found := extract(text)) is not None:
-            return found
+def _line(text: str, *, is_plain: bool) -> Found | None:
+    """The last line that could be an answer; of a plain text any with a letter or digit."""
+    end = len(text)
+    for line in reversed(text.split("\n")):
+        is_whole, end = end < len(text), end - len(line) - 1
+        if not any(c.isalnum() for c in line):
+            continue
+        if is_plain:
+            return Found(line.strip(), is_whole)
+        if not _NO_ANSWER.fullmatch(line) and not _PLEASANTRY.match(line):
+            value = _ITEM.sub("", line.strip())
+            while tag := _TAG_END.search(value, max(0, len(value) - 48)):
+                value = value[: tag.start()].rstrip()
+            if value.rstrip("*_ ").endswith((":", "：")):
+                return None  # it announces what did not come
+            if any(c.isalnum() for c in value):
+                return Found(value, is_whole)
     return None
 
 
-EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+def _auto(text: str) -> Found | None:
+    """The first that is there of: box, `####`, `<answer>`, JSON at the end, "the answer is", code at the end, last line."""
+    return _marked(text) or _unmarked(text)
+
+
+def _marked(text: str) -> Found | None:
+    """What a mark announces."""
+    if found := find_boxed(text) or find_hash(text):
+        return found
+    if is_box_open(text):
+        return None
+    return find_tag(text, "answer") or _final_json(text) or find_phrase(text) or _final_code(text)
+
+
+def _unmarked(text: str) -> Found | None:
+    """The last line, unless the text ends in the middle of a box, of a block of code or of JSON."""
+    if is_box_open(text) or _is_block_open(text) or re.match(r"\s*(?:```\w*\s*)?\{\s*\"", text):
+        return None
+    found = _line(text, is_plain=False)
+    return None if found is None else Found(found.text, False)
+
+
+def _is_block_open(text: str) -> bool:
+    closed = blocks(text)
+    return "\n```" in f"\n{text[closed[-1][2] if closed else 0 :]}"
+
+
+def _is_end(text: str, end: int) -> bool:
+    """Whether after `end` nothing is said: fences, tags and closing lines only."""
+    return all(
+        not any(c.isalnum() for c in line) or _NO_ANSWER.fullmatch(line) or _PLEASANTRY.match(line)
+        for line in text[end:].split("\n")
+    )
+
+
+def _final_json(text: str) -> Found | None:
+    """The object that the text ends in: what stands at its key `answer` or `final_answer`, else all of it."""
+    if "{" not in text:
+        return None
+    for value, end in values(text):
+        if not isinstance(value, dict) or not _is_end(text, end):
+            return None
+        answer = next(
+            (
+                inner
+                for key, inner in value.items()
+                if key.lower() in ("answer", "final_answer", "final answer") and inner is not None
+            ),
+            value,
+        )  # pyright: ignore
+        return Found(dump(answer), True)
+    return None
+
+
+def _final_code(text: str) -> Found | None:
+    """The block of code that the text ends in."""
+    closed = blocks(text)
+    if closed and closed[-1][1].strip() and _is_end(text, closed[-1][2]):
+        return Found(closed[-1][1].strip("\n").rstrip(), True)
+    return None
+
+
+def _code(text: str) -> Found | None:
+    """The last block of code between fences."""
+    return find_code(text)
+
+
+def _json(text: str) -> Found | None:
+    """The last JSON object or array, fenced or not; keys in any order."""
+    return find_json(text)
+
+
+def _calls(text: str) -> Found | None:
+    """The calls of tools: name and arguments, keys in any order."""
+    return find_calls(text)
+
+
+EXTRACTORS: dict[str, Callable[[str], Found | None]] = {
     "auto": _auto,
-    "hash": _hash,
-    "boxed": _boxed,
-    "choice": _choice,
-    "number": _number,
+    "hash": find_hash,
+    "boxed": find_boxed,
+    "choice": find_choice,
+    "number": find_number,
     "last_line": _last_line,
+    "yes_no": find_yes_no,
+    "json": _json,
+    "tool_call": _calls,
+    "code": _code,
 }
-
-
+# Those that take something after a colon.
+FORMS = {
+    "json:PATH": "What stands at PATH in the last JSON value that has it: keys and places with points between them, such as `items.0.name`.",
+    "tool_call:-KEY,-KEY": "The calls of tools without the arguments of these names.",
+    "tag:NAME": "What stands in the last `<NAME>...</NAME>` that is not empty.",
+    "code:python": "The last block of Python between fences; equal where it compiles to the same.",
+    "regex:PATTERN": "Of the line that matches last, the last match's first group, or the whole match. RE2 syntax, up to 256 characters.",
+}
+_LONG = ("json", "tool_call", "code")
+_RUNNING = ("hash", "boxed", "choice", "number")
 _MARKS = {"hash": ("####",), "boxed": ("\\boxed{",), "auto": ("####", "\\boxed{")}
 
 
-@lru_cache(maxsize=256)
-def _compile(pattern: str) -> Any:
-    options = re2.Options()
-    options.log_errors = False
-    options.max_mem = 1 << 20
-    return re2.compile(pattern, options)
-
-
 def check_extractor(extractor: str) -> None:
-    """Raise FieldError unless `extractor` is a name in EXTRACTORS or `regex:PATTERN` with a pattern RE2 takes."""
+    """Raise FieldError unless `extractor` is a name in EXTRACTORS, or one of FORMS with a value that is allowed."""
     if extractor in EXTRACTORS:
         return
-    kind, sep, pattern = extractor.partition(":")
-    if kind != "regex" or not sep:
+    kind, sep, rest = extractor.partition(":")
+    form = next((form for form in FORMS if form.startswith(f"{kind}:")), None) if sep else None
+    if form is None:
         raise FieldError(
-            f"dynasor.answer={extractor!r} is not an extractor; "
-            f"use one of {', '.join(EXTRACTORS)}, or 'regex:PATTERN' (RE2 syntax, the first group is the answer)"
+            f"dynasor.answer={extractor!r} is not an extractor; use one of {', '.join(EXTRACTORS)}, "
+            + ", ".join(f"'{form}'" for form in FORMS)
         )
-    if not 1 <= len(pattern) <= MAX_PATTERN_CHARS:
-        raise FieldError(
-            f"dynasor.answer: the pattern has {len(pattern)} characters; 1 to {MAX_PATTERN_CHARS} are allowed"
-        )
-    try:
-        _compile(pattern)
-    except re2.error as error:
-        raise FieldError(f"dynasor.answer={extractor!r} is no RE2 pattern: {error}; correct it") from None
+    if kind == "regex":
+        check_pattern(rest)
+        return
+    keys = _left_out(rest)
+    is_right = {
+        "json": 0 < len(rest) <= MAX_PATH_CHARS and all(rest.split(".")),
+        "tool_call": len(rest) <= MAX_PATH_CHARS and bool(keys) and all(keys),
+        "tag": is_tag(rest),
+        "code": rest == "python",
+    }[kind]
+    if not is_right:
+        raise FieldError(f"dynasor.answer={extractor!r} is no '{form}'; write it as there, such as {_EXAMPLES[kind]!r}")
+
+
+_EXAMPLES = {"json": "json:answer", "tool_call": "tool_call:-id", "tag": "tag:answer", "code": "code:python"}
+
+
+def _left_out(rest: str) -> frozenset[str]:
+    return frozenset(part.strip()[1:] if part.strip()[:1] == "-" else "" for part in rest.split(","))
 
 
 def answer_marks(extractor: str) -> tuple[str, ...]:
@@ -131,86 +210,103 @@ def answer_marks(extractor: str) -> tuple[str, ...]:
     return _MARKS.get(extractor, ())
 
 
-def extract_answer(text: str, extractor: str) -> str | None:
+def _said(text: str) -> str:
+    """What was said after the last thought; nothing where a thought goes on. Special tokens at the end are left out."""
+    end = max(text.rfind(mark) + len(mark) if mark in text else 0 for mark in THINK_ENDS)
+    if any(text.rfind(mark) >= end for mark in THINK_STARTS):
+        return ""
+    said = text[max(end, len(text) - READ_CHARS) :].rstrip()
+    while special := _SPECIAL.search(said, max(0, len(said) - 48)):
+        said = said[: special.start()].rstrip()
+    return said if len(said) < len(text[end:].rstrip()) else text[max(end, len(text) - READ_CHARS) :]
+
+
+def _find(text: str, extractor: str) -> Found | None:
+    kind, _, rest = extractor.partition(":")
+    text = text if kind in _LONG else text[-TAIL_CHARS:]
+    if kind in _RUNNING or kind == "auto":
+        find = _marked if kind == "auto" else EXTRACTORS[kind]
+        for run in list(_RUN_ON.finditer(text))[:MAX_RUNS]:
+            if found := find(text[: run.start()]):
+                return Found(found.text, True)
+    if not rest:
+        return EXTRACTORS[kind](text)
+    match kind:
+        case "json":
+            return find_json(text, rest)
+        case "tool_call":
+            return find_calls(text, _left_out(rest))
+        case "tag":
+            return find_tag(text, rest)
+        case "code":
+            return find_code(text, rest)
+        case _:
+            return find_pattern(text, rest)
+
+
+def extract_answer(text: str, extractor: str, *, is_cut: bool = False) -> str | None:
     """The answer in `text`, as written; None where there is none (an abstention).
 
     Args:
-        text: what a branch generated; only its last TAIL_CHARS characters are read.
-        extractor: a name in EXTRACTORS, or `regex:PATTERN`: the last match's first group, or the whole match.
+        text: what a branch generated. What stands before the end of a thought is no answer.
+        extractor: as `check_extractor` takes it.
+        is_cut: whether the branch ended by its length: then only an answer counts whose end a mark tells.
 
     Returns:
-        The answer without surrounding white space, at most MAX_ANSWER_CHARS long; None if empty or not found.
+        The answer without surrounding white space, all of it; None if empty or not found.
     """
-    tail = text[-TAIL_CHARS:]
-    if extractor in EXTRACTORS:
-        found = EXTRACTORS[extractor](tail)
-    else:
-        found = None
-        for match in _compile(extractor.partition(":")[2]).finditer(tail):
-            found = match.group(1) if match.re.groups else match.group(0)
-    found = (found or "").strip()[:MAX_ANSWER_CHARS].strip()
-    return found or None
+    said = _said(text)
+    found = _find(said, extractor) if said.strip() else None
+    if found is None or (is_cut and not found.is_whole):
+        return None
+    return found.text.strip() or None
 
 
-def read_answer(lead: str, text: str, extractor: str) -> str | None:
+def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -> str | None:
     r"""The answer in `text`, or else one that begins on the line before it: a prompt may end with `\boxed{`.
 
     Args:
         lead: what stands before `text`; of it only the end of the last line is read, and no answer of its own counts.
+        is_cut: as in `extract_answer`.
     """
-    if extractor == "auto":  # its last line is there in any text
-        begun = read_answer(lead, text, "boxed") or read_answer(lead, text, "hash")
-        return begun or extract_answer(text, "last_line")
-    found = extract_answer(text, extractor)
     begun = lead.rpartition("\n")[2][-MAX_LEAD_CHARS:]
+    if extractor == "auto" and begun:  # its last line is there in any text
+        return (
+            _begun(begun, text, "boxed", is_cut) or _begun(begun, text, "hash", is_cut) or _phrased(begun, text, is_cut)
+        )
+    return _begun(begun, text, extractor, is_cut)
+
+
+def _begun(begun: str, text: str, extractor: str, is_cut: bool) -> str | None:
+    found = extract_answer(text, extractor, is_cut=is_cut)
     if found is None and begun:
-        whole = extract_answer(begun + text, extractor)
+        whole = extract_answer(begun + text, extractor, is_cut=is_cut)
         found = None if whole == extract_answer(begun, extractor) else whole
     return found
 
 
+def _phrased(begun: str, text: str, is_cut: bool) -> str | None:
+    found = _marked(begun + text[-TAIL_CHARS:]) if not any(mark in text for mark in THINK_ENDS) else None
+    if (
+        found is not None
+        and not (is_cut and not found.is_whole)
+        and found != _marked(begun)
+        and _marked(text[-TAIL_CHARS:]) is None
+    ):
+        return found.text.strip() or None
+    return extract_answer(text, "auto", is_cut=is_cut)
+
+
+def shown(answer: str | None) -> str | None:
+    """An answer as a record has it: the first MAX_SHOWN_CHARS characters."""
+    return answer if answer is None or len(answer) <= MAX_SHOWN_CHARS else answer[: MAX_SHOWN_CHARS - 3] + "..."
+
+
 def is_complete(lead: str, text: str, extractor: str) -> bool:
-    """Whether the answer that `text` gives after `lead` has come to its end: its braces are closed, or its line is over."""
-    if extractor == "boxed" or (extractor == "auto" and "\\boxed{" in lead + text):
-        return _boxed(lead + text) is not None
-    if extractor == "choice":
-        return _choice(lead + text) is not None
+    """Whether the answer that `text` gives after `lead` has come to its end: its mark is closed, or its line is over."""
+    kind = extractor.partition(":")[0]
+    if kind == "boxed" or (kind == "auto" and "\\boxed{" in lead + text):
+        return find_boxed(lead + text) is not None
+    if kind in ("choice", "yes_no", "tag", "code", "json", "tool_call"):
+        return _find(lead + text, extractor) is not None
     return "\n" in text.lstrip()
-
-
-def as_number(text: str) -> Fraction | None:
-    r"""The exact rational that `text` writes; None if it is none, or is several numbers.
-
-    It may have commas or spaces between thousands, a point, an exponent, be a fraction (`-3/4`, `\frac{3}{4}`) or mixed (`3 1/2`).
-    """
-    text = _AROUND_SIGN.sub(r"\1", _FRAC.sub(r" \1/\2", text).strip())
-    if _SPACED.fullmatch(text):
-        text = text.replace(" ", "")
-    if sum(c.isdigit() for c in text) > MAX_DIGITS:
-        return None
-    sign, whole, text = mixed.groups() if (mixed := _MIXED.fullmatch(text)) else ("", "0", text)
-    if not _NUMBER.fullmatch(text):
-        return None
-    numerator, _, denominator = text.replace(",", "").partition("/")
-    try:
-        value = int(whole) + Fraction(numerator) / Fraction(denominator or 1)
-    except (ValueError, ZeroDivisionError):
-        return None
-    return -value if sign == "-" else value
-
-
-def answer_key(answer: str) -> str:
-    """The string under which an answer is counted; equal answers have equal keys.
-
-    Numbers are equal as exact rationals ("0.5" = "1/2" = "$.50"); anything else is compared without case, white space,
-    surrounding punctuation, dollar signs and LaTeX text wrappers. Never symbolic: this runs in the scheduler's loop.
-    """
-    text = _WRAPPED.sub(r"\1", answer).replace("\\!", "").replace("\\,", "").replace("\\%", "%").replace("\\$", "$")
-    text = text.replace("−", "-").strip().strip("$").strip()
-    text = text.rstrip(".,;:!").strip()
-    percent = text.endswith("%")
-    number = as_number(text.removesuffix("%").removeprefix("$").strip())
-    if number is not None:
-        return f"{number}{'%' if percent else ''}"
-    apart = _BETWEEN_DIGITS.sub(",", text.casefold())  # "1 2" is not 12
-    return "".join(apart.split()).strip("\"'`*()[]{}") or answer

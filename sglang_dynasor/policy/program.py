@@ -10,10 +10,11 @@ from enum import StrEnum
 from typing import Any
 
 from sglang_dynasor.policy.allocation import votes_needed
-from sglang_dynasor.policy.answers import answer_key, read_answer
+from sglang_dynasor.policy.answers import read_answer, shown
 from sglang_dynasor.policy.branch import Branch, BranchState
 from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
 from sglang_dynasor.policy.mixture import Distribution, Mixture, mix
 from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
@@ -212,7 +213,7 @@ class Program:
             self.warmup.append(lowest)
         branch.answer = answer
         try:
-            branch.key = None if answer is None else answer_key(answer)
+            branch.key = None if answer is None else answer_key(answer, self.spec.equal, self.spec.answer)
         finally:
             self.votes.cast(index, branch.key, reward=reward, confidence=lowest)
             if index == self.speaker:
@@ -321,11 +322,13 @@ class Program:
         return {
             "program": self.id,
             "algorithm": self.spec.algorithm,
-            "answer": self.branches[winner].answer if winner is not None else None,
+            "answer": shown(self.branches[winner].answer) if winner is not None else None,
             "certaindex": round(self._certaindex(risk), 6),
             "risk": round(risk, 6),
             "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
-            "votes": [{"answer": self.branches[min(who)].answer, "votes": len(who)} for who in self.votes.ranking],
+            "votes": [
+                {"answer": shown(self.branches[min(who)].answer), "votes": len(who)} for who in self.votes.ranking
+            ],
             "num_abstentions": evidence.abstentions,
             "num_failed": self.num_failed,
             "branch": winner,
@@ -355,7 +358,8 @@ class Program:
             "num_probe_tokens": self.num_probe_tokens,
             "closed_at_tokens": [branch.closed_at for branch in self.branches],
             "trials": [
-                {"tokens": t.num_tokens, "answer": t.answer, "probability": round(t.probability, 6)} for t in trials
+                {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)}
+                for t in trials
             ],
         }
         if self.spec.branches == 1:

@@ -13,7 +13,7 @@ _SEARCH = "searches"
 RECORD_HELP: dict[str, tuple[str, str]] = {
     "program": (ALWAYS, "id: the response's id, or the client's program id"),
     "algorithm": (ALWAYS, "as asked for"),
-    "answer": (ALWAYS, "the winning answer as written; null if no branch gave one"),
+    "answer": (ALWAYS, "the winning answer as written, up to 256 characters; null if no branch gave one"),
     "certaindex": (ALWAYS, "how sure the program is, in [0, 1]. Of votes 1 - `risk`; of `best_of_n` and searches the best reward, of `mcts` the mean; of a single thought the share of the last `agree` trials that say what the latest says"),
     "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one; 0 once the cap is used up without a tie"),
     "entropy_certaindex": (ALWAYS, "the paper's (log n - H) / log n over the votes"),

@@ -8,7 +8,8 @@ from typing import Any, cast
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
-from sglang_dynasor.policy.answers import answer_marks, check_extractor
+from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
+from sglang_dynasor.policy.equal import EQUALS
 from sglang_dynasor.policy.rules import StopRule, parse_stop
 
 MAX_DEADLINE_S = 86_400.0
@@ -42,7 +43,8 @@ _HELP = {
     "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use ({_default('branches')})"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
     "stop": ("NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
-    "answer": ("auto, hash, boxed, choice, number, last_line, regex:PATTERN", "where the answer stands in the text (default auto)"),
+    "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
+    "equal": (", ".join(EQUALS), "which answers are one vote: math merges writings of one value, text only white space (default math)"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
     "vote": ("majority, confidence, reward, best", f"what a branch's vote weighs ({_default('vote')}; confidence with stop=confidence); best: the branch of the highest reward decides"),
@@ -117,6 +119,7 @@ class ProgramSpec:
     weak_frac: float = 0.0
     statistics: bool = False
     thought: ThoughtSpec | None = None
+    equal: str = "math"
 
     @property
     def about(self) -> AlgorithmRecord:
@@ -156,6 +159,9 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     width = _whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
+    equal = _text(options, "equal", "math")
+    if equal not in EQUALS:
+        raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join(EQUALS)}")
     stop = parse_stop(_text(options, "stop", about.stop))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
@@ -192,7 +198,7 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     group_tokens = _whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
     return ProgramSpec(
         about.name, branches, width, stop, answer, program, deadline_s, tenant or "",
-        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought,
+        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought, equal,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from sglang_dynasor.policy.answers import answer_key
+from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.spec import ThoughtSpec
 
 PRICE_FRAC = 0.03  # of a thought's tokens that asking may take, where the client has not said how often to ask

@@ -1,0 +1,78 @@
+"""The last number of a text."""
+
+from __future__ import annotations
+
+import re
+
+from sglang_dynasor.policy.found import Found
+
+# Commas and spaces stand between thousands only: "1,2" is no 12. Possessive, with what may not stand before: linear.
+_WHOLE = r"(?:(?<![\d,])\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})++(?!,?\d)|(?<![\d,])(?<!\d )\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})++(?![\d])|\d++)"
+_VALUE = rf"(?:{_WHOLE}(?:\.\d++)?|\.\d++)"
+_DECIMAL_COMMA = re.compile(r"(?![1-9]\d{0,2},\d{3}(?!\d))(\d+),(\d+)( [a-z]+)?", re.I)
+_NUMBER = re.compile(
+    r"(?<![A-Za-z_\d])(?:"  # not within a word
+    rf"(?:\d++\s?)?\\[dtc]?frac\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)\s?(?:\{{\s?-?{_VALUE}\s?\}}|\d)"  # a fraction, mixed or not
+    r"|\d{1,4}(?::\d{1,4})++(?!\d)"  # a time, a ratio
+    r"|(?<![\d.,])\d{1,4} \d{1,4}/\d{1,4}(?![\d/])"
+    r"|(?<![\d,.(\[{])(?:[1-9]\d{0,2}(?:\.\d{3})++|[1-9]\d{0,2}(?: \d{3})++),\d\d?(?![\d,.])"  # thousands and a decimal comma
+    r"|(?<![\d,.(\[{])(?<!\d, )(?:\d{1,12},(?:\d\d?|\d{4,12})|0,\d{3})(?![\d,.)\]}]|\s?,\s?\d)(?:\s(?:million|billion|trillion)\b)?"  # a decimal comma
+    rf"|{_VALUE}(?:[eE][-+]?\d{{1,2}}(?!\d)|\s?(?:[×x*]|\\times|\\cdot)\s?10\s?\^\s?\{{?[-+−]?\d{{1,2}}\}}?|\^\{{?[-+−]?\d{{1,4}}\}}?)?"
+    rf"(?:\s?/\s?{_VALUE})?(?:\s(?:thousand|million|billion|trillion)\b)?(?:\s?(?:\\?[%％]|percent\b))?)"
+)
+NEAR_CHARS = 1024  # at the end: read first, as most texts have a number there
+MAX_CHARS = 64  # that a number is taken to have; it is looked for in all of the text where it may have more
+_MINUS = re.compile(r"(?:minus|negative)\s{1,3}$", re.I)
+_NAME = re.compile(r"[A-Za-z]{2}-$")  # COVID-19
+_PART = re.compile(r"\d\.$")
+_MORE = re.compile(r"\.\d")  # 1.2.3
+_POINTED = re.compile(r"\d{1,3}(?:[. ]\d{3})+,\d+")
+_CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
+_OPERATOR = re.compile(
+    r"(?:[\d)\]}%!]\s?|(?<![^\W\d_])[^\W\d_]\s|[^\W\d_])$"
+)  # before a sign: it adds or takes away, or is a hyphen
+
+
+def find_number(text: str) -> Found | None:
+    r"""The last number with its sign and per cent; `\frac{1}{4}`, `3 1/2`, `3:30`, `12 500`, `1.5*10^3`, `1.5 million`, `2,74` too.
+
+    A digit that belongs to a word, an index or a power is none: "CO2", `x_2`, `x^2`. "5-3" ends in 3, not in -3.
+    """
+    last = next((i for i in reversed(range(len(text))) if text[i].isdecimal()), None)
+    if last is None:
+        return None
+    near = max(0, last - NEAR_CHARS)
+    return (_find(text, near) if near else None) or _find(text, 0)
+
+
+def _find(text: str, begin: int) -> Found | None:
+    for found in reversed(list(_NUMBER.finditer(text, begin))):
+        start = found.start()
+        if begin and start < begin + MAX_CHARS:
+            return None  # it may have begun before
+        before = text[max(0, start - 24) : start]
+        if (before[-1:].isascii() and before[-1:].isalpha() and not before.endswith("\\")) or before.endswith(
+            ("_", "^", "_{", "^{", "^{-", "^-")
+        ):
+            continue
+        number = found[0]
+        if _NAME.search(before) or _PART.search(before) or _MORE.match(text, found.end()):
+            continue
+        if _POINTED.fullmatch(number):
+            number = number.replace(".", "").replace(" ", "")
+        if _DECIMAL_COMMA.fullmatch(number):
+            number = number.replace(",", ".")
+        return Found(_sign(before) + number, found.end() + 1 < len(text))
+    return None
+
+
+def _sign(before: str) -> str:
+    """The sign that a number has after `before`: "-" or nothing."""
+    before = _CURRENCY.sub("", before)
+    if _MINUS.search(before):
+        return "-"
+    if before.endswith((" - ", " − ", " – ")):
+        return "" if _OPERATOR.search(before[:-2]) or before[:-3].strip()[-1:].isalpha() else "-"
+    if not before.endswith(("-", "−", "–")):
+        return ""
+    return "" if _OPERATOR.search(before[:-1]) else "-"
