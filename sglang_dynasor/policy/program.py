@@ -13,6 +13,7 @@ from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.answers import read_answer, shown
 from sglang_dynasor.policy.branch import Branch, BranchState
 from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
@@ -41,6 +42,7 @@ class Program:
     spec: ProgramSpec
     branches: list[Branch] = field(default_factory=list[Branch])
     votes: Votes = field(init=False)  # of its branches, by index
+    comparisons: Comparisons = field(init=False)  # of its answers
     answering: dict[int, Distribution] = field(default_factory=dict[int, Distribution])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     num_in_flight: int = 0
@@ -60,6 +62,7 @@ class Program:
 
     def __post_init__(self) -> None:
         self.votes = Votes(self.spec.vote)
+        self.comparisons = Comparisons(self.spec.comparer)
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -103,7 +106,8 @@ class Program:
     @property
     def evidence(self) -> Evidence:
         """What the rule may look at. Gathered once per change: order, width and gang ask for it many times."""
-        key = (len(self.votes.recent), self.num_failed, self.num_in_flight if self.is_closed else -1, self._num_seen)
+        num_left = self.num_in_flight if self.is_closed else -1
+        key = (len(self.votes.recent), len(self.comparisons.merges), self.num_failed, num_left, self._num_seen)
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
         return self._gathered[1]
@@ -213,14 +217,23 @@ class Program:
             self.warmup.append(lowest)
         branch.answer = answer
         try:
-            branch.key = None if answer is None else answer_key(answer, self.spec.equal, self.spec.answer)
+            if answer is not None:
+                branch.key = self.votes.root(answer_key(answer, self.spec.equal, self.spec.answer))
         finally:
             self.votes.cast(index, branch.key, reward=reward, confidence=lowest)
+            self.comparisons.see(index, self.branches, self.votes)
             if index == self.speaker:
                 self.reason = StopReason.CERTAIN
             else:
                 self._stop_if_used_up()
         if index != self.speaker:
+            self._stop_if_certain()
+
+    def settle(self, index: int, into: int | None, score: float | None = None) -> None:
+        """The answer of branch `index` was compared: it is that of branch `into`, or of nobody. Then the rule is asked again."""
+        if self.reason is None:
+            self.comparisons.settle(index, into, score, self.branches, self.votes)
+            self._stop_if_used_up()
             self._stop_if_certain()
 
     def may_close(self, index: int) -> bool:
@@ -308,12 +321,18 @@ class Program:
         self.num_in_flight -= 1
         return branch
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether answers are compared whose finding could change the one that leads: then it waits for that."""
+        return self.comparisons.may_change_leader(self.votes)
+
     def _stop_if_certain(self) -> None:
-        if self.spec.stop.stops(self.evidence):
+        if not self._is_open and self.spec.stop.stops(self.evidence):
             self.reason = StopReason.CERTAIN
 
     def _stop_if_used_up(self) -> None:
-        if self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches):
+        is_used_up = self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches)
+        if is_used_up and not self._is_open:
             self.reason = StopReason.CAP if self.votes.recent else StopReason.FAILED
 
     def record(self) -> dict[str, Any]:
@@ -344,6 +363,7 @@ class Program:
             "stop_reason": None if self.reason is None else str(self.reason),
             **self._statistics(evidence),
             **self._thoughts(),
+            **self.comparisons.record(self.branches),
         }
 
     def _thoughts(self) -> dict[str, Any]:
