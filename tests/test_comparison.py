@@ -277,7 +277,11 @@ def test_what_is_not_refused() -> None:
     """The neighbours of what is."""
     assert parse_field({"equal": "embedding:0.8"}, 64).least_cosine == 0.8
     assert parse_field({"equal": "embedding"}, 64).least_cosine == 0.9
-    for field in ({"equal": "symbolic", "answer": "json:a"}, {"equal": "model", "answer": "code"}, {"equal": "embedding:1"}):
+    for field in (
+        {"equal": "symbolic", "answer": "json:a"},
+        {"equal": "model", "answer": "code"},
+        {"equal": "embedding:1"},
+    ):
         assert parse_field(field, 64).comparer
     for field in ({"equal": "text", "algorithm": "long_cot"}, {"equal": "math", "program": "p"}, {}):
         assert not parse_field(field, 64).comparer

@@ -55,7 +55,9 @@ class Comparisons:
             return branch.key is not None and read_formula(branch.key) is not None
         return branch.answer is not None and len(branch.answer) <= MAX_CHARS[self.by]
 
-    def settle(self, index: int, into: int | None, score: float | None, branches: Sequence[Branch], votes: Votes) -> None:
+    def settle(
+        self, index: int, into: int | None, score: float | None, branches: Sequence[Branch], votes: Votes
+    ) -> None:
         """The answer of branch `index` was found to be that of `into`, or of nobody. No harm if that is known."""
         one = branches[index].key
         if self.under_way.pop(index, None) is None or into is None or one is None:

@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 MAX_FORMULA_CHARS = 128  # of the canonical form; what takes longer to write takes long to simplify
 
-_FUNCTIONS = frozenset(
-    r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \log \ln \exp".split()
-)
+_FUNCTIONS = frozenset(r"\sin \cos \tan \cot \sec \csc \arcsin \arccos \arctan \sinh \cosh \tanh \log \ln \exp".split())
 _LETTERS = frozenset(
     r"\pi \alpha \beta \gamma \delta \epsilon \varepsilon \theta \lambda \mu \nu \rho \sigma \tau \phi \varphi \omega \Delta \Omega".split()
 )
