@@ -38,10 +38,10 @@ def test_a_crash_in_the_vote_falls_back(start_engine: Any, monkeypatch: pytest.M
     """Reading an answer crashes on some texts: they abstain, programs are answered, plain requests are not touched."""
     real = program.read_answer
 
-    def extract(lead: str, text: str, extractor: str) -> str | None:
+    def extract(lead: str, text: str, extractor: str, *, is_cut: bool) -> str | None:
         if len(text) % 2:
             raise RuntimeError("injected")
-        return real(lead, text, extractor)
+        return real(lead, text, extractor, is_cut=is_cut)
 
     monkeypatch.setattr(program, "read_answer", extract)  # the scheduler forks from here
     engine = start_engine(scheduler="dynasor")

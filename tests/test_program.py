@@ -215,13 +215,13 @@ def test_a_failure_that_does_not_close_shrinks_the_cap() -> None:
     p.finish(1, "#### 1", 1)
     assert p.reason is None
     p.finish(2, "#### 1", 1)
-    assert p.reason is StopReason.CERTAIN
+    assert p.reason is StopReason.CAP
 
 
 def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """If reading an answer raises, the branch abstained, and the last one still ends the program."""
 
-    def broken(*args: object) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
         raise RuntimeError("injected")
 
     p = program(branches=2, width=2)

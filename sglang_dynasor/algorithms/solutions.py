@@ -76,7 +76,7 @@ class Solutions:
 
     def record(self, evidence: Evidence, reason: Reason | None, stop: StopRule) -> dict[str, Any]:
         """The keys that all searches' records share."""
-        num_left = 0 if reason is Reason.CAP else evidence.num_left
+        num_left = len(self.nodes) if reason is Reason.CAP else evidence.num_left  # of all used: of as many again
         risk = overtake_risk(evidence.counts, evidence.abstentions, num_left)
         choice = self.answer()
         return {
@@ -84,6 +84,7 @@ class Solutions:
             "risk": round(risk, 6),
             "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
             "votes": [{"answer": self.tree[min(who)].answer, "votes": len(who)} for who in self.votes.ranking],
+            "leader_share": round(evidence.leader_share, 6),
             "num_abstentions": evidence.abstentions,
             "branch": None if choice.node is None else self.nodes.index(choice.node),
             "num_branches": len(self.nodes),

@@ -34,6 +34,7 @@ class Sample(NamedTuple):
     reward: float | None = None  # in [0, 1]; None where nobody judged
     answer: str | None = None  # as written; read only where terminal
     key: str | None = None  # as counted; None: by what `answer_key` says of the answer
+    is_cut: bool = False  # it ended by its length
 
 
 class Choice(NamedTuple):
@@ -55,6 +56,7 @@ class Node:
     is_terminal: bool = False
     answer: str | None = None
     key: str | None = None
+    is_cut: bool = False
     children: list[int] = field(default_factory=list[int])
 
 
@@ -74,7 +76,7 @@ class Tree:
         """Put a sample under `parent`; returns its index."""
         node = Node(
             parent, self.nodes[parent].depth + 1, sample.text, sample.num_tokens, sample.reward,
-            sample.is_terminal, sample.answer if sample.is_terminal else None, sample.key,
+            sample.is_terminal, sample.answer if sample.is_terminal else None, sample.key, sample.is_cut,
         )  # fmt: skip
         self.nodes.append(node)
         self.nodes[parent].children.append(len(self.nodes) - 1)

@@ -12,6 +12,7 @@ from sglang_dynasor.engine.live import LiveProgram, SentTag, set_arrival, set_ta
 from sglang_dynasor.engine.req import FINISH_ENDED
 from sglang_dynasor.engine.room import SchedulerRoom
 from sglang_dynasor.engine.teller import Teller
+from sglang_dynasor.engine.voting import constraint_of
 from sglang_dynasor.policy.admission import Gang
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.spec import ProgramSpec, parse_field
@@ -96,7 +97,7 @@ class Intake:
     def _hold(self, req: Req, spec: ProgramSpec) -> LiveProgram:
         if (old := self.programs.held.get(req.rid)) is not None:
             self.ends.replace(old)
-        program = Program(req.rid, spec)
+        program = Program(req.rid, spec, constraint=constraint_of(req.sampling_params))
         live = self.programs.number(program, req)
         live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live)
         req.time_stats.set_wait_queue_entry_time()
@@ -107,7 +108,8 @@ class Intake:
         return live
 
     def _join(self, req: Req, program_id: str, spec: ProgramSpec) -> LiveProgram:
-        live = self.programs.join(program_id, Program(program_id, spec))
+        fresh = Program(program_id, spec, constraint=constraint_of(req.sampling_params))
+        live = self.programs.join(program_id, fresh)
         program = live.program
         if program.reason is None and len(program.branches) < program.spec.branches:
             set_tag(req, SentTag(live, program.start_branch(), self.sent))

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+
 from sglang_dynasor.engine.faults import Faults
 from sglang_dynasor.engine.live import LiveProgram, SentTag, generated_tokens, tag_of
 from sglang_dynasor.engine.req import FINISH_ENDED
+from sglang_dynasor.engine.texts import Texts
+from sglang_dynasor.policy.branch import BranchState, Ending
 from sglang_dynasor.policy.forecast import Forecast
-from sglang_dynasor.policy.program import BranchState
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-
-TAIL_TOKENS = 1024  # decoded to look for an answer: bounds the work of a very long branch
-LEAD_TOKENS = 64  # of the prompt, that an answer may begin in
 
 
 class Voting:
     """What a finished branch says is told to its program."""
 
     def __init__(self, tokenizer: Any, forecast: Forecast, faults: Faults):
-        self.tokenizer = tokenizer
+        self.texts = Texts(tokenizer)
         self.forecast = forecast
         self.faults = faults
 
     def finish(self, live: LiveProgram, index: int, req: Req, reward: float | None = None) -> None:
         """The branch votes, or abstains; it also abstains where reading it fails."""
-        ids, program = req.output_ids_through_stop, live.program
+        num_tokens, program = len(req.output_ids_through_stop), live.program
         try:
-            text = self._decode(ids[-TAIL_TOKENS:])
+            lead = self._lead(live, req)
+            text = self.texts.said(req, lead)
             if not isinstance(req.finished_reason, FINISH_ENDED):
-                self.forecast.branch_tokens.learn(len(ids))
-            program.finish(index, text, generated_tokens(req, len(ids)), reward, lead=self._lead(live, req))
+                self.forecast.branch_tokens.learn(num_tokens)
+            program.finish(
+                index, text, generated_tokens(req, num_tokens), reward, lead=lead, ending=ending_of(req)
+            )  # fmt: skip
         except Exception as error:
             if program.branches[index].state is BranchState.IN_FLIGHT:
                 raise
@@ -57,10 +60,21 @@ class Voting:
     def _lead(self, live: LiveProgram, req: Req) -> str:
         """The end of a branch's prompt, where its answer may begin; read once where the server makes the branches."""
         if isinstance(tag_of(req), SentTag):
-            return self._decode(req.origin_input_ids[-LEAD_TOKENS:])
+            return self.texts.lead(req)
         if live.lead is None:
-            live.lead = self._decode(req.origin_input_ids[-LEAD_TOKENS:])
+            live.lead = self.texts.lead(req)
         return live.lead
 
-    def _decode(self, ids: Any) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+def ending_of(req: Req) -> Ending:
+    """How a branch has come to its own end, or to that of its time."""
+    reason = req.finished_reason
+    matched = None if reason is None else reason.to_json().get("matched")
+    is_cut = isinstance(reason, FINISH_LENGTH | FINISH_ENDED)
+    return Ending(is_cut, matched if isinstance(matched, str) else "")
+
+
+def constraint_of(params: Any) -> str:
+    """The sampling parameter that constrains a text by a grammar; empty: none does."""
+    names = ("json_schema", "regex", "ebnf", "structural_tag")
+    return next((name for name in names if getattr(params, name, None)), "")

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 from sglang.lang.interpreter import ProgramState
 
 from sglang_dynasor.policy.answers import read_answer
-from sglang_dynasor.policy.spec import ProgramSpec
+from sglang_dynasor.policy.branch import Ending
+from sglang_dynasor.policy.spec import ProgramSpec, is_greedy
 
 
 class Counter(Protocol):
@@ -16,7 +17,7 @@ class Counter(Protocol):
     id: str
     spec: ProgramSpec
 
-    def admit(self, branch: Branch, name: str | None) -> dict[str, Any] | None:
+    def admit(self, branch: Branch, name: str | None, *, is_greedy: bool) -> dict[str, Any] | None:
         """What to send with the generation `name` of a branch, once its turn has come; None: it is not needed."""
         ...
 
@@ -46,6 +47,7 @@ class Branch(ProgramState):
         self.index: int | None = None  # in the policy's program; None: never started
         self.served_index: int | None = None  # in the engine's, where that counts; known once it has answered
         self.lead = self.said = ""  # before the generation that answers, and what it has generated
+        self.ending = Ending()  # of that generation
         self.is_finished = False  # its answer is there
         self.is_counted = False  # it has voted or abstained
         self.is_answering = False
@@ -78,7 +80,7 @@ class Branch(ProgramState):
     def answer(self) -> str | None:
         """What the program's extractor finds in the generation that answers; None: an abstention. Waits for it."""
         self.sync()
-        return read_answer(self.lead, self.said, self.program.spec.answer)
+        return read_answer(self.lead, self.said, self.program.spec.answer, is_cut=self.ending.is_cut)
 
     @property
     def rid(self) -> str:
@@ -86,9 +88,10 @@ class Branch(ProgramState):
 
     # Called by the executor's thread (seat.py).
 
-    def start(self, executor: Any) -> dict[str, Any] | None:
+    def start(self, executor: Any, sampling: Any) -> dict[str, Any] | None:
         self.lead = executor.text_
-        return self.program.admit(self, _current_name(executor))
+        is_alike = is_greedy({"temperature": sampling.temperature, "top_k": sampling.top_k})
+        return self.program.admit(self, _current_name(executor), is_greedy=is_alike)
 
     def finish(self, text: str, meta_info: dict[str, Any]) -> None:
         self.program.take(self, text, meta_info)

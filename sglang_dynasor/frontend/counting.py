@@ -16,8 +16,7 @@ from typing import Any
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.branch import Branch
 from sglang_dynasor.frontend.seat import POLL_S, raise_failure, sample_seed
-from sglang_dynasor.policy.answers import read_answer
-from sglang_dynasor.policy.branch import BranchState
+from sglang_dynasor.policy.branch import BranchState, Ending
 from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec
 
@@ -56,6 +55,7 @@ class Counting:
         self._handed: Branch | None = None  # the last of these
         self._is_consumed = False  # the author takes branches as they finish
         self._is_ended_here = False
+        self._greedy: set[str] = set()  # texts that greedy answers were generated after
 
     @property
     def reason(self) -> StopReason | None:
@@ -79,7 +79,7 @@ class Counting:
         ours["branch_tokens"] = tokens
         winner = record["branch"]
         ours["branch"] = None if winner is None or winner not in order else order.index(winner)
-        for key in {"rewards", "confidences"} & record.keys():
+        for key in {"rewards", "confidences", "finish_reasons"} & record.keys():
             ours[key] = [None if index is None else record[key][index] for index in order]
         return {key: value for key, value in {**record, **ours}.items() if key != "index"}
 
@@ -166,15 +166,18 @@ class Counting:
 
     # Called by the branches' threads
 
-    def admit(self, branch: Branch, name: str | None) -> dict[str, Any] | None:
+    def admit(self, branch: Branch, name: str | None, *, is_greedy: bool) -> dict[str, Any] | None:
         """What to send with the generation `name` of a branch, once its turn has come; None after the decision.
 
         Raises:
-            FieldError: a generation after the one that answered.
+            FieldError: a generation after the one that answered, or a greedy one that another branch has made already.
         """
         with self._changed:
             if branch.is_finished and not branch.ended:
-                raise self._refuse(branch, name)
+                raise self._refuse(
+                    f"branch {branch.number} generates {name!r} after the generation that answered; name that one in the "
+                    "declaration: final=NAME"
+                )
             # The first generation takes the branch's place in flight, whether or not it is the one that answers.
             if branch.index is None:
                 self._wait_for_place()
@@ -184,19 +187,22 @@ class Counting:
                 return None
             if branch.index is None:
                 branch.index = self._program.start_branch()
-        branch.is_answering = self.final is None or name == self.final
+            branch.is_answering = self.final is None or name == self.final
+            if is_greedy and branch.is_answering:
+                if branch.lead in self._greedy:
+                    raise self._refuse(
+                        f"branch {branch.number} generates {name!r} greedily (temperature 0, or top_k 1), as another branch with the "
+                        "same text before it: both would be the same; generate it with a temperature above 0"
+                    )
+                self._greedy.add(branch.lead)
         seed = sample_seed(self.seed, self.id, branch.number)
         extra: dict[str, Any] = {"rid": branch.rid, "sampling_params": {"sampling_seed": seed}}
         if branch.is_answering and not self.is_here:
             extra["sampling_params"]["custom_params"] = {"dynasor": self._branch_field()}
         return extra
 
-    def _refuse(self, branch: Branch, name: str | None) -> FieldError:
-        error = FieldError(
-            f"branch {branch.number} generates {name!r} after the generation that answered; name that one in the declaration: "
-            "final=NAME"
-        )
-        self._error = error
+    def _refuse(self, message: str) -> FieldError:
+        error = self._error = FieldError(message)
         self._changed.notify_all()
         return error
 
@@ -231,6 +237,7 @@ class Counting:
             branch.ended = was_ended
             branch.is_finished = True
             branch.said = text
+            branch.ending = ending_of(finish)
             if was_ended:
                 if finish.get("type") == "abort" and self._program.reason is None and branch.index is not None:
                     self._program.fail(branch.index, branch.num_tokens, closes=False)
@@ -257,9 +264,12 @@ class Counting:
             return
         branch.is_counted = True
         if self._program.branches[branch.index].state is BranchState.IN_FLIGHT:
-            answer = cluster or read_answer(branch.lead, branch.said, self.spec.answer)
+            index, num_tokens, reward, ending = branch.index, branch.num_tokens, branch.reward, branch.ending
             try:
-                self._program.count(branch.index, answer, branch.num_tokens, branch.reward)
+                if cluster is not None:
+                    self._program.count(index, cluster, num_tokens, reward, ending=ending)
+                else:
+                    self._program.finish(index, branch.said, num_tokens, reward, lead=branch.lead, ending=ending)
             except Exception as error:  # of the author's own rule: told at the next thing that is asked
                 self._error = self._error or error
                 self._program.reason = self._program.reason or StopReason.FAILED
@@ -291,6 +301,12 @@ class Counting:
                 self._error = self._error or error
             self._changed.notify_all()
         return self._error is None
+
+
+def ending_of(finish: dict[str, Any]) -> Ending:
+    """How a text ended, as SGLang says it."""
+    matched = finish.get("matched")
+    return Ending(finish.get("type") == "length", matched if isinstance(matched, str) else "")
 
 
 def _age(record: dict[str, Any]) -> tuple[bool, int]:

@@ -16,9 +16,12 @@ from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, Reward, model_judge
 from sglang_dynasor.frontend.plan import Plan
 from sglang_dynasor.frontend.seat import sample_seed
-from sglang_dynasor.policy.answers import read_answer
+from sglang_dynasor.policy.answers import is_thinking, read_answer
+from sglang_dynasor.policy.branch import Branch, BranchState, Ending
 from sglang_dynasor.policy.equal import answer_key
+from sglang_dynasor.policy.hint import hint
 from sglang_dynasor.policy.program import StopReason
+from sglang_dynasor.policy.spec import check_greedy
 
 DEFAULT_ROWS = 64
 SEEDED_ROOM = 8  # most samples at once of a search with a seed
@@ -97,13 +100,14 @@ class Driver:
                 were asked for, so that an engine that reads seeds gives the same search again. None: as they come.
 
         Raises:
-            FieldError: the server refuses a request, or a reward is outside [0, 1].
+            FieldError: greedy sampling of several branches, a request that the server refuses, or a reward outside [0, 1].
         """
         judge: Judge | None = None
         if reward is not None:
             judge = OwnJudge(reward)
         elif plan.spec.judge is not None:
             judge = model_judge(self.backend, plan.spec.judge)
+        check_greedy(plan.spec.branches, sampling)
         algorithm = plan.start()
         deadline_s = plan.spec.deadline_s
         until = None if deadline_s is None else time.monotonic() + deadline_s
@@ -223,9 +227,10 @@ class Driver:
             # The author's own rewards may wait for programs of their own, so they hold no place.
             with nullcontext() if isinstance(run.judge, OwnJudge) else self._places:
                 reward, num_judge_tokens = run.judge(run.prompt, before + text)
-        answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer)
+        is_cut = finish.get("type") == "length"
+        answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer, is_cut=is_cut)
         key = None if answer is None else answer_key(answer, run.plan.spec.equal, run.plan.spec.answer)
-        sample = Sample(text, num_tokens, not goes_on, reward, answer, key)
+        sample = Sample(text, num_tokens, not goes_on, reward, answer, key, is_cut)
         return Sampled(sample, num_tokens, num_judge_tokens)
 
 
@@ -235,7 +240,7 @@ def _found(run: Run, reason: StopReason | None = None) -> Driven:
     choice = algorithm.aggregate()
     # One that has ended by asking for nothing has used up what it wanted.
     ended = reason or algorithm.reason or (StopReason.FAILED if choice.node is None else StopReason.CAP)
-    ends = [node for node in algorithm.state.nodes if node.is_terminal]
+    ends = [_branch(run, i) for i, node in enumerate(algorithm.state.nodes) if node.is_terminal]
     record: dict[str, Any] = {
         "algorithm": plan.about.name,
         "answer": choice.answer,
@@ -243,9 +248,24 @@ def _found(run: Run, reason: StopReason | None = None) -> Driven:
         "votes": [],
         "branch": None,
         "num_branches": len(ends),
-        "num_abstentions": sum(node.answer is None for node in ends),
+        "leader_share": 0.0,
+        "num_abstentions": sum(branch.answer is None for branch in ends),
+        "num_truncated": sum(branch.finish_reason == "length" for branch in ends),
+        "finish_reasons": [branch.finish_reason for branch in ends],
         "cap": plan.spec.branches,
         "stop_rule": plan.spec.stop.text,
     }
     text = "" if choice.node is None else algorithm.state.text(choice.node)
-    return Driven({**record, **algorithm.record(), "stop_reason": str(ended)}, text)
+    record |= algorithm.record() | {"stop_reason": str(ended)}
+    if (said := hint(plan.spec, ends)) is not None:
+        record["hint"] = said
+    return Driven(record, text)
+
+
+def _branch(run: Run, index: int) -> Branch:
+    """A solution of a search as a branch that came to its end."""
+    tree = run.algorithm.state
+    node, num_tokens = tree[index], sum(tree[i].num_tokens for i in tree.path(index))
+    branch = Branch(BranchState.FINISHED, num_tokens, answer=node.answer, ending=Ending(node.is_cut))
+    branch.is_thinking = node.answer is None and is_thinking(run.prompt, tree.text(index))
+    return branch

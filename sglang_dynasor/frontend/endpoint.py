@@ -75,10 +75,12 @@ class Endpoint(RuntimeEndpoint):
         seat.attach(s, data)
 
     def generate(self, s: Any, sampling_params: Any) -> seat.Said:
-        return seat.generate(s, lambda: super(Endpoint, self).generate(s, sampling_params))
+        return seat.generate(s, sampling_params, lambda: super(Endpoint, self).generate(s, sampling_params))
 
     def generate_stream(self, s: Any, sampling_params: Any) -> Generator[seat.Said, Any, None]:
-        return seat.generate_stream(s, lambda: super(Endpoint, self).generate_stream(s, sampling_params))
+        return seat.generate_stream(
+            s, sampling_params, lambda: super(Endpoint, self).generate_stream(s, sampling_params)
+        )
 
 
 def _refusal(response: Any) -> FieldError:

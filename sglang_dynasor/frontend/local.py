@@ -184,10 +184,10 @@ class LocalEngine(RuntimeEndpoint):
         seat.attach(s, data)
 
     def generate(self, s: Any, sampling_params: Any) -> seat.Said:
-        return seat.generate(s, lambda: _said(self._request(self._payload(s, sampling_params))))
+        return seat.generate(s, sampling_params, lambda: _said(self._request(self._payload(s, sampling_params))))
 
     def generate_stream(self, s: Any, sampling_params: Any) -> Generator[seat.Said, Any, None]:
-        return seat.generate_stream(s, lambda: self._stream(self._payload(s, sampling_params)))
+        return seat.generate_stream(s, sampling_params, lambda: self._stream(self._payload(s, sampling_params)))
 
     def _stream(self, data: dict[str, Any]) -> Generator[seat.Said, Any, None]:
         chunks = self._run(self._generate(data, stream=True))

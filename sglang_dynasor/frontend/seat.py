@@ -22,7 +22,7 @@ Said = tuple[str, dict[str, Any]]  # text and meta_info of one generation
 class Seat(Protocol):
     """A branch's place in its program, told what its executor generates."""
 
-    def start(self, executor: Any) -> dict[str, Any] | None:
+    def start(self, executor: Any, sampling: Any) -> dict[str, Any] | None:
         """What to send with the generation that begins; None: nothing is to be generated any more. May wait.
 
         Raises:
@@ -124,12 +124,12 @@ def attach(executor: Any, data: dict[str, Any]) -> None:
     data["sampling_params"] = {**data["sampling_params"], **extra.get("sampling_params", {})}
 
 
-def generate(executor: Any, send: Callable[[], Said]) -> Said:
+def generate(executor: Any, sampling: Any, send: Callable[[], Said]) -> Said:
     """Generate by `send`, as the branch's seat allows; an empty text where the program no longer needs it."""
     seat: Seat | None = getattr(executor, _SEAT, None)
     if seat is None or getattr(executor, _EXTRA, None) is not None:
         return send()
-    extra = seat.start(executor)
+    extra = seat.start(executor, sampling)
     if extra is None:
         return "", {}
     set_extra(executor, extra)
@@ -145,13 +145,13 @@ def generate(executor: Any, send: Callable[[], Said]) -> Said:
     return text, meta_info
 
 
-def generate_stream(executor: Any, send: Callable[[], Iterator[Said]]) -> Generator[Said, Any, None]:
+def generate_stream(executor: Any, sampling: Any, send: Callable[[], Iterator[Said]]) -> Generator[Said, Any, None]:
     """As `generate`, in pieces."""
     seat: Seat | None = getattr(executor, _SEAT, None)
     if seat is None or getattr(executor, _EXTRA, None) is not None:
         yield from send()
         return
-    extra = seat.start(executor)
+    extra = seat.start(executor, sampling)
     if extra is None:
         yield "", {}
         return

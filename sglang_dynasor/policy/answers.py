@@ -34,7 +34,9 @@ MAX_LEAD_CHARS = 256
 MAX_RUNS = 4  # questions of its own that a branch goes on with
 THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
 THINK_STARTS = ("<think>", "<thinking>", "[THINK]", "<|begin_of_thought|>", "<seed:think>")
-_SPECIAL = re.compile(r"(?:<\|[^|<>\s]{1,40}\|>|</?s>|<eos>|<pad>|<end_of_turn>|\[/INST\])$")
+_SPECIAL = r"(?:<[|｜][^|｜<>\s]{1,40}[|｜]>|</?s>|<[be]os>|<pad>|<(?:start|end)_of_turn>|\[/?INST\])"
+_FINAL_SPECIAL = re.compile(f"{_SPECIAL}$")
+_LAST_SPECIAL = re.compile(f".*{_SPECIAL}")
 _RUN_ON = re.compile(r"\n[ \t]*\n[ \t]*(?:Q|Question|Problem|Human|User)[ \t]*\d{0,4}[ \t]*:", re.I)
 _PLEASANTRY = re.compile(
     r"[\s*_>]*(?:let me know|(?:i )?hope (?:this|that|it)|i hope|feel free|if you (?:have|need|want|would|'d)|please (?:let|feel)|thank(?:s| you)|happy to|glad to|good luck|is there anything|"
@@ -210,13 +212,35 @@ def answer_marks(extractor: str) -> tuple[str, ...]:
     return _MARKS.get(extractor, ())
 
 
+def opens_thought(lead: str) -> bool:
+    """Whether what comes after `lead` is a thought: some chat templates begin it."""
+    return lead.rstrip().endswith(THINK_STARTS)
+
+
+def is_thinking(lead: str, text: str) -> bool:
+    """Whether `text`, after `lead`, ends inside a thought."""
+    end = _thought_end(text)
+    return (not end and opens_thought(lead)) or any(text.rfind(mark) >= end for mark in THINK_STARTS)
+
+
+def thinks_on(text: str) -> bool:
+    """Whether a text goes on thinking after its first thought was closed: another one begins or ends."""
+    first = min((text.find(mark) + len(mark) for mark in THINK_ENDS if mark in text), default=0)
+    return first > 0 and any(mark in text[first:] for mark in THINK_STARTS + THINK_ENDS)
+
+
+def _thought_end(text: str) -> int:
+    """Where what was said after the last thought begins; 0 where none was closed."""
+    return max(text.rfind(mark) + len(mark) if mark in text else 0 for mark in THINK_ENDS)
+
+
 def _said(text: str) -> str:
     """What was said after the last thought; nothing where a thought goes on. Special tokens at the end are left out."""
-    end = max(text.rfind(mark) + len(mark) if mark in text else 0 for mark in THINK_ENDS)
+    end = _thought_end(text)
     if any(text.rfind(mark) >= end for mark in THINK_STARTS):
         return ""
     said = text[max(end, len(text) - READ_CHARS) :].rstrip()
-    while special := _SPECIAL.search(said, max(0, len(said) - 48)):
+    while special := _FINAL_SPECIAL.search(said, max(0, len(said) - 48)):
         said = said[: special.start()].rstrip()
     return said if len(said) < len(text[end:].rstrip()) else text[max(end, len(text) - READ_CHARS) :]
 
@@ -266,10 +290,13 @@ def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -
     r"""The answer in `text`, or else one that begins on the line before it: a prompt may end with `\boxed{`.
 
     Args:
-        lead: what stands before `text`; of it only the end of the last line is read, and no answer of its own counts.
+        lead: what stands before `text`. Of it only the end of the last line is read, after any special token, and no answer of
+            its own counts. Where it begins a thought, `text` has an answer only after that was closed.
         is_cut: as in `extract_answer`.
     """
-    begun = lead.rpartition("\n")[2][-MAX_LEAD_CHARS:]
+    if is_thinking(lead, text):
+        return None
+    begun = "" if opens_thought(lead) else _LAST_SPECIAL.sub("", lead.rpartition("\n")[2][-MAX_LEAD_CHARS:])
     if extractor == "auto" and begun:  # its last line is there in any text
         return (
             _begun(begun, text, "boxed", is_cut) or _begun(begun, text, "hash", is_cut) or _phrased(begun, text, is_cut)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from sglang_dynasor.policy.confidence import Confidence
 from sglang_dynasor.policy.thought import Trial
@@ -17,6 +18,13 @@ class BranchState(StrEnum):
     FAILED = "failed"  # the engine gave it up: timeout, full queue, abort
 
 
+class Ending(NamedTuple):
+    """How a branch came to its own end."""
+
+    is_cut: bool = False  # by its length, or because time was up: what it says may be unfinished
+    stop: str = ""  # the stop string or pattern that ended it; empty: a token of the model's
+
+
 @dataclass(slots=True)
 class Branch:
     state: BranchState = BranchState.IN_FLIGHT
@@ -28,3 +36,15 @@ class Branch:
     confidence: Confidence | None = None  # of its tokens, where somebody asked
     trials: list[Trial] = field(default_factory=list[Trial])  # what its thought would have answered, asked in turn
     closed_at: int | None = None  # tokens of its thought when that was closed
+    ending: Ending | None = None  # of one that came to its own end
+    is_thinking: bool = False  # it ended inside a thought: it has no answer
+    thinks_on: bool = False  # its thought was closed, and it went on thinking
+
+    @property
+    def finish_reason(self) -> str | None:
+        """What a record says of its end; None while it is in flight."""
+        if self.state is BranchState.IN_FLIGHT:
+            return None
+        if self.state is BranchState.FINISHED:
+            return "length" if self.ending is not None and self.ending.is_cut else "stop"
+        return str(self.state)

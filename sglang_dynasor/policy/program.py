@@ -10,21 +10,22 @@ from enum import StrEnum
 from typing import Any
 
 from sglang_dynasor.policy.allocation import votes_needed
-from sglang_dynasor.policy.answers import read_answer, shown
-from sglang_dynasor.policy.branch import Branch, BranchState
-from sglang_dynasor.policy.certaindex import entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.answers import is_thinking, read_answer, thinks_on
+from sglang_dynasor.policy.branch import Branch, BranchState, Ending
+from sglang_dynasor.policy.certaindex import overtake_risk
 from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
-from sglang_dynasor.policy.mixture import Distribution, Mixture, mix
+from sglang_dynasor.policy.mixture import Distribution, Mixture, Part, mix, part_of
+from sglang_dynasor.policy.record import record_of
 from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
-from sglang_dynasor.policy.thought import PUBLISHED_WARNING, Trial, agreement, is_confident, is_settled, may_settle
+from sglang_dynasor.policy.thought import Trial, is_confident, is_settled, may_settle
 from sglang_dynasor.policy.votes import Votes
 
 
 class StopReason(StrEnum):
-    CERTAIN = "certain"  # the stopping rule fired
+    CERTAIN = "certain"  # the stopping rule fired before every branch was used
     CAP = "cap"  # every branch allowed has finished
     DEADLINE = "deadline"  # its time is up: the best so far
     FAILED = "failed"  # no branch is left that could finish
@@ -43,13 +44,14 @@ class Program:
     branches: list[Branch] = field(default_factory=list[Branch])
     votes: Votes = field(init=False)  # of its branches, by index
     comparisons: Comparisons = field(init=False)  # of its answers
-    answering: dict[int, Distribution] = field(default_factory=dict[int, Distribution])  # by branch: see mixture.py
+    answering: dict[int, Part] = field(default_factory=dict[int, Part])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     num_in_flight: int = 0
     num_failed: int = 0
     num_judge_tokens: int = 0  # that its judges computed
     num_probes: int = 0
     num_probe_tokens: int = 0  # that its probes computed
+    constraint: str = ""  # the grammar of its texts, as the sampling parameter is called
     speaker: int | None = None  # the branch whose thought was closed to give the program's answer
     is_closed: bool = False  # no branch is started any more: the engine gave one up
     gang: int = 0  # branches admitted together at first
@@ -133,7 +135,7 @@ class Program:
 
     def _see(self, index: int, distribution: Distribution | None) -> None:
         if distribution is not None:
-            self.answering[index] = distribution
+            self.answering[index] = part_of(distribution)
         else:
             self.answering.pop(index, None)
         self._mixture = None
@@ -179,37 +181,46 @@ class Program:
     @property
     def certaindex(self) -> float:
         """How sure it is, in [0, 1]: 1 - risk, or the best reward (`AlgorithmRecord.is_sure_by_reward`)."""
-        return self._certaindex(self._risk)
-
-    def _certaindex(self, risk: float) -> float:
         if self.spec.about.is_sure_by_reward:
             return max((branch.reward or 0.0 for branch in self.branches), default=0.0)
-        return 1.0 - risk
+        return 1.0 - self.risk
 
     @property
-    def _risk(self) -> float:
+    def risk(self) -> float:
+        """Bound on the chance that the branches left would change the answer; once all are used, that as many again would."""
         evidence = self.evidence
-        num_left = 0 if self.reason is StopReason.CAP else evidence.num_left
+        num_left = self.spec.branches if self.reason is StopReason.CAP else evidence.num_left
         return overtake_risk(evidence.counts, evidence.abstentions, num_left)
 
     def finish(
-        self, index: int, text: str, num_tokens: int, reward: float | None = None, *, lead: str = ""
+        self, index: int, text: str, num_tokens: int, reward: float | None = None, *, lead: str = "", ending: Ending | None = None
     ) -> None:  # fmt: skip
         """Branch `index` came to its own end with this text, after `lead`. One that ends after the decision does not vote.
 
         Whatever is raised in reading the text or by the rule, the branch has been counted: unread, it abstained.
         """
-        answer = None
+        answer, ending = None, ending or Ending()
+        branch = self.branches[index]
         try:
             if self.reason is None:
-                answer = read_answer(lead, text, self.spec.answer)
+                text = self._after_thought(text)
+                answer = read_answer(lead, text, self.spec.answer, is_cut=ending.is_cut)
+                branch.is_thinking = answer is None and is_thinking(lead, text)
+                branch.thinks_on = branch.closed_at is not None and thinks_on(text)
         finally:
-            self.count(index, answer, num_tokens, reward)
+            self.count(index, answer, num_tokens, reward, ending=ending)
 
-    def count(self, index: int, answer: str | None, num_tokens: int, reward: float | None = None) -> None:
+    def _after_thought(self, text: str) -> str:
+        """What follows the end of a thought that the client has named itself."""
+        end = "" if self.spec.thought is None else self.spec.thought.end.strip()
+        return text.rpartition(end)[2] if end else text
+
+    def count(
+        self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None
+    ) -> None:  # fmt: skip
         """As `finish`, where the branch's answer has been read already; None: an abstention."""
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
-        branch.reward = reward
+        branch.reward, branch.ending = reward, ending
         if self.reason is not None:
             return
         lowest = None if branch.confidence is None else branch.confidence.lowest
@@ -327,7 +338,7 @@ class Program:
         return self.comparisons.may_change_leader(self.votes)
 
     def _stop_if_certain(self) -> None:
-        if not self._is_open and self.spec.stop.stops(self.evidence):
+        if self.reason is None and not self._is_open and self.spec.stop.stops(self.evidence):
             self.reason = StopReason.CERTAIN
 
     def _stop_if_used_up(self) -> None:
@@ -337,76 +348,4 @@ class Program:
 
     def record(self) -> dict[str, Any]:
         """What the client and the operator are told; JSON. Keys are explained in docs/reference.md."""
-        evidence, winner, risk = self.evidence, self.winner, self._risk
-        return {
-            "program": self.id,
-            "algorithm": self.spec.algorithm,
-            "answer": shown(self.branches[winner].answer) if winner is not None else None,
-            "certaindex": round(self._certaindex(risk), 6),
-            "risk": round(risk, 6),
-            "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
-            "votes": [
-                {"answer": shown(self.branches[min(who)].answer), "votes": len(who)} for who in self.votes.ranking
-            ],
-            "num_abstentions": evidence.abstentions,
-            "num_failed": self.num_failed,
-            "branch": winner,
-            "num_branches": len(self.branches),
-            "cap": self.spec.branches,
-            "width": self.spec.width,
-            "gang": self.gang,
-            "num_tokens": sum(branch.num_tokens for branch in self.branches),
-            "num_cached_tokens": sum(branch.num_cached_tokens for branch in self.branches),
-            "branch_tokens": [branch.num_tokens for branch in self.branches],
-            "overtaken_tokens": self.overtaken_tokens,
-            "stop_rule": self.spec.stop.text,
-            "stop_reason": None if self.reason is None else str(self.reason),
-            **self._statistics(evidence),
-            **self._thoughts(),
-            **self.comparisons.record(self.branches),
-        }
-
-    def _thoughts(self) -> dict[str, Any]:
-        """Keys that the record of a long chain of thought has."""
-        thought, winner = self.spec.thought, self.winner
-        if thought is None:
-            return {}
-        trials = [] if winner is None else self.branches[winner].trials
-        more: dict[str, Any] = {
-            "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely",
-            "num_probes": self.num_probes,
-            "num_probe_tokens": self.num_probe_tokens,
-            "closed_at_tokens": [branch.closed_at for branch in self.branches],
-            "trials": [
-                {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)}
-                for t in trials
-            ],
-        }
-        if self.spec.branches == 1:
-            more["certaindex"] = round(agreement(trials, thought.agree), 6)
-        if thought.is_published:
-            more["warning"] = PUBLISHED_WARNING
-        return more
-
-    def _statistics(self, evidence: Evidence) -> dict[str, Any]:
-        """Keys that a record has where the client asked for a judge or for statistics."""
-        more: dict[str, Any] = {}
-        if self.spec.vote != "majority":
-            more["vote"] = self.spec.vote
-            more["leader_share"] = round(evidence.leader_share, 6)
-        if self.spec.judge is not None:
-            more["num_judge_tokens"] = self.num_judge_tokens
-            more["rewards"] = [_rounded(branch.reward) for branch in self.branches]
-        if self.spec.needs_statistics:
-            more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in self.branches]
-            more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in self.branches)
-            mixture = (
-                self.mixture if self.mixture.num_branches else None
-            )  # nobody came to an answer that begins by a mark
-            more["answer_entropy"] = mixture and round(mixture.mean_entropy, 6)
-            more["disagreement"] = mixture and round(mixture.disagreement, 6)
-        return more
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+        return record_of(self)

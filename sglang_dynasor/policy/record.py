@@ -1,6 +1,20 @@
-"""What the keys of a program's record mean; docs/reference.md is made from this, and a test compares it with real records."""
+"""A program's record: what the client and the operator are told, and what its keys mean.
+
+docs/reference.md is made from RECORD_HELP, and a test compares that with real records.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang_dynasor.policy.answers import shown
+from sglang_dynasor.policy.branch import BranchState
+from sglang_dynasor.policy.certaindex import entropy_certaindex
+from sglang_dynasor.policy.hint import hint
+from sglang_dynasor.policy.thought import PUBLISHED_WARNING, agreement
+
+if TYPE_CHECKING:
+    from sglang_dynasor.policy.program import Program
 
 ALWAYS = "always"
 _VOTE = "`vote` other than `majority`"
@@ -16,25 +30,28 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "algorithm": (ALWAYS, "as asked for"),
     "answer": (ALWAYS, "the winning answer as written, up to 256 characters; null if no branch gave one"),
     "certaindex": (ALWAYS, "how sure the program is, in [0, 1]. Of votes 1 - `risk`; of `best_of_n` and searches the best reward, of `mcts` the mean; of a single thought the share of the last `agree` trials that say what the latest says"),
-    "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one; 0 once the cap is used up without a tie"),
+    "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one; once the cap is used up, that as many branches again would"),
     "entropy_certaindex": (ALWAYS, "the paper's (log n - H) / log n over the votes"),
     "votes": (ALWAYS, "answers with their votes, the leading one first (by weight, if votes weigh)"),
+    "leader_share": (ALWAYS, "the winning answer's share of all votes, by weight"),
     "num_abstentions": (ALWAYS, "branches that finished without an answer, or ended as weak"),
+    "num_truncated": (ALWAYS, "branches that ended by their length (or, at a deadline, because time was up); such a one votes only where a mark says that its answer is complete"),
     "num_failed": (ALWAYS, "branches the engine gave up (time-out, full queue)"),
     "branch": (ALWAYS, "index of the branch whose text was returned; of branches that clients send, of the one that gave the answer"),
     "num_branches": (ALWAYS, "branches started; of searches, solutions finished"),
     "cap": (ALWAYS, "most branches allowed in all"),
     "num_tokens": (ALWAYS, "tokens really generated, those of ended branches included; `usage.completion_tokens` says the same"),
     "branch_tokens": (ALWAYS, "tokens of each branch; of searches, of each solution's path"),
+    "finish_reasons": (ALWAYS, "how each ended: `stop` or `length` by itself, `ended` (no longer needed), `weak`, `failed`; null while in flight"),
+    "hint": ("where there is one", "what to change: nobody could vote, or what was asked for works against itself"),
     "stop_rule": (ALWAYS, "as asked for"),
-    "stop_reason": (ALWAYS, "`certain` (the rule fired), `cap` (all used up), `deadline` (time was up: the best so far, or the text there was), `failed` (our code failed and any finished branch answered: then the record has this key and `program` only; of a search: nothing came back), `hopeless` (the author allowed a search to be abandoned); null while a client's program goes on"),
+    "stop_reason": (ALWAYS, "`certain` (the rule fired before every branch was used), `cap` (all used up), `deadline` (time was up: the best so far, or the text there was), `failed` (our code failed and any finished branch answered: then the record has this key and `program` only; of a search: nothing came back), `hopeless` (the author allowed a search to be abandoned); null while a client's program goes on"),
     "width": ("all but searches", "most branches the client allowed in flight; null: the load decides"),
     "gang": ("all but searches", "branches admitted together at first; fewer than asked for where the engine could not hold more"),
     "num_cached_tokens": ("all but searches", "prompt tokens that branches found in the radix cache"),
     "overtaken_tokens": ("all but searches", "service that later arrivals had been given when the newest branches started"),
     "index": ("branches that clients send", "which of them this request is, in `branch` and `branch_tokens`"),
     "vote": (f"{_VOTE}; {_SEARCH}", "what votes weigh"),
-    "leader_share": (_VOTE, "the winning answer's share of all weight"),
     "rewards": (f"{_JUDGE}; {_SEARCH}", "reward of each branch in [0, 1]; null where it has none"),
     "num_judge_tokens": (_JUDGE, "tokens that the model's own judgements computed; not in `num_tokens`"),
     "merges": (_COMPARED, "answers that were found to be an earlier one: `answer`, `into` which, `by` whom, with what `score` (the model's probability of yes, the cosine; null of `symbolic`)"),
@@ -55,3 +72,89 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "beams": ("`beam`", "paths kept at each depth"),
     "error": ("`sglang_dynasor.solve`", "why a question failed; then the record has this key and `stop_reason` only"),
 }  # fmt: skip
+
+
+def record_of(program: Program) -> dict[str, Any]:
+    """What the client and the operator are told; JSON. Keys are explained in docs/reference.md."""
+    evidence, winner = program.evidence, program.winner
+    return {
+        "program": program.id,
+        "algorithm": program.spec.algorithm,
+        "answer": shown(program.branches[winner].answer) if winner is not None else None,
+        "certaindex": round(program.certaindex, 6),
+        "risk": round(program.risk, 6),
+        "entropy_certaindex": round(entropy_certaindex(evidence.counts), 6),
+        "votes": [
+            {"answer": shown(program.branches[min(who)].answer), "votes": len(who)} for who in program.votes.ranking
+        ],
+        "leader_share": round(evidence.leader_share, 6),
+        "num_abstentions": evidence.abstentions,
+        "num_truncated": sum(b.ending is not None and b.ending.is_cut for b in program.branches),
+        "num_failed": program.num_failed,
+        "branch": winner,
+        "num_branches": len(program.branches),
+        "cap": program.spec.branches,
+        "width": program.spec.width,
+        "gang": program.gang,
+        "num_tokens": sum(branch.num_tokens for branch in program.branches),
+        "num_cached_tokens": sum(branch.num_cached_tokens for branch in program.branches),
+        "branch_tokens": [branch.num_tokens for branch in program.branches],
+        "finish_reasons": [branch.finish_reason for branch in program.branches],
+        "overtaken_tokens": program.overtaken_tokens,
+        "stop_rule": program.spec.stop.text,
+        "stop_reason": None if program.reason is None else str(program.reason),
+        **_statistics(program),
+        **_thoughts(program),
+        **_hint(program),
+    }
+
+
+def _thoughts(program: Program) -> dict[str, Any]:
+    """Keys that the record of a long chain of thought has."""
+    thought, winner = program.spec.thought, program.winner
+    if thought is None:
+        return {}
+    trials = [] if winner is None else program.branches[winner].trials
+    more: dict[str, Any] = {
+        "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely",
+        "num_probes": program.num_probes,
+        "num_probe_tokens": program.num_probe_tokens,
+        "closed_at_tokens": [branch.closed_at for branch in program.branches],
+        "trials": [
+            {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)} for t in trials
+        ],
+    }
+    if program.spec.branches == 1:
+        more["certaindex"] = round(agreement(trials, thought.agree), 6)
+    if thought.is_published:
+        more["warning"] = PUBLISHED_WARNING
+    return more
+
+
+def _hint(program: Program) -> dict[str, Any]:
+    """What the client could do better, where there is something."""
+    said = hint(program.spec, program.branches, program.constraint)
+    return {} if said is None else {"hint": said}
+
+
+def _statistics(program: Program) -> dict[str, Any]:
+    """Keys that a record has where the client asked for a judge or for statistics."""
+    more: dict[str, Any] = {}
+    if program.spec.vote != "majority":
+        more["vote"] = program.spec.vote
+    if program.spec.judge is not None:
+        more["num_judge_tokens"] = program.num_judge_tokens
+        more["rewards"] = [_rounded(branch.reward) for branch in program.branches]
+    if program.spec.needs_statistics:
+        more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in program.branches]
+        more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in program.branches)
+        mixture = (
+            program.mixture if program.mixture.num_branches else None
+        )  # nobody came to an answer that begins by a mark
+        more["answer_entropy"] = mixture and round(mixture.mean_entropy, 6)
+        more["disagreement"] = mixture and round(mixture.disagreement, 6)
+    return more
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)

@@ -23,6 +23,7 @@ MOST_PROBE_TOKENS = 65_536
 MAX_WORD_CHARS = 32
 MOST_AGREE = 64
 MOST_MIN_TOKENS = 1_000_000
+GREEDY_BELOW = 1e-6  # temperature: SGLang takes the likeliest token there
 # How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
 # docs/results.md, "Recorded probes", has the replay that these come from.
 EFFORTS = {"low": (1, 0.95, 256), "medium": (2, 0.99, 512), "high": (3, 0.995, 1024)}
@@ -263,6 +264,21 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
     if good == bad:
         raise FieldError(f"dynasor.judge_good={good!r} is also judge_bad; send two different tokens")
     return JudgeSpec(suffix, good, bad)
+
+
+def check_greedy(num_branches: int, sampling: dict[str, Any]) -> None:
+    """Raise FieldError where several branches of one prompt would all say the same."""
+    if num_branches > 1 and is_greedy(sampling):
+        raise FieldError(
+            f"{num_branches} branches with temperature={sampling.get('temperature', 1.0)}, top_k={sampling.get('top_k', -1)}: "
+            "greedy branches would all be the same; send a temperature above 0, or dynasor.branches=1"
+        )
+
+
+def is_greedy(sampling: dict[str, Any]) -> bool:
+    """Whether SGLang takes the likeliest token each time, by these sampling parameters of its."""
+    temperature = sampling.get("temperature")
+    return sampling.get("top_k") == 1 or (isinstance(temperature, int | float) and temperature < GREEDY_BELOW)
 
 
 def _about(options: dict[str, Any]) -> AlgorithmRecord:
