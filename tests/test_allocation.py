@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
+from bench_votes import LIMITS_MS, VOTES, dearest_ms, finish_ms
+from bench_votes import RULES as RULES_ASKED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,28 +65,71 @@ def test_disagreement_asks_for_more() -> None:
     assert needed("predictive", (3,), 13) < needed("predictive", (2, 1), 13) <= needed("predictive", (1, 1, 1), 13)
 
 
-@given(st.lists(st.integers(1, 6), max_size=4), st.integers(0, 12), st.sampled_from(sorted(RULES)))
-def test_it_is_the_fewest(counts: list[int], num_left: int, rule: str) -> None:
-    """So many votes for the leader let the rule stop, one fewer does not; 0 if none up to the cap does."""
+@given(
+    st.lists(st.integers(1, 6), max_size=4),
+    st.integers(0, 24),
+    st.lists(
+        st.sampled_from([*sorted(RULES), "window:2", "window:3", "window:4", "predictive:0.2"]), min_size=1, max_size=4
+    ),
+    st.sampled_from(["and", "or"]),
+    st.randoms(use_true_random=False),
+)
+def test_it_is_the_fewest(counts: list[int], num_left: int, names: list[str], joiner: str, rng: Random) -> None:
+    """Of one rule or several: so many votes for the leader let it stop, and no fewer do; 0 if none up to the cap does."""
     votes = tuple(sorted(counts, reverse=True))
-    keys = "".join(letter * num for letter, num in zip("abcd", votes, strict=False))
-    num = needed(rule, votes, num_left, keys)
+    keys = [letter for letter, num in zip("abcd", votes, strict=False) for _ in range(num)]
+    rng.shuffle(keys)
+    leader = max(keys, key=keys.count, default="?")
+    rule = parse_stop(f" {joiner} ".join(names))
+    evidence = Evidence(votes, 0, num_left, tuple(keys), rewards=(0.5,) * len(keys))
+    num = votes_needed(evidence, rule)
     assert 0 <= num <= num_left
 
     def would_stop(more: int) -> bool:
         then = ((votes[0] if votes else 0) + more, *votes[1:])
-        return parse_stop(rule).stops(
+        return rule.stops(
             Evidence(
                 then,
                 0,
                 num_left - more,
-                tuple(keys + "a" * more),
+                (*keys, *[leader] * more),
                 mixture=NO_MIXTURE.agreed(more),
-                rewards=(1.0,) * more,
+                rewards=(*evidence.rewards, *[1.0] * more),
             )
         )
 
     assert [more for more in range(1, num_left + 1) if would_stop(more)][:1] == ([num] if num else [])
+
+
+@pytest.mark.parametrize("joiner", ["and", "or"])
+def test_few_rules_are_asked(joiner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 256 branches each rule is asked some nine times, whatever the votes and however many levels were written."""
+    asked: list[Evidence] = []
+
+    def counted(evidence: Evidence, level: float) -> bool:
+        asked.append(evidence)
+        return RULES["margin"].stops(evidence, level)
+
+    monkeypatch.setitem(RULES, "predictive", RULES["predictive"]._replace(stops=counted))
+    rule = parse_stop(f" {joiner} ".join(f"predictive:{level}" for level in (0.01, 0.02, 0.03, 0.04)))
+    assert votes_needed(Evidence((1,) * 100, 0, 156, tuple(map(str, range(100)))), rule) == 79
+    assert len(asked) <= 9
+
+
+@pytest.mark.parametrize(
+    ("rule", "votes", "num_branches"),
+    [
+        ("predictive", "many counts", 256),
+        ("predictive", "many counts", 64),
+        ("beta", "two-way tie", 64),
+        ("all rules", "all different", 64),
+        ("by confidence", "many counts, then new ones", 64),
+    ],
+)
+def test_no_vote_holds_up_the_loop(rule: str, votes: str, num_branches: int) -> None:
+    """Ten times the bound of docs/answers.md, whatever the machine; before there was one, the first took twenty times as much."""
+    ms = dearest_ms(lambda: finish_ms(num_branches, RULES_ASKED[rule], VOTES[votes](num_branches), closes=False))
+    assert ms < 10 * LIMITS_MS[num_branches]
 
 
 @given(

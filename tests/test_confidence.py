@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import exp, inf, log, nan
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
-from sglang_dynasor.policy.mixture import mix
+from sglang_dynasor.policy.mixture import Distribution, Mixture, mix, part_of
 
 
 def confidence(values: list[float], group_tokens: int) -> Confidence:
@@ -62,6 +63,10 @@ def test_weak_level(lowest: list[float], frac: float, expected: float | None) ->
     assert weak_level(lowest, frac) == expected
 
 
+def mixed(distributions: Sequence[Distribution]) -> Mixture:
+    return mix([part_of(distribution) for distribution in distributions])
+
+
 def test_the_mixture_of_nothing_is_nothing() -> None:
     """No branch at its answer."""
     assert (mix([]).num_branches, mix([]).entropy, mix([]).disagreement) == (0, 0.0, 0.0)
@@ -69,17 +74,17 @@ def test_the_mixture_of_nothing_is_nothing() -> None:
 
 def test_sure_branches_that_differ_disagree() -> None:
     """Each sure of its own: no doubt, log 2 of disagreement; the same doubt in both: no disagreement."""
-    split = mix([{1: 0.0}, {2: 0.0}])
+    split = mixed([{1: 0.0}, {2: 0.0}])
     assert split.entropy == pytest.approx(log(2))
     assert (split.mean_entropy, split.disagreement) == (0.0, pytest.approx(log(2)))
-    torn = mix([{1: log(0.5), 2: log(0.5)}] * 2)
+    torn = mixed([{1: log(0.5), 2: log(0.5)}] * 2)
     assert torn.mean_entropy == pytest.approx(log(2))
     assert torn.disagreement == pytest.approx(0.0, abs=1e-12)
 
 
 def test_what_is_left_out_is_one_more_token() -> None:
     """A cut list of tokens keeps its total of 1; a token of no chance adds nothing."""
-    part = mix([{1: log(0.75), 2: -inf}])
+    part = mixed([{1: log(0.75), 2: -inf}])
     assert part.entropy == pytest.approx(-0.75 * log(0.75) - 0.25 * log(0.25))
 
 
@@ -90,13 +95,13 @@ def test_disagreement_is_never_negative(rows: list[list[float]]) -> None:
     for row in rows:
         total = sum(exp(x) for x in row)
         distributions.append({token: x - log(total) for token, x in enumerate(row)})
-    mixed = mix(distributions)
-    assert 0.0 <= mixed.disagreement <= log(len(rows)) + 1e-9
-    assert mixed.entropy >= mixed.mean_entropy - 1e-9
+    found = mixed(distributions)
+    assert 0.0 <= found.disagreement <= log(len(rows)) + 1e-9
+    assert found.entropy >= found.mean_entropy - 1e-9
 
 
 def test_agreement_lowers_it() -> None:
     """More branches that are sure of the same bring the mixture down, about in proportion."""
-    three = mix([{1: log(0.5), 2: log(0.5)}] * 3)
+    three = mixed([{1: log(0.5), 2: log(0.5)}] * 3)
     assert three.agreed(3).entropy == pytest.approx(three.entropy / 2)
     assert mix([]).agreed(3).num_branches == 3

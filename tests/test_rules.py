@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from math import log
+from fractions import Fraction
+from math import comb, log
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,13 @@ def test_beta_certainty_is_adaptive_consistency_s(votes: tuple[int, int], probab
     assert stops("beta", counts) == (probability >= 0.95)
 
 
+@given(st.integers(0, 256), st.integers(0, 256))
+def test_beta_certainty_is_exact(first: int, second: int) -> None:
+    """Of 2^(n + 1) outcomes those with at most `first` heads, and never another float than they give."""
+    n = first + second + 1
+    assert beta_certainty(first, second) == sum(comb(n, heads) for heads in range(first + 1)) / 2**n
+
+
 @pytest.mark.parametrize(
     ("rule", "counts", "num_left", "expected"),
     [
@@ -130,6 +138,25 @@ def test_rules_join_by_and_or() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("beta:0.9 or beta:0.8 or predictive:0.1 or predictive:0.2", (("beta", 0.8), ("predictive", 0.2))),
+        ("beta:0.9 and beta:0.8 and predictive:0.1 and predictive:0.2", (("beta", 0.9), ("predictive", 0.1))),
+        (
+            "window:3 or window:5 or window:3",
+            (("window", 3.0), ("window", 5.0)),
+        ),  # neither holds wherever the other does
+        ("margin", (("margin", 0.0),)),
+    ],
+)
+def test_of_many_levels_one_decides(text: str, parts: tuple[tuple[str, float], ...]) -> None:
+    """The loosest of those any of which may hold, the strictest of those that all must; the text stays as it was sent."""
+    rule = parse_stop(text)
+    assert rule.parts == parts
+    assert rule.text == text
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -177,6 +204,46 @@ def test_predictive_risk_matches_simulation() -> None:
             final[pick] += 1
         total += sum((final[j] > final[0]) + 0.5 * (final[j] == final[0]) for j in range(1, 4))
     assert overtake_risk(counts, abstentions, num_left) == pytest.approx(total / draws, abs=0.01)
+
+
+def exact_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> Fraction:
+    """The union bound by its definition: every way in which the votes left may go to a rival and to the leader."""
+
+    def ways(alpha: Fraction) -> list[Fraction]:
+        found = [Fraction(1)]
+        for y in range(1, num_left + 1):
+            found.append(found[-1] * (alpha + y - 1) / y)
+        return found
+
+    half = Fraction(1, 2)
+    total = sum(counts) + abstentions + half * (len(counts) + 2)
+    leader, all_ways = ways(counts[0] + half), ways(total)[num_left]
+    risk = Fraction(0)
+    for votes in (*counts[1:], 0):
+        rival, others = ways(votes + half), ways(total - counts[0] - votes - 1)
+        for mine in range(num_left + 1):
+            for its in range(max(0, mine + counts[0] - votes), num_left - mine + 1):
+                part = leader[mine] * rival[its] * others[num_left - mine - its] / all_ways
+                risk += part / 2 if votes + its == counts[0] + mine else part
+    return min(Fraction(1), risk)
+
+
+@given(VOTES, st.integers(0, 5), st.integers(0, 16))
+def test_risk_is_what_its_definition_says(counts: tuple[int, ...], abstentions: int, num_left: int) -> None:
+    """To 1e-12, against fractions."""
+    assert overtake_risk(counts, abstentions, num_left) == pytest.approx(
+        float(exact_risk(counts, abstentions, num_left)), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "abstentions", "num_left"),
+    [((40, 38, 9), 3, 90), ((1,) * 30, 0, 98), ((70, 2), 56, 128), ((3, 3, 2), 0, 120), ((90, 89), 0, 77)],
+)
+def test_risk_of_large_programs(counts: tuple[int, ...], abstentions: int, num_left: int) -> None:
+    """The same where many branches are left, and of unlikely ends."""
+    exact = float(exact_risk(counts, abstentions, num_left))
+    assert overtake_risk(counts, abstentions, num_left) == pytest.approx(exact, abs=1e-12, rel=1e-12)
 
 
 @given(VOTES, st.integers(0, 5), st.integers(0, 40))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import lru_cache
+from itertools import takewhile
+from math import lcm
 
 from sglang_dynasor.policy.evidence import Evidence
-from sglang_dynasor.policy.rules import StopRule
+from sglang_dynasor.policy.rules import RULES, StopRule
 
 
 def votes_needed(evidence: Evidence, rule: StopRule) -> int:
@@ -19,37 +23,62 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
         1 to `evidence.num_left`; 0 where even that many would not do, as with the rule `never`, or where that cannot be
         said: another answer leads by weight. Of rewards the best is assumed.
     """
-    if not rule.reads_order:  # programs with the same votes share
-        evidence = replace(evidence, recent=(None,) * len(evidence.recent))
-    return _votes_needed(evidence, rule)
-
-
-@lru_cache(maxsize=4096)
-def _votes_needed(evidence: Evidence, rule: StopRule) -> int:
     if evidence.is_contested:
         return 0
-    voted = [key for key in evidence.recent if key is not None]
-    leader = max(voted, key=voted.count, default="?")
-    counts, recent, num_left = list(evidence.counts) or [0], evidence.recent, evidence.num_left
-    weights = list(evidence.weights)
-    mean_weight = sum(weights) / max(1, evidence.num_votes)
-    for num_votes in range(1, evidence.num_left + 1):
-        counts[0] += 1
-        if weights:
-            weights[0] += mean_weight
-        recent, num_left = (*recent, leader), num_left - 1
-        agreed = replace(
-            evidence,
-            counts=tuple(counts),
-            weights=tuple(weights),
-            rewards=(*evidence.rewards, *[1.0] * num_votes),
-            mixture=evidence.mixture.agreed(num_votes),
-            recent=recent,
-            num_left=num_left,
-        )
-        if rule.stops(agreed):
-            return num_votes
-    return 0
+    if rule.function is not None:
+        each = range(1, evidence.num_left + 1)
+        return next((num for num in each if rule.stops(agreed(evidence, num))), 0)
+    groups = [rule.parts] if rule.needs_all else [(part,) for part in rule.parts]
+    return min(filter(None, (_all_hold_after(evidence, parts) for parts in groups)), default=0)
+
+
+def _all_hold_after(evidence: Evidence, parts: Iterable[tuple[str, float]]) -> int:
+    """The fewest after which all these rules hold; 0: never.
+
+    Every rule but `window` goes on holding while votes agree, so that where it begins is found by halving. `window` holds
+    again and again, whenever its last window has just become full, from the first one that agrees on.
+    """
+    num, period = 1, 1
+    for name, level in parts:
+        if name == "window":
+            size = int(level)
+            num, period = max(num, size - _num_alike(evidence)), lcm(period, size)
+        else:
+            tried = range(num, evidence.num_left + 1)
+            stops = RULES[name].stops
+            num += bisect_left(tried, True, key=lambda more: stops(agreed(evidence, more), level))  # at once
+    num += -(len(evidence.recent) + num) % period
+    return num if num <= evidence.num_left else 0
+
+
+def agreed(evidence: Evidence, num_more: int) -> Evidence:
+    """The evidence if `num_more` of the branches left, 1 or more, vote for the leader with the best of rewards."""
+    first, *others = evidence.counts or (0,)
+    weights = evidence.weights
+    if weights:
+        mean_weight = sum(weights) / max(1, evidence.num_votes)
+        weights = (weights[0] + num_more * mean_weight, *weights[1:])
+    return replace(
+        evidence,
+        counts=(first + num_more, *others),
+        num_left=evidence.num_left - num_more,
+        recent=(*evidence.recent, *[_leader(evidence)] * num_more),
+        rewards=(*evidence.rewards, *[1.0] * num_more),
+        weights=weights,
+        mixture=evidence.mixture.agreed(num_more),
+    )
+
+
+def _leader(evidence: Evidence) -> str:
+    """The answer with the most votes, of equals the one that came first; "?" where nobody voted."""
+    voted = Counter(key for key in evidence.recent if key is not None)
+    return max(voted, key=voted.__getitem__, default="?")
+
+
+def _num_alike(evidence: Evidence) -> int:
+    """Branches that finished last, one after another, with the leader's answer."""
+    leader = _leader(evidence)
+    return sum(1 for _ in takewhile(lambda key: key == leader, reversed(evidence.recent)))
 
 
 def fair_share(num_rows: int, expected: int, all_expected: int) -> int:

@@ -6,9 +6,10 @@ Jensen-Shannon divergence): votes weighed by how sure each branch is of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
+from typing import NamedTuple
 
 Distribution = Mapping[int, float]  # token id -> log-probability, of the most likely ones
 
@@ -32,20 +33,31 @@ class Mixture:
         return max(0.0, self.entropy - self.mean_entropy)
 
 
-def mix(distributions: Sequence[Distribution]) -> Mixture:
-    """The mixture in equal parts; all 0 for none. What a distribution leaves out counts as one further token, the same for all."""
-    if not distributions:
+class Part(NamedTuple):
+    """One branch's distribution, worked out once."""
+
+    probabilities: dict[int | None, float]  # by token; None: all that the distribution leaves out
+    entropy: float
+
+
+def part_of(distribution: Distribution) -> Part:
+    """The distribution as a part of a mixture. What it leaves out counts as one further token, the same for all."""
+    parts: dict[int | None, float] = {token: exp(logprob) for token, logprob in distribution.items()}
+    parts[None] = max(0.0, 1.0 - sum(parts.values()))
+    return Part(parts, _entropy(parts.values()))
+
+
+def mix(parts: Sequence[Part]) -> Mixture:
+    """The mixture in equal parts; all 0 for none."""
+    if not parts:
         return Mixture(0, 0.0, 0.0)
     total: dict[int | None, float] = {}
-    mean_entropy = 0.0
-    for distribution in distributions:
-        parts: dict[int | None, float] = {token: exp(logprob) for token, logprob in distribution.items()}
-        parts[None] = max(0.0, 1.0 - sum(parts.values()))
-        mean_entropy += _entropy(parts) / len(distributions)
-        for token, p in parts.items():
-            total[token] = total.get(token, 0.0) + p / len(distributions)
-    return Mixture(len(distributions), _entropy(total), mean_entropy)
+    for part in parts:
+        for token, p in part.probabilities.items():
+            total[token] = total.get(token, 0.0) + p
+    num = len(parts)
+    return Mixture(num, _entropy([p / num for p in total.values()]), sum(part.entropy for part in parts) / num)
 
 
-def _entropy(parts: Mapping[int | None, float]) -> float:
-    return -sum(p * log(p) for p in parts.values() if p > 0)
+def _entropy(probabilities: Iterable[float]) -> float:
+    return -sum([p * log(p) for p in probabilities if p > 0])

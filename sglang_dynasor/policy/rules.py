@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from math import log
 from typing import Any, NamedTuple
 
@@ -114,6 +113,8 @@ RULES = {
 }
 # Rules that judge the vote: a tie never stops, nor an answer that leads by number but not by weight.
 _VOTE_RULES = frozenset(RULES) - {"reward", "best", "never"}
+# Rules of which a lower level asks for more.
+_LOW_IS_STRICT = frozenset({"predictive"})
 # Rules that read the logits of running branches (engine/statistics.py).
 _LOGIT_RULES = frozenset({"confidence", "mixture"})
 
@@ -130,11 +131,6 @@ class StopRule:
     @property
     def needs_statistics(self) -> bool:
         return any(name in _LOGIT_RULES for name, _ in self.parts)
-
-    @property
-    def reads_order(self) -> bool:
-        """Whether it may matter in which order answers came."""
-        return self.function is not None or self.uses("window")
 
     def uses(self, rule: str) -> bool:
         return any(name == rule for name, _ in self.parts)
@@ -173,8 +169,7 @@ def own_rule(function: Callable[[Evidence], bool]) -> StopRule:
         FieldError: it returned something else than a bool; or whatever it raises itself.
     """
     name = getattr(function, "__name__", type(function).__name__)
-    # As a partial it can be looked up (allocation.py) even where the author's object has no hash.
-    rule = StopRule(name, (), needs_all=True, function=partial(function))
+    rule = StopRule(name, (), needs_all=True, function=function)
     rule.stops(Evidence((), 0, 1))
     return rule
 
@@ -210,4 +205,15 @@ def parse_stop(text: str) -> StopRule:
                 + (" or no whole number" if name == "window" else "")
             )
         parts.append((name, level))
-    return StopRule(" ".join(words), tuple(parts), needs_all=joiners != {"or"})
+    needs_all = joiners != {"or"}
+    return StopRule(" ".join(words), _deciding(parts, needs_all), needs_all)
+
+
+def _deciding(parts: list[tuple[str, float]], needs_all: bool) -> tuple[tuple[str, float], ...]:
+    """Of several levels of one rule the one that decides, so that each is asked once; but windows of every size."""
+    deciding: dict[tuple[str, float], float] = {}
+    for name, level in parts:
+        key = (name, level if name == "window" else 0.0)
+        choose = max if needs_all != (name in _LOW_IS_STRICT) else min
+        deciding[key] = choose(level, deciding.get(key, level))
+    return tuple((name, level) for (name, _), level in deciding.items())
