@@ -105,6 +105,7 @@ def record_of(program: Program) -> dict[str, Any]:
         "stop_reason": None if program.reason is None else str(program.reason),
         **_statistics(program),
         **_thoughts(program),
+        **program.comparisons.record(program.branches),
         **_hint(program),
     }
 
