@@ -233,6 +233,57 @@ def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: 
     assert server.status() == before
 
 
+def plain_body(path: str) -> dict[str, Any]:
+    """A request of one token that asks for no program."""
+    chat = {"model": "any", "messages": [{"role": "user", "content": "Q"}], "max_tokens": 1}
+    return {
+        "/generate": {"text": "Q", "sampling_params": {"max_new_tokens": 1}},
+        "/v1/completions": {"model": "any", "prompt": "Q", "max_tokens": 1},
+        "/v1/responses": {"input": "Q", "max_output_tokens": 1},
+    }.get(path, chat)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "message"),
+    [
+        ("/generate", {"dynasor": {"answer": "hash"}}, "dynasor is not read by /generate"),
+        ("/generate", {"sampling_params": {"dynasor": {}}}, "sampling_params.dynasor is not read by /generate"),
+        ("/generate", {"custom_params": {"dynasor": {}}}, "custom_params.dynasor is not read by /generate"),
+        ("/v1/completions", {"dynasor": {"answer": "hash"}}, "send the field as custom_params.dynasor"),
+        ("/v1/chat/completions", {"dynasor": {}}, "dynasor is not read by /v1/chat/completions"),
+        ("/v1/chat/completions", {"extra_body": {"custom_params": {"dynasor": {}}}}, "argument of the OpenAI Python client"),
+        ("/v1/chat/completions", {"custom_params": {"dynasour": {}}}, "custom_params.dynasour is not read"),
+        ("/v1/chat/completions", {"custom_param": {"dynasor": {}}}, "custom_param.dynasor is not read"),
+        ("/v1/responses", {"custom_params": {"dynasor": {}}}, "/v1/responses, which takes no dynasor field"),
+        ("/v1/messages", {"dynasor": {}}, "/v1/messages, which takes no dynasor field"),
+    ],
+)  # fmt: skip
+def test_a_field_at_the_wrong_place_is_a_400(server: Server, path: str, more: dict[str, Any], message: str) -> None:
+    """SGLang would drop it, and answer with one plain sample; nothing is enqueued."""
+    before = server.status()
+    response = httpx.post(server.url + path, json=plain_body(path) | more, timeout=60)
+    assert response.status_code == 400, response.text
+    assert message in response.text
+    assert server.status() == before
+
+
+@pytest.mark.parametrize(
+    "path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"]
+)
+def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: str) -> None:
+    """Those that SGLang drops, and those that only sound like ours."""
+    more: dict[str, Any] = {
+        "extra_body": {"top_k": 3},
+        "labels": {"dynasor": "x"},
+        "dynamo": {},
+        "custom_params": {"dynamo": 1},
+    }
+    if path != "/generate":
+        more["metadata"] = {"user_id": "dynasor", "dynasor": "v1"}
+    response = httpx.post(server.url + path, json=plain_body(path) | more, timeout=60)
+    assert response.status_code == 200, response.text
+
+
 def test_a_beam_search_of_sglang_s_own_is_a_400(server: Server) -> None:
     """SGLang drops the field from it."""
     body = {"text": "Q", "sampling_params": {"beam_width": 2, "custom_params": {"dynasor": "self_consistency"}}}

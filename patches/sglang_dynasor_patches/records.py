@@ -49,6 +49,16 @@ PATCHES: tuple[Patch, ...] = (
         "SGLang lets a plugin validate custom_params",
     ),
     Patch(
+        f"{_TOKENIZER}._init_req_state", "before", ("self", "obj", "request"), f"{_VALIDATION}.check_place", "main",
+        "answers a dynasor field at the wrong place, which SGLang would drop, with HTTP 400",
+        "SGLang refuses keys that it does not know",
+    ),
+    Patch(
+        "sglang.srt.entrypoints.http_server.generate_contract_error", "after", ("body",), f"{_VALIDATION}.say_place", "main",
+        "where SGLang refuses a field in sampling_params as unknown, says where it belongs",
+        "SGLang lets a plugin declare keys",
+    ),
+    Patch(
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._convert_to_internal_request", "after",
         ("self", "request", "raw_request"), f"{_VALIDATION}.take_effort", "main",
         "OpenAI's reasoning_effort says how soon a long thought may be closed",

@@ -1,4 +1,4 @@
-"""Every HTTP 400 about the `dynasor` field: `validate` raises it, before anything is queued.
+"""Every HTTP 400 about the `dynasor` field: `validate` and `check_place` raise it, before anything is queued.
 
 What the field alone says is read by policy/spec.py; here is what only the server knows of the request around it.
 """
@@ -19,7 +19,8 @@ from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.ledger import Owners
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS
-from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, parse_field
+from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
+from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, is_greedy, parse_field
 from sglang_dynasor.symbolic import check_installed
 
 # OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
@@ -33,6 +34,17 @@ _UNSUPPORTED_INPUTS = (
     "positional_embed_overrides",
     "lora_path",  # SGLang lets an adapter go with the answer, while siblings still end
 )
+# Where the field is read, by route. Only routes whose errors SGLang answers with HTTP 400 are here; the others go unlooked at.
+_NATIVE, _OPENAI = ("sampling_params", "custom_params", "dynasor"), ("custom_params", "dynasor")
+_PLACES: dict[str, tuple[str, ...] | None] = {
+    "sgl.Engine": _NATIVE,
+    "/generate": _NATIVE,
+    "/v1/chat/completions": _OPENAI,
+    "/v1/completions": _OPENAI,
+    "/invocations": _OPENAI,
+    "/v1/responses": None,
+    "/v1/messages": None,
+}
 
 
 def owners_of(tokenizer_manager: Any) -> Owners:
@@ -63,31 +75,74 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if spec.thought is not None:
         _check_thought(spec, obj, params, tokenizer_manager)
     if spec.program is not None:  # the client samples the branches itself
-        owners_of(tokenizer_manager).check(spec)
+        is_same = is_greedy(_sampling(params, tokenizer_manager)) and spec.branches > 1
+        owners_of(tokenizer_manager).check(spec, greedy_prompt=tuple(input_ids) if is_same else None)
         return
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")
     num_choices = params.get("n") or 1
     if num_choices != 1:
         obj.sampling_params = _as_choices(spec, params, num_choices, custom["dynasor"], tokenizer_manager)
-        _check_sampling(num_choices, params, tokenizer_manager)
+        check_greedy(num_choices, _sampling(params, tokenizer_manager))
         return
-    _check_sampling(spec.branches, params, tokenizer_manager)
+    check_greedy(spec.branches, _sampling(params, tokenizer_manager))
     for name in _UNSUPPORTED_INPUTS:
         if getattr(obj, name, None) is not None:
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
 
 
-def _check_sampling(num_branches: int, params: dict[str, Any], tokenizer_manager: Any) -> None:
-    temperature = params.get("temperature")
-    if temperature is None:
-        temperature = (tokenizer_manager.preferred_sampling_params or {}).get("temperature", 1.0)
-    is_greedy = params.get("top_k") == 1 or (isinstance(temperature, int | float) and temperature < 1e-6)
-    if num_branches > 1 and is_greedy:
-        raise FieldError(
-            f"{num_branches} branches with temperature={temperature}, top_k={params.get('top_k', -1)}: "
-            "greedy branches would all be the same; send a temperature above 0, or dynasor.branches=1"
+def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
+    """Refuse a field that is misspelt, or where nobody reads it (FieldError), before SGLang makes anything of the request.
+
+    A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed.
+    """
+    if not config_of(tokenizer_manager.server_args).is_on or not isinstance(obj, GenerateReqInput):
+        return
+    body: Any = getattr(request, "_json", None)
+    if isinstance(body, dict):
+        route: Any = request.scope.get("route")
+        wrong = _misplaced(body, getattr(route, "path", ""))
+    else:  # from `sgl.Engine`, or not JSON
+        wrong = _misplaced({"sampling_params": obj.sampling_params}, "sgl.Engine")
+    if wrong is not None:
+        raise FieldError(wrong)
+
+
+def say_place(result: str | None, body: Any) -> str | None:
+    """What SGLang says of a key of `sampling_params` that it does not know, but where the field was meant."""
+    if result is None:
+        return None
+    from sglang.srt.entrypoints import http_server
+
+    is_on = config_of(http_server.get_global_state().tokenizer_manager.server_args).is_on
+    return _misplaced(body, "/generate") if is_on else None
+
+
+def _misplaced(body: Any, route: str) -> str | None:
+    """What is wrong with the place of the field in a body sent to `route`; None if nothing is."""
+    if route not in _PLACES:
+        return None
+    place = _PLACES[route]
+    path = near_miss(body, place)
+    if path is None:
+        return None
+    where = ".".join(path)
+    if place is None:
+        return f"{where} is not read by {route}, which takes no dynasor field; send the request to /v1/chat/completions or /generate"
+    example = '{"dynasor": "self_consistency"}'
+    for key in reversed(place[:-1]):
+        example = f'{{"{key}": {example}}}'
+    message = f"{where} is not read by {route}; send the field as {'.'.join(place)}, such as {example}"
+    if plain(path[0]) == CLIENT_ARGUMENT:
+        message += (
+            f" ({path[0]} is an argument of the OpenAI Python client, which sends what is in it at the top of the body)"
         )
+    return message
+
+
+def _sampling(params: dict[str, Any], tokenizer_manager: Any) -> dict[str, Any]:
+    """What a request is sampled by: its own parameters, and the operator's --preferred-sampling-params for the others."""
+    return {**(tokenizer_manager.preferred_sampling_params or {}), **params}
 
 
 def _as_choices(
