@@ -27,7 +27,7 @@ _OPEN, _CLOSE = ("(", "[", r"\{"), (")", "]", r"\}")
 class Formula(NamedTuple):
     """A formula in parts: two are the same where their frames are, and each part is the same as the other's."""
 
-    frame: str  # brackets, commas and relations between the parts
+    frame: str  # brackets, semicolons and relations between the parts
     parts: tuple[str, ...]  # expressions; empty where a relation has nothing on one side
 
 
@@ -46,7 +46,7 @@ def read_formula(form: str) -> Formula | None:
             if len(inside) > 1 or one != "(" or other != ")":
                 frame, inner, elements = one + other, within, inside
             break
-    frame += "," * (len(elements) - 1)
+    frame += ";" * (len(elements) - 1)
     parts: list[str] = []
     for element in elements:
         sides = _RELATION.split(element)
@@ -58,14 +58,14 @@ def read_formula(form: str) -> Formula | None:
 
 
 def _split(form: str) -> list[str] | None:
-    """What stands between commas outside all brackets; None where brackets do not match."""
+    """What stands between semicolons, the canonical commas, outside all brackets; None where brackets do not match."""
     depth, parts = 0, [""]
-    for piece in re.split(r"(\\[{}]|[()\[\]{},])", form):
+    for piece in re.split(r"(\\[{}]|[()\[\]{};])", form):
         depth += piece in ("(", "[", "{", r"\{")
         depth -= piece in (")", "]", "}", r"\}")
         if depth < 0:
             return None
-        if piece == "," and depth == 0:
+        if piece == ";" and depth == 0:
             parts.append("")
         else:
             parts[-1] += piece
@@ -96,7 +96,7 @@ def _is_expression(text: str) -> bool:
             return False  # x2
         if name == "/" and not _is_one_atom(tokens, i + 1):
             return False
-        if name == "!" and before in ("!", "", "("):
+        if (name in ("!", ")", "}") and before in ("(", "{", "")) or (name == before == "!"):
             return False
     return True
 
