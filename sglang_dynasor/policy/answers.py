@@ -31,6 +31,7 @@ from sglang_dynasor.policy.structured import (
 
 MAX_SHOWN_CHARS = 256  # of an answer in a record
 MAX_LEAD_CHARS = 256
+BEGUN_CHARS = 512  # of a text that are read behind the prompt's line, for an answer that begins there
 MAX_RUNS = 4  # questions of its own that a branch goes on with
 THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
 THINK_STARTS = ("<think>", "<thinking>", "[THINK]", "<|begin_of_thought|>", "<seed:think>")
@@ -171,6 +172,7 @@ FORMS = {
     "regex:PATTERN": "Of the line that matches last, the last match's first group, or the whole match. RE2 syntax, up to 256 characters.",
 }
 _LONG = ("json", "tool_call", "code")
+_SHORT = ("choice", "number", "yes_no", "last_line")
 _RUNNING = ("hash", "boxed", "choice", "number")
 _MARKS = {"hash": ("####",), "boxed": ("\\boxed{",), "auto": ("####", "\\boxed{")}
 
@@ -310,8 +312,8 @@ def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -
 
 def _begun(begun: str, text: str, extractor: str, is_cut: bool) -> str | None:
     found = extract_answer(text, extractor, is_cut=is_cut)
-    if found is None and begun:
-        first = text if extractor.partition(":")[0] in _LONG else text[:BEGUN_CHARS]
+    if found is None and begun and not any(mark in text for mark in THINK_ENDS):
+        first = text[:BEGUN_CHARS] if extractor in _SHORT else text
         whole = extract_answer(begun + first, extractor, is_cut=is_cut)
         found = None if whole == extract_answer(begun, extractor) else whole
     return found
