@@ -110,7 +110,7 @@ def test_greedy_branches_of_a_client_s_own_are_refused(engine: Any) -> None:
     field = {"program": "greedy", "branches": 3}
     params = {"temperature": 0, "max_new_tokens": 4, "custom_params": {"dynasor": field}}
     for greedy in ({"temperature": 0}, {"temperature": 0.8, "top_k": 1}):
-        with pytest.raises(ValueError, match="3 branches with .*greedy branches would all be the same"):
+        with pytest.raises(ValueError, match=r"3 branches with .*greedy branches would all be the same"):
             engine.generate("Q: one", params | greedy)
     engine.generate("Q: one", params | {"temperature": 1.0})
     engine.generate("Q: one", params | {"custom_params": {"dynasor": {"program": "alone", "branches": 1}}})
