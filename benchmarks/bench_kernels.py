@@ -4,19 +4,21 @@
 
 First the copy bandwidth of the card, then a correctness gate against the float64 twin: nothing is timed unless it
 passes. Times are of CUDA graphs over as many buffers as it takes, each read once per replay, the L2 cache overwritten
-before every replay; median of 50 replays, with the range for ours. "GB/s" counts one read of the logits, "of copy" is
+before every replay; median of 50 replays, with the range for ours, and of 10 for the others. "GB/s" counts one read of the logits, "of copy" is
 that over the copy bandwidth, which counts bytes read and written. All ways but flashinfer's softmax give entropies;
 "eager", "compile" (the same through torch.compile) and ours also the 20 likeliest tokens and their mean. "with programs" is
-row_stats and program_stats with its mixture. Without a GPU only the gate runs, on Triton's interpreter.
+row_stats and program_stats with its mixture, of eight branches a program, half of them at an answer. What torch.compile
+takes seconds to make is timed for some shapes only; empty means not timed. Without a GPU only the gate runs, on Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -50,8 +52,13 @@ VOCAB_SIZES = [32_000, 128_256, 151_936, 262_144]  # Llama 2, Llama 3, Qwen 3, G
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPLAYS = 50
 MIN_BYTES = 256 << 20  # of a graph's buffers: so that its time is long against an event's resolution
+COMPILED = [(64, 151_936), (1024, 151_936)]  # rows and vocabulary that torch.compile takes seconds for
 TOP_K = 20
 TOLERANCE = 1e-5  # kernels/README.md
+
+
+Shape = tuple[int, int, str]  # rows, vocabulary, type
+Ways = dict[str, Callable[[Tensor], Any] | None]  # columns and what to time for them; None: not here
 
 
 def gate(device: str, shapes: list[tuple[int, int]]) -> None:
@@ -88,7 +95,9 @@ def is_close(got: Tensor, expected: Tensor) -> bool:
     return torch.allclose(got.to(expected.dtype), expected, TOLERANCE, TOLERANCE, equal_nan=True)
 
 
-def replay_us(function: Callable[[Tensor], Any], buffers: Tensor, flush: Tensor) -> list[float]:
+def replay_us(
+    function: Callable[[Tensor], Any], buffers: Tensor, flush: Tensor, num_replays: int = REPLAYS
+) -> list[float]:
     """Microseconds of a call, one value per replay of a graph that calls `function` on each of the buffers."""
     for _ in range(3):
         function(buffers[0])
@@ -99,7 +108,7 @@ def replay_us(function: Callable[[Tensor], Any], buffers: Tensor, flush: Tensor)
             function(buffer)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times: list[float] = []
-    for i in range(REPLAYS + 1):
+    for i in range(num_replays + 1):
         flush.fill_(i)
         start.record()
         graph.replay()
@@ -120,19 +129,18 @@ def eager(logits: Tensor) -> tuple[Tensor, ...]:
     return -(logprobs.exp() * logprobs).sum(1), top.values, top.indices, -top.values.mean(1)
 
 
+@cache
+def columns(num_rows: int) -> tuple[Tensor, ...]:
+    """Programs of eight branches: program, answer and reward of each row, and every second one at its answer."""
+    num = torch.arange(num_rows, device="cuda")
+    return num // 8, num % 3, num.float(), num % 2 == 0
+
+
 def with_programs(logits: Tensor) -> Any:
-    """Rows and programs of eight branches, every second branch at its answer."""
     stats = row_stats(logits, top_k=TOP_K)
-    num = torch.arange(len(logits), device=logits.device)
+    *given, at_answer = columns(len(logits))
     return program_stats(
-        num // 8,
-        num % 3,
-        num.float(),
-        -(-len(logits) // 8),
-        logits=logits,
-        lse=stats.lse,
-        entropy=stats.entropy,
-        at_answer=num % 2 == 0,
+        *given, -(-len(logits) // 8), logits=logits, lse=stats.lse, entropy=stats.entropy, at_answer=at_answer
     )
 
 
@@ -151,32 +159,55 @@ def has_flashinfer() -> bool:
     return True
 
 
-def ways() -> Iterator[tuple[str, Callable[[Tensor], Any]]]:
-    """Names and functions to time."""
-    yield "split us", partial(row_stats, top_k=TOP_K, path="split")
-    yield "row us", partial(row_stats, top_k=TOP_K, path="row")
-    yield "with programs us", with_programs
-    yield "eager us", eager
-    torch.compiler.reset()  # else the ninth shape is not compiled any more
-    yield "compile us", torch.compile(eager, dynamic=False)
-    yield "log-softmax us", log_softmax_reduce
+def ours(shape: Shape) -> Ways:
+    return {
+        "split us": partial(row_stats, top_k=TOP_K, path="split"),
+        "row us": partial(row_stats, top_k=TOP_K, path="row"),
+        "with programs us": with_programs,
+    }
+
+
+def peers(shape: Shape) -> Ways:
+    ways: Ways = {"eager us": eager, "log-softmax us": log_softmax_reduce}
     if has_flashinfer():
         from flashinfer.sampling import softmax
 
-        yield "flashinfer us", softmax
+        ways["flashinfer us"] = softmax
+    return ways
 
 
-def measure(batch_size: int, vocab_size: int, dtype: str, copy_gb_s: float, flush: Tensor) -> dict[str, Any]:
+def compiled(shape: Shape) -> Ways:
+    if shape[:2] not in COMPILED:
+        return {"compile us": None}
+    torch.compiler.reset()  # else the ninth shape is not compiled any more
+    return {"compile us": torch.compile(eager, dynamic=False)}
+
+
+# Ours of every shape come first: a machine lent for minutes may go.
+ROUNDS: dict[str, Callable[[Shape], Ways]] = {"ours": ours, "peers": peers, "compiled": compiled}
+
+
+def measure(shape: Shape, name: str, copy_gb_s: float, flush: Tensor) -> dict[str, str]:
+    """The columns of a round in a row of the table; with ours its first ones, too."""
+    batch_size, vocab_size, dtype = shape
+    row = {"B": str(batch_size), "V": str(vocab_size), "dtype": dtype}
+    ways = ROUNDS[name](shape)
+    if not any(ways.values()):
+        return row | dict.fromkeys(ways, "")
     num_bytes = batch_size * vocab_size * DTYPES[dtype].itemsize
     num_buffers = min(64, max(4, MIN_BYTES // num_bytes))
     buffers = 3 * torch.randn(num_buffers, batch_size, vocab_size, dtype=DTYPES[dtype], device="cuda")
-    ours = replay_us(partial(row_stats, top_k=TOP_K), buffers, flush)
-    gb_s = num_bytes / median(ours) / 1000
-    row: dict[str, Any] = {
-        "B": batch_size, "V": vocab_size, "dtype": dtype, "path": row_stats(buffers[0]).path, "us": spread(ours, 1),
-        "GB/s": f"{gb_s:.0f}", "of copy": f"{gb_s / copy_gb_s:.0%}",
-    }  # fmt: skip
-    return row | {name: f"{median(replay_us(function, buffers, flush)):.1f}" for name, function in ways()}
+    num_replays = REPLAYS
+    if name == "ours":
+        times = replay_us(partial(row_stats, top_k=TOP_K), buffers, flush, num_replays)
+        gb_s = num_bytes / median(times) / 1000
+        row["path"] = row_stats(buffers[0]).path
+        row |= {"us": spread(times, 1), "GB/s": f"{gb_s:.0f}", "of copy": f"{gb_s / copy_gb_s:.0%}"}
+    else:
+        num_replays //= 5
+    for key, function in ways.items():
+        row[key] = f"{median(replay_us(function, buffers, flush, num_replays)):.1f}" if function else ""
+    return row
 
 
 def facts(copy_gb_s: float, commit_name: str) -> dict[str, str]:
@@ -197,6 +228,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument("--vocab-sizes", type=int, nargs="+", default=VOCAB_SIZES)
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument(
+        "--rounds", nargs="+", choices=list(ROUNDS), default=list(ROUNDS), help="what to time, in order"
+    )
     parser.add_argument("--commit", help="what to write in the CSV, where the code is not in a git checkout")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -204,6 +238,7 @@ def main() -> None:
         gate("cpu", [(2, 5), (2, 508), (2, 8193)])
         print("no GPU: nothing to time, no table written")
         return
+    gc.freeze()  # every capture collects garbage: quick without what the imports left
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")  # several times the L2 cache
     source = torch.randint(256, (1, 2 << 30), dtype=torch.uint8, device="cuda")
     copy_gb_s = 2 * source.numel() / median(replay_us(torch.empty_like(source[0]).copy_, source, flush)) / 1000
@@ -211,12 +246,14 @@ def main() -> None:
     print(f"copy: {copy_gb_s:.0f} GB/s read and written")
     gate("cuda", [(3, 508), (8, 151_936), (600, 8193)])
     closing = facts(copy_gb_s, args.commit or commit())
-    rows: list[dict[str, Any]] = []
-    for batch_size, vocab_size, dtype in product(args.batch_sizes, args.vocab_sizes, args.dtypes):
-        rows.append(measure(batch_size, vocab_size, dtype, copy_gb_s, flush) | closing)
-        print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if key not in closing), flush=True)
+    rows: dict[Shape, dict[str, str]] = {}
+    for name, shape in product(args.rounds, product(args.batch_sizes, args.vocab_sizes, args.dtypes)):
+        row = measure(shape, name, copy_gb_s, flush)
+        before = {key: value for key, value in rows.get(shape, {}).items() if key not in closing}
+        rows[shape] = before | row | closing
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
         if args.csv:
-            write_rows(args.csv, rows)  # after each row: a machine lent for minutes may go
+            write_rows(args.csv, list(rows.values()))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 from sglang_dynasor.algorithms.catalogue import find
 from sglang_dynasor.algorithms.tree import Algorithm
@@ -22,17 +23,19 @@ from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.seat import check_seed
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
+from sglang_dynasor.policy.hint import name_default
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import parse_field
 
 _SHOWN_CHARS = 40  # of a question in the table
+Chat = Sequence[Mapping[str, object]]  # messages, each with a role and a content
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """One question's outcome."""
 
-    question: str
+    question: str  # as given; of a chat its last message
     answer: str | None
     certaindex: float  # in [0, 1]
     num_tokens: int  # generated, all branches together
@@ -80,7 +83,7 @@ class Results:
         ]
 
     def table(self) -> str:
-        """The rows as text, the totals below."""
+        """The rows as text, below them the totals, and what records say could be done better."""
         rows = self.rows()
         for row in rows:
             line = " ".join(row["question"].split())
@@ -96,6 +99,8 @@ class Results:
             f"{mean(result.num_branches for result in self.results):.1f} branches per question, "
             f"{num_certain} certain early, {self.wall_s:.1f} s"
         )
+        hints = Counter(hint for result in self.results if (hint := result.record.get("hint")))
+        lines += [f"hint for {num} of {len(rows)}: {hint}" for hint, num in hints.items()]
         return "\n".join(lines)
 
 
@@ -114,10 +119,11 @@ def _backend(engine: Any, rows: int) -> Generator[Endpoint | LocalEngine]:
 
 def solve(
     engine: Any,
-    questions: Sequence[str],
+    questions: Iterable[str | Chat],
     algorithm: str | type[Algorithm] | AlgorithmRecord = SELF_CONSISTENCY.name,
     *,
     sampling: dict[str, Any] | None = None,
+    max_tokens: int | None = None,
     reward: Reward | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -129,10 +135,12 @@ def solve(
 
     Args:
         engine: an `sgl.Engine`, the address of a server, or a backend of `sglang_dynasor.frontend`.
-        questions: prompts, as the model reads them.
+        questions: prompts, as the model reads them, or chats, each a list of messages with "role" and "content", which the model's
+            chat template makes a prompt. Any iterable; it is read to its end first.
         algorithm: a name in `algorithms.catalogue.ALGORITHMS`, a class with the names of `algorithms.tree.Algorithm`, or its
             record.
-        sampling: SGLang's sampling parameters; max_new_tokens holds for a whole solution.
+        sampling: SGLang's sampling parameters; max_new_tokens, or by its other name max_tokens, holds for a whole solution.
+        max_tokens: the same, given here; None: what `sampling` says, else SGLang's own, which is 128.
         reward: a function of the question and what was sampled after it, to a reward in [0, 1], or None where it cannot say; in
             place of a judge.
         seed: question i samples by `seed + i`, for an engine that reads seeds.
@@ -151,14 +159,14 @@ def solve(
     Raises:
         FieldError: a wrong key or value, named; an algorithm that this server cannot run; or every question was refused.
     """
-    if isinstance(questions, str):
-        raise FieldError("questions is one string; send a list of prompts")
+    asked_questions = _listed(questions)
+    sampling, is_default = _with_limit(sampling or {}, max_tokens)
     if concurrency is not None and (isinstance(concurrency, bool) or concurrency < 1):
         raise FieldError(f"concurrency={concurrency!r} is outside its range; send 1 or more")
     check_seed(seed)
     check_reward_function(reward)
     about = find(algorithm)
-    if key := next((key for key in ("n", "custom_params") if key in (sampling or {})), None):
+    if key := next((key for key in ("n", "custom_params") if key in sampling), None):
         raise FieldError(
             f"sampling has {key!r}: branches are made for you; leave it out, and send dynasor's keys to solve()"
         )
@@ -167,26 +175,31 @@ def solve(
     asked = {"algorithm": about, **field}
     with _backend(engine, rows) as backend:
         if backend.has_scheduler and runs_on_server(asked, has_reward=reward is not None):
-            one = _on_server(backend, {**asked, "algorithm": about.name}, sampling or {})
+            one = _on_server(backend, {**asked, "algorithm": about.name}, sampling)
             concurrency = concurrency or 64
         else:
-            one = _driven(backend, asked, sampling or {}, reward)
+            one = _driven(backend, asked, sampling, reward)
             concurrency = concurrency or 8
         refusals: list[RefusedError] = []
 
-        def one_or_none(question: str, seed: int | None) -> Result:
+        def one_or_none(question: str | Chat, seed: int | None) -> Result:
             started = time.perf_counter()
+            shown = question if isinstance(question, str) else str(question[-1]["content"])
             try:
-                return one(question, seed)
+                prompt = question if isinstance(question, str) else backend.render(question)
+                result = replace(one(prompt, seed), question=shown)
             except RefusedError as error:
                 refusals.append(error)
-                return _failed(question, str(error), started)
+                return _failed(shown, str(error), started)
+            if is_default:
+                name_default(result.record)
+            return result
 
         started = time.perf_counter()
-        with ThreadPoolExecutor(max(1, min(concurrency, len(questions)))) as pool:
+        with ThreadPoolExecutor(max(1, min(concurrency, len(asked_questions)))) as pool:
             futures = [
                 pool.submit(one_or_none, question, None if seed is None else seed + i)
-                for i, question in enumerate(questions)
+                for i, question in enumerate(asked_questions)
             ]
             try:
                 for future in _shown(futures, about.name, progress):
@@ -194,9 +207,58 @@ def solve(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if refusals and len(refusals) == len(questions):  # no question's fault
+        if refusals and len(refusals) == len(asked_questions):  # no question's fault
             raise refusals[0]
         return Results(about.name, [future.result() for future in futures], time.perf_counter() - started)
+
+
+def _listed(questions: Any) -> list[str | Chat]:
+    """The questions, each a prompt or a chat.
+
+    Raises:
+        FieldError: what is neither, named by its place.
+    """
+    if isinstance(questions, str | bytes | Mapping) or not isinstance(questions, Iterable):
+        kind = "one string" if isinstance(questions, str) else f"a {type(questions).__name__}"
+        raise FieldError(f"questions is {kind}; send a list of prompts, or of chats")
+    listed = list(cast("Iterable[Any]", questions))
+    for i, question in enumerate(listed):
+        if isinstance(question, str):
+            continue
+        if isinstance(question, Mapping):
+            raise FieldError(f"questions[{i}] is one message; send a list of chats, each a list of messages")
+        if not isinstance(question, Sequence) or not question:
+            raise FieldError(
+                f"questions[{i}]={question!r} is neither a prompt nor a chat; send a string, or a list of messages"
+            )
+        for message in cast("Sequence[Any]", question):
+            is_message = isinstance(message, Mapping)
+            if not is_message or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+                raise FieldError(
+                    f"questions[{i}] has the message {message!r}; send each as {{'role': 'user', 'content': TEXT}}"
+                )
+    return listed
+
+
+def _with_limit(sampling: dict[str, Any], max_tokens: int | None) -> tuple[dict[str, Any], bool]:
+    """Sampling parameters with the limit under SGLang's name, and whether nobody gave one.
+
+    Raises:
+        FieldError: it was given twice.
+    """
+    names = ("max_new_tokens", "max_tokens")
+    given = {f"sampling[{name!r}]": sampling[name] for name in names if name in sampling}
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
+    if len(given) > 1:
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise FieldError(f"{said}: they are names for one limit; send one of them")
+    rest = {key: value for key, value in sampling.items() if key not in names}
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise FieldError(f"{name}={value!r} is no number of tokens; send a whole number, 1 or more")
+        rest["max_new_tokens"] = value
+    return rest, not given
 
 
 def _shown(futures: list[Future[Result]], name: str, progress: bool) -> Iterator[Future[Result]]:

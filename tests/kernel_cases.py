@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import JITFunction
 
 from sglang_dynasor.policy.certaindex import entropy_certaindex
 from sglang_dynasor_kernels import program_stats, program_stats_ref, row_stats, row_stats_ref
@@ -80,6 +81,16 @@ def check_rows(logits: Tensor, path: Any, label_ids: Tensor | None = None, **opt
     )  # fmt: skip
     assert_equal_stats(got, row_stats_ref(logits, label_ids, **options), path)
     return got
+
+
+def test_what_runs() -> None:
+    """On a GPU the compiled kernels, without being asked for; interpreted ones on a CPU."""
+    kernels = [getattr(row_stats_module, name) for name in dir(row_stats_module) if name.endswith("_kernel")]
+    assert kernels
+    assert all(isinstance(kernel, JITFunction) == (DEVICE == "cuda") for kernel in kernels)
+    got = row_stats(normal(2, 508).to(DEVICE))
+    assert got.lse.device.type == DEVICE
+    assert (got.path == "ref") == (DEVICE == "cpu")
 
 
 def peaked(num_rows: int, vocab_size: int) -> Tensor:

@@ -233,6 +233,10 @@ def test_many_commas_cost_little() -> None:
         ("code", "```\na\n```\n```\n\n```", "a"),
         ("code", "a = 1", None),
         ("code:python", "```py\na\n```\n```js\nb\n```", "a"),
+        ("code:python", "```python\ndef f():\n    return 1\n```\nIt is called so:\n```python\nprint(f())\n```", "def f():\n    return 1"),
+        ("code", "```python\ndef f():\n    return 1\n```\nIt prints:\n```\n1\n```", "def f():\n    return 1"),
+        ("code:python", "```python\ndef f(): ...\n```\nBetter:\n```python\ndef f(): return 1\n```", "def f(): return 1"),
+        ("code", "```\na = 1\n```\n```\na = 2\n```", "a = 2"),
     ],
 )  # fmt: skip
 def test_kinds(extractor: str, text: str, answer: str | None) -> None:

@@ -237,7 +237,65 @@ def test_clusters_of_the_author_are_the_votes(backend: Any) -> None:
 
     p = run(clustered, backend, QUESTIONS[7].text)
     assert p.votes == {"all the same": 8}
-    assert p.certaindex == 1
+    assert p.certaindex == pytest.approx(1, abs=1e-3)  # of as many branches again
+
+
+@pytest.mark.parametrize("where", ["backend", "plain"])
+def test_a_branch_may_be_reported_to_abstain(where: str, request: pytest.FixtureRequest) -> None:
+    """Whatever its text says: the others vote, and a program of abstentions alone has no answer."""
+
+    @sgl.function
+    def reported(s: Any, num_silent: int) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, answer="regex:(.)", branches=4, stop="never", reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
+            for i, branch in enumerate(p.as_completed()):
+                if i < num_silent:
+                    p.report(branch, abstains=True)
+                else:
+                    p.report(branch, cluster="spoken")
+        return p
+
+    p = run(reported, request.getfixturevalue(where), num_silent=3)
+    assert p.votes == {"spoken": 1}
+    assert p.record["num_abstentions"] == 3
+    p = run(reported, request.getfixturevalue(where), num_silent=4)
+    assert p.answer is None
+    assert p.stop_reason == "cap"
+
+
+@pytest.mark.parametrize("more", [{"reward": 0.5}, {"cluster": "x"}])
+def test_an_abstention_has_no_reward_and_no_cluster(plain: Any, more: dict[str, Any]) -> None:
+    """Both at once would say two things."""
+
+    @sgl.function
+    def both(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, branches=1, reports=True) as p:
+            for branch in p.fork():
+                branch += sgl.gen("steps", max_tokens=1, temperature=1.7)
+            for branch in p.as_completed():
+                p.report(branch, abstains=True, **more)
+
+    with pytest.raises(FieldError, match="abstains with reward="):
+        run(both, plain)
+
+
+@pytest.mark.parametrize(("limit", "is_said"), [({}, True), ({"max_tokens": 128}, False)])
+def test_gen_says_its_default_limit(backend: Any, limit: dict[str, Any], is_said: bool) -> None:
+    """SGLang's, where the author gave none and all branches were cut there."""
+
+    @sgl.function
+    def cut(s: Any) -> Any:
+        s += prompt(EASY[0].text)
+        with reason(s, branches=2, answer="boxed") as p:
+            p.gen("steps", temperature=1.7, ignore_eos=True, **limit)
+        return p
+
+    said = run(cut, backend).record["hint"]
+    assert "at 128 tokens" in said
+    assert ("128 is what holds where none is given" in said) == is_said
 
 
 def test_all_branches_may_be_read_before_any_is_reported(backend: Any) -> None:

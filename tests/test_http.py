@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from questions import held_out, prompt
 from server import Server
 from warm import run_python
 
+from sglang_dynasor import solve
+from sglang_dynasor.frontend import Endpoint
 from sglang_dynasor.observe.ledger import STATUS_HELP
 
 pytestmark = pytest.mark.engine
@@ -138,6 +141,16 @@ def test_the_guide_s_batch_works(server: Server, tmp_path: Path) -> None:
     assert len(re.findall(rf"^{QUESTION.answer} 0\.\d+ \d+ certain$", printed, re.M)) >= 2
 
 
+def test_chats_are_solved_through_an_address(server: Server) -> None:
+    """By the chat template of the server's model."""
+    chat = [{"role": "user", "content": QUESTION.text}]
+    with closing(Endpoint(server.url)) as backend:
+        assert backend.render(chat) == prompt(QUESTION.text)
+        (result,) = solve(backend, iter([chat]), max_tokens=200, answer="hash", branches=3, progress=False)
+    assert result.question == QUESTION.text
+    assert result.num_tokens > 0
+
+
 def test_the_guide_s_own_rule_works(server: Server, tmp_path: Path) -> None:
     """Three votes ahead are enough, says the author; the default rule asks for four."""
     given = f"import sglang_dynasor\n\nengine, prompts = {server.url!r}, [{prompt(QUESTION.text)!r}]\n"
@@ -233,13 +246,14 @@ def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: 
     assert server.status() == before
 
 
-def plain_body(path: str) -> dict[str, Any]:
+def plain_body(server: Server, path: str) -> dict[str, Any]:
     """A request of one token that asks for no program."""
+    model = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"][0]["id"]  # /v1/responses takes no other
     chat = {"model": "any", "messages": [{"role": "user", "content": "Q"}], "max_tokens": 1}
     return {
         "/generate": {"text": "Q", "sampling_params": {"max_new_tokens": 1}},
         "/v1/completions": {"model": "any", "prompt": "Q", "max_tokens": 1},
-        "/v1/responses": {"input": "Q", "max_output_tokens": 1},
+        "/v1/responses": {"model": model, "input": "Q", "max_output_tokens": 1},
     }.get(path, chat)
 
 
@@ -261,7 +275,7 @@ def plain_body(path: str) -> dict[str, Any]:
 def test_a_field_at_the_wrong_place_is_a_400(server: Server, path: str, more: dict[str, Any], message: str) -> None:
     """SGLang would drop it, and answer with one plain sample; nothing is enqueued."""
     before = server.status()
-    response = httpx.post(server.url + path, json=plain_body(path) | more, timeout=60)
+    response = httpx.post(server.url + path, json=plain_body(server, path) | more, timeout=60)
     assert response.status_code == 400, response.text
     assert message in response.text
     assert server.status() == before
@@ -280,7 +294,7 @@ def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: st
     }
     if path != "/generate":
         more["metadata"] = {"user_id": "dynasor", "dynasor": "v1"}
-    response = httpx.post(server.url + path, json=plain_body(path) | more, timeout=60)
+    response = httpx.post(server.url + path, json=plain_body(server, path) | more, timeout=60)
     assert response.status_code == 200, response.text
 
 

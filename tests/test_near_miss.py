@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.validation import check_place
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.policy.near_miss import near_miss
+from sglang_dynasor.policy.near_miss import _is_within, near_miss
 
 FIELD = {"algorithm": "self_consistency"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "dynasor?"}], "max_tokens": 9, "n": 1}
@@ -91,6 +91,36 @@ def test_a_plain_request_is_none(more: dict[str, Any]) -> None:
 def test_any_body_can_be_looked_at(body: Any) -> None:
     """Whatever JSON it is: nothing is found in texts that nobody chose."""
     assert near_miss(body, OPENAI) is None
+
+
+def test_a_body_made_to_be_slow_is_not() -> None:
+    """Keys without end, all of them nearly ours, or objects in objects: a few milliseconds, whatever is left unseen."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    near = {a + "custom" + b + c + "params": {} for a in letters for b in letters for c in letters}
+    nested: dict[str, Any] = {"dynasor": FIELD}
+    for _ in range(500):
+        nested = {"custom_params": nested, "extra_body": [nested] * 9}
+    for body in (near, {"custom_params": near}, nested, {"extra_body": [{key: {}} for key in near]}):
+        began = time.perf_counter()
+        assert near_miss(body, OPENAI) is None
+        assert time.perf_counter() - began < 0.1  # 4 ms here; without a bound as long as the body
+
+
+def edits(word: str, other: str) -> int:
+    """Letters added, left out, replaced or swapped with their neighbour, by the table of all prefixes."""
+    table = [[i + j if i * j == 0 else 0 for j in range(len(other) + 1)] for i in range(len(word) + 1)]
+    for i, a in enumerate(word, 1):
+        for j, b in enumerate(other, 1):
+            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (a != b))
+            if i > 1 and j > 1 and word[i - 2 : i] == other[j - 2 : j][::-1]:
+                table[i][j] = min(table[i][j], table[i - 2][j - 2] + 1)
+    return table[-1][-1]
+
+
+@given(st.text("abc", max_size=6), st.text("abc", max_size=6), st.integers(0, 2))
+def test_words_are_near_by_their_edits(word: str, other: str, most: int) -> None:
+    """As the table has it."""
+    assert _is_within(word, other, most) == (edits(word, other) <= most)
 
 
 def manager(scheduler: str | None = "dynasor") -> Any:

@@ -147,6 +147,82 @@ def test_one_question_that_is_too_long_costs_only_itself(where: str, request: py
             sglang_dynasor.solve(engine, [long, long], **options)
 
 
+def test_questions_may_come_from_a_generator(engine: Any) -> None:
+    """In its order."""
+    results = sglang_dynasor.solve(
+        engine, (text for text in PROMPTS[:3]), sampling=SAMPLING, answer="hash", branches=2, progress=False
+    )
+    assert [result.question for result in results] == PROMPTS[:3]
+
+
+@pytest.mark.parametrize("algorithm", ["self_consistency", "rebase"])
+def test_chats_go_through_the_chat_template(engine: Any, algorithm: str) -> None:
+    """They are solved as the prompts that the template makes of them; a reward function is given those."""
+    chats = [[{"role": "user", "content": q.text}] for q in QUESTIONS[:2]]
+    with LocalEngine(engine) as backend:
+        assert [backend.render(chat) for chat in chats] == PROMPTS[:2]
+    seen: list[str] = []
+
+    def reward(question: str, text: str) -> float:
+        seen.append(question)
+        return 0.5
+
+    judged: dict[str, Any] = {} if algorithm == "self_consistency" else {"reward": reward}
+    results = sglang_dynasor.solve(
+        engine, chats, algorithm, sampling=SAMPLING, answer="hash", branches=4, progress=False, **judged
+    )
+    assert [result.question for result in results] == [q.text for q in QUESTIONS[:2]]
+    assert any(result.answer for result in results)
+    assert set(seen) == (set(PROMPTS[:2]) if judged else set())
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_chat_begins_once(begins: bool, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tokenizer adds to every prompt is taken off the template's text; where it adds nothing, it stays."""
+    tokenizer = SimpleNamespace(
+        bos_token="<s>", bos_token_id=1, encode=lambda text: [1] if begins else [],
+        apply_chat_template=lambda messages, **options: "<s>" + messages[0]["content"],
+    )  # fmt: skip
+    with LocalEngine(engine) as backend:
+        monkeypatch.setattr(backend.engine.tokenizer_manager, "tokenizer", tokenizer)
+        assert backend.render([{"role": "user", "content": "Q"}]) == ("Q" if begins else "<s>Q")
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_tokens": 3}, {"sampling": {"max_tokens": 3}}, {"sampling": {"max_new_tokens": 3}}]
+)
+@pytest.mark.parametrize("where", ["engine", "plain"])
+def test_the_limit_has_two_names(where: str, limit: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """OpenAI's and SGLang's: three tokens of each branch, and a hint that says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = sglang_dynasor.solve(
+            request.getfixturevalue(where), PROMPTS[:2], answer="hash", branches=2, progress=False, **limit
+        )
+    for result in results:
+        assert result.num_tokens == 6
+        assert "at 3 tokens" in result.record["hint"]
+        assert "128" not in result.record["hint"]
+    assert "hint for 2 of 2: " in results.table()
+
+
+@pytest.mark.parametrize("where", ["engine", "plain"])
+@pytest.mark.parametrize(("limit", "is_said"), [({}, True), ({"max_tokens": 128}, False)])
+def test_the_default_limit_is_said(
+    where: str, limit: dict[str, Any], is_said: bool, request: pytest.FixtureRequest
+) -> None:
+    """Where nobody gave one and everything was cut at it; not where the author wrote 128, nor where there was an answer."""
+    options: dict[str, Any] = {"branches": 2, "progress": False, "sampling": {"ignore_eos": True}, **limit}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = request.getfixturevalue(where)
+        (cut,) = sglang_dynasor.solve(engine, PROMPTS[:1], answer="boxed", **options)
+        (found,) = sglang_dynasor.solve(engine, PROMPTS[:1], answer="regex:(\\d+)", **options | {"sampling": {}})
+    assert "at 128 tokens" in cut.record["hint"]
+    assert ("128 is what holds where none is given" in cut.record["hint"]) == is_said
+    assert "128 is" not in found.record.get("hint", "")
+
+
 def test_no_questions(engine: Any) -> None:
     """An empty batch is an empty result."""
     results = solve(engine, 0, "self_consistency")
@@ -158,6 +234,27 @@ def test_no_questions(engine: Any) -> None:
     ("call", "message"),
     [
         (lambda e: sglang_dynasor.solve(e, "Q"), "questions is one string"),
+        (lambda e: sglang_dynasor.solve(e, {"role": "user", "content": "Q"}), "questions is a dict"),
+        (lambda e: sglang_dynasor.solve(e, 3), "questions is a int"),
+        (lambda e: sglang_dynasor.solve(e, [{"role": "user", "content": "Q"}]), "questions[0] is one message"),
+        (lambda e: sglang_dynasor.solve(e, ["Q", 7]), "questions[1]=7 is neither"),
+        (lambda e: sglang_dynasor.solve(e, [[]]), "questions[0]=[] is neither"),
+        (lambda e: sglang_dynasor.solve(e, [["Q"]]), "questions[0] has the message 'Q'"),
+        (lambda e: sglang_dynasor.solve(e, [[{"role": "user"}]]), "questions[0] has the message {'role': 'user'}"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], max_tokens=3, sampling={"max_tokens": 3}), "names for one limit"),
+        (
+            lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"max_new_tokens": 3, "max_tokens": 3}),
+            "sampling['max_new_tokens']=3, sampling['max_tokens']=3: they are names for one limit",
+        ),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], max_tokens=0), "max_tokens=0 is no number"),
+        (
+            lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"max_tokens": "9"}),
+            "sampling['max_tokens']='9' is no number",
+        ),
+        (
+            lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"dynasor": {}}),
+            "send the field as sampling_params.custom_params",
+        ),
         (lambda e: sglang_dynasor.solve(e, ["Q"], concurrency=0), "concurrency=0"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], "oracle"), "dynasor.algorithm='oracle'"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], branchs=2), "dynasor.branchs is not a key"),

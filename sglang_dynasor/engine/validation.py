@@ -20,7 +20,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.ledger import Owners
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS
 from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
-from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, is_greedy, parse_field
+from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, parse_field
 from sglang_dynasor.symbolic import check_installed
 
 # OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
@@ -75,8 +75,8 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     if spec.thought is not None:
         _check_thought(spec, obj, params, tokenizer_manager)
     if spec.program is not None:  # the client samples the branches itself
-        is_same = is_greedy(_sampling(params, tokenizer_manager)) and spec.branches > 1
-        owners_of(tokenizer_manager).check(spec, greedy_prompt=tuple(input_ids) if is_same else None)
+        check_greedy(spec.branches, _sampling(params, tokenizer_manager))
+        owners_of(tokenizer_manager).check(spec)
         return
     if params.get("max_new_tokens") == 0:
         raise FieldError("max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1")

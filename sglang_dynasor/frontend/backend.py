@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 _warning_lock = threading.Lock()
@@ -33,6 +34,14 @@ class Backend(Protocol):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, none added."""
+        ...
+
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """A chat as the model reads it, without the tokens that its tokenizer adds to every prompt.
+
+        Raises:
+            RefusedError: the model has no chat template, or its template takes no such chat.
+        """
         ...
 
     def abort(self, rid: str) -> None:

@@ -109,7 +109,7 @@ class Counting:
         under_way = any(not b.is_finished and b.is_under_way for b in self.branches)
         return bool(self._ready) or self._program.reason is not None or self._error is not None or not under_way
 
-    def report(self, branch: Branch, reward: float | None, cluster: str | None) -> None:
+    def report(self, branch: Branch, reward: float | None, cluster: str | None, *, abstains: bool) -> None:
         """Let a finished branch vote, with what the author says of it.
 
         Raises:
@@ -126,7 +126,7 @@ class Counting:
             if not branch.is_finished:
                 raise FieldError(f"branch {branch.number} still generates; report it when as_completed() gives it")
             branch.reward = reward
-            self._count(branch, cluster)
+            self._count(branch, cluster, abstains=abstains)
             self._raise_error()
 
     def end(self, reason: StopReason) -> None:
@@ -183,7 +183,8 @@ class Counting:
                     "declaration: final=NAME"
                 )
             # The first generation takes the branch's place in flight, whether or not it is the one that answers.
-            if branch.index is None:
+            is_first = branch.index is None
+            if is_first:
                 self._wait_for_place()
             if self._program.reason is not None or self._error is not None:
                 branch.ended = branch.is_finished = True
@@ -193,12 +194,15 @@ class Counting:
                 branch.index = self._program.start_branch()
             branch.is_answering = self.final is None or name == self.final
             if is_greedy and branch.is_answering:
-                if branch.lead in self._greedy:
+                # A server refuses them. After steps that were sampled they are fine, and counted here.
+                self.is_here |= self.told is None
+                if is_first and branch.lead in self._greedy:
                     raise self._refuse(
                         f"branch {branch.number} generates {name!r} greedily (temperature 0, or top_k 1), as another branch with the "
                         "same text before it: both would be the same; generate it with a temperature above 0"
                     )
-                self._greedy.add(branch.lead)
+                if is_first:
+                    self._greedy.add(branch.lead)
         seed = sample_seed(self.seed, self.id, branch.number)
         extra: dict[str, Any] = {"rid": branch.rid, "sampling_params": {"sampling_seed": seed}}
         if branch.is_answering and not self.is_here:
@@ -262,7 +266,7 @@ class Counting:
         if record["stop_reason"] is not None and self._program.reason is None:
             self._program.reason = StopReason(record["stop_reason"])
 
-    def _count(self, branch: Branch, cluster: str | None = None) -> None:
+    def _count(self, branch: Branch, cluster: str | None = None, *, abstains: bool = False) -> None:
         """Let a finished branch vote."""
         if branch.is_counted or branch.index is None or branch.ended:
             return
@@ -270,7 +274,7 @@ class Counting:
         if self._program.branches[branch.index].state is BranchState.IN_FLIGHT:
             index, num_tokens, reward, ending = branch.index, branch.num_tokens, branch.reward, branch.ending
             try:
-                if cluster is not None:
+                if cluster is not None or abstains:
                     self._program.count(index, cluster, num_tokens, reward, ending=ending)
                 else:
                     self._program.finish(index, branch.said, num_tokens, reward, lead=branch.lead, ending=ending)

@@ -19,7 +19,7 @@ from sglang_dynasor.frontend.same import AnswerKeys
 from sglang_dynasor.frontend.seat import sample_seed
 from sglang_dynasor.policy.answers import is_thinking, read_answer
 from sglang_dynasor.policy.branch import Branch, BranchState, Ending
-from sglang_dynasor.policy.hint import hint
+from sglang_dynasor.policy.hint import DEFAULT_TOKENS, hint
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import check_greedy
 
@@ -205,7 +205,7 @@ class Driver:
                 self._take(run, future)
 
     def _sample(self, run: Run, before: str, spent: int, rid: str, seed: int) -> Sampled:
-        params: dict[str, Any] = {"max_new_tokens": 128, **run.sampling, "sampling_seed": seed}
+        params: dict[str, Any] = {"max_new_tokens": DEFAULT_TOKENS, **run.sampling, "sampling_seed": seed}
         params["max_new_tokens"] = max(1, params["max_new_tokens"] - spent)
         step = run.plan.step if run.algorithm.is_stepwise else None
         if step is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any
@@ -58,7 +58,19 @@ class Endpoint(RuntimeEndpoint):
         super()._assert_success(res)
 
     def tokenize(self, text: str) -> list[int]:
-        response = self._request("/tokenize", {"prompt": text, "add_special_tokens": False})
+        return self._tokens({"prompt": text, "add_special_tokens": False})
+
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        added = self._tokens({"prompt": ""})  # to every prompt: the server adds them to this one again
+        tokens = self._tokens({"messages": [dict(message) for message in messages]})
+        if added and tokens[: len(added)] == added:
+            tokens = tokens[len(added) :]
+        response = self._request("/detokenize", {"tokens": tokens, "skip_special_tokens": False})
+        self._assert_success(response)
+        return response.json()["text"]
+
+    def _tokens(self, data: dict[str, Any]) -> list[int]:
+        response = self._request("/tokenize", data)
         self._assert_success(response)
         return response.json()["tokens"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from fastapi import HTTPException
+from jinja2 import TemplateError
 from sglang.lang.backend.runtime_endpoint import RuntimeEndpoint
 from sglang.lang.chat_template import get_chat_template, get_chat_template_by_model_path
 from sglang.lang.global_config import global_config
@@ -140,6 +141,20 @@ class LocalEngine(RuntimeEndpoint):
 
     def tokenize(self, text: str) -> list[int]:
         return self.engine.tokenizer_manager.tokenizer.encode(text, add_special_tokens=False)
+
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        tokenizer = self.engine.tokenizer_manager.tokenizer
+        try:
+            text: str = tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (ValueError, TemplateError) as error:
+            raise RefusedError(
+                f"this engine's model takes no such chat ({error}); send prompts as the model reads them"
+            ) from error
+        begin: str | None = tokenizer.bos_token
+        is_added = begin is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+        return text.removeprefix(begin) if begin and is_added else text
 
     def abort(self, rid: str) -> None:
         self.engine.loop.call_soon_threadsafe(self.engine.tokenizer_manager.abort_request, rid)

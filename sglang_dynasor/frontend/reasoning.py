@@ -22,6 +22,7 @@ from sglang_dynasor.frontend.local import LocalEngine
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.seat import check_seed, let_go, mend, raise_failure, take_seat
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
+from sglang_dynasor.policy.hint import name_default
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.symbolic import check_installed
@@ -197,13 +198,16 @@ class Reasoning:
         """Branches as they finish, until the program has decided; one that the author does not report abstains from rewards."""
         return self._counting.completed()
 
-    def report(self, branch: Branch | int, *, reward: float | None = None, cluster: str | None = None) -> None:
+    def report(
+        self, branch: Branch | int, *, reward: float | None = None, cluster: str | None = None, abstains: bool = False
+    ) -> None:  # fmt: skip
         """What the author's own code says of a finished branch, which votes now.
 
         Args:
             branch: of this program, or its number.
             reward: in [0, 1].
             cluster: which of the author's groups of equal answers it belongs to, in place of the extracted answer.
+            abstains: it has no answer, whatever its text says.
 
         Raises:
             FieldError: no such branch, one that still generates or has voted already, a value out of range, or a program
@@ -220,7 +224,11 @@ class Reasoning:
         check_reward("reward", reward)
         if cluster is not None and (not cluster.strip() or len(cluster) > MOST_CLUSTER_CHARS):
             raise FieldError(f"cluster={cluster!r} is no name; send 1 to {MOST_CLUSTER_CHARS} characters")
-        self._counting.report(branch, reward, cluster)
+        if abstains and (reward is not None or cluster is not None):
+            raise FieldError(
+                f"abstains with reward={reward!r}, cluster={cluster!r}: a branch without an answer has neither; leave them out"
+            )
+        self._counting.report(branch, reward, cluster, abstains=abstains)
 
     def stop(self) -> None:
         """End the program now, by a rule of the author's own: the best answer so far stands."""
@@ -271,6 +279,8 @@ class Reasoning:
         resolved = self.state.stream_executor._resolve_sampling_params(expression.sampling_params)
         sampling = {key: value for key, value in resolved.to_srt_kwargs().items() if value is not None and key != "n"}
         said = self._ask_server(sampling) if self.is_server_s else self._drive(sampling)
+        if options.get("max_tokens") is None and self._counting.told is not None:
+            name_default(self._counting.told)
         self.state += said
         self.state.sync()
         self.state[name] = said

@@ -91,23 +91,18 @@ class Owners:
     def __init__(self, size: int = 10_000):
         self.size = size
         self._specs: OrderedDict[str, ProgramSpec] = OrderedDict()
-        self._greedy: dict[str, set[int]] = {}  # what programs have sent to be decoded greedily
 
-    def check(self, spec: ProgramSpec, *, greedy_prompt: tuple[int, ...] | None = None) -> None:
+    def check(self, spec: ProgramSpec) -> None:
         """Take note of a branch's program.
 
-        Args:
-            spec: as the branch declares it.
-            greedy_prompt: the tokens of a branch that is decoded greedily; None: it is sampled.
-
         Raises:
-            FieldError: another tenant's, one that was declared with other settings, or one that has such a branch already.
+            FieldError: another tenant's, or one that was declared with other settings.
         """
         assert spec.program is not None
         first = self._specs.setdefault(spec.program, spec)
         self._specs.move_to_end(spec.program)
         while len(self._specs) > self.size:
-            self._greedy.pop(self._specs.popitem(last=False)[0], None)
+            self._specs.popitem(last=False)
         if spec.tenant != first.tenant:
             raise FieldError(f"dynasor.program={spec.program!r} is another tenant's; send an id of your own")
         if spec != first:
@@ -115,11 +110,3 @@ class Owners:
                 f"dynasor.program={spec.program!r} was declared with other settings; send the same with each of its branches, "
                 "or another id"
             )
-        if greedy_prompt is not None:
-            sent = self._greedy.setdefault(spec.program, set())
-            if hash(greedy_prompt) in sent:
-                raise FieldError(
-                    f"dynasor.program={spec.program!r} has a greedy branch of this prompt already (temperature 0, or top_k 1): another "
-                    "would be the same; send a temperature above 0, or another prompt"
-                )
-            sent.add(hash(greedy_prompt))

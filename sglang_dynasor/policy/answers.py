@@ -31,6 +31,7 @@ from sglang_dynasor.policy.structured import (
 
 MAX_SHOWN_CHARS = 256  # of an answer in a record
 MAX_LEAD_CHARS = 256
+BEGUN_CHARS = 512  # of a text that are read behind the prompt's line, for an answer that begins there
 MAX_RUNS = 4  # questions of its own that a branch goes on with
 THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
 THINK_STARTS = ("<think>", "<thinking>", "[THINK]", "<|begin_of_thought|>", "<seed:think>")
@@ -136,7 +137,7 @@ def _final_code(text: str) -> Found | None:
 
 
 def _code(text: str) -> Found | None:
-    """The last block of code between fences."""
+    """The last block of code between fences that defines something, else the last."""
     return find_code(text)
 
 
@@ -167,10 +168,11 @@ FORMS = {
     "json:PATH": "What stands at PATH in the last JSON value that has it: keys and places with points between them, such as `items.0.name`.",
     "tool_call:-KEY,-KEY": "The calls of tools without the arguments of these names.",
     "tag:NAME": "What stands in the last `<NAME>...</NAME>` that is not empty.",
-    "code:python": "The last block of Python between fences; equal where it compiles to the same.",
+    "code:python": "The last block of Python between fences that defines something, else the last; equal where it compiles to the same.",
     "regex:PATTERN": "Of the line that matches last, the last match's first group, or the whole match. RE2 syntax, up to 256 characters.",
 }
 _LONG = ("json", "tool_call", "code")
+_SHORT = ("choice", "number", "yes_no", "last_line")
 _RUNNING = ("hash", "boxed", "choice", "number")
 _MARKS = {"hash": ("####",), "boxed": ("\\boxed{",), "auto": ("####", "\\boxed{")}
 
@@ -280,6 +282,10 @@ def extract_answer(text: str, extractor: str, *, is_cut: bool = False) -> str | 
         The answer without surrounding white space, all of it; None if empty or not found.
     """
     said = _said(text)
+    if is_cut and extractor == "number":  # the last number of what goes on is any number: only a marked one counts
+        marked = _find(said, "auto")
+        said = marked.text if marked is not None and marked.is_whole else ""
+        is_cut = False
     found = _find(said, extractor) if said.strip() else None
     if found is None or (is_cut and not found.is_whole):
         return None
@@ -306,14 +312,15 @@ def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -
 
 def _begun(begun: str, text: str, extractor: str, is_cut: bool) -> str | None:
     found = extract_answer(text, extractor, is_cut=is_cut)
-    if found is None and begun:
-        whole = extract_answer(begun + text, extractor, is_cut=is_cut)
+    if found is None and begun and not any(mark in text for mark in THINK_ENDS):
+        first = text[:BEGUN_CHARS] if extractor in _SHORT else text
+        whole = extract_answer(begun + first, extractor, is_cut=is_cut)
         found = None if whole == extract_answer(begun, extractor) else whole
     return found
 
 
 def _phrased(begun: str, text: str, is_cut: bool) -> str | None:
-    found = _marked(begun + text[-TAIL_CHARS:]) if not any(mark in text for mark in THINK_ENDS) else None
+    found = _marked(begun + text[:BEGUN_CHARS]) if not any(mark in text for mark in THINK_ENDS) else None
     if (
         found is not None
         and not (is_cut and not found.is_whole)

@@ -59,37 +59,38 @@ def find_choice(text: str) -> Found | None:
     at the start of a line where no other letter stands so. None where several are the answer.
     """
     try:
-        for letter, end in _candidates(text):
-            return Found(letter.upper(), end < len(text))
+        for letter, is_marked in _candidates(text):
+            return Found(letter.upper(), is_marked)
     except _Several:
         pass
     return None
 
 
-def _candidates(text: str) -> Iterator[tuple[str, int]]:
+def _candidates(text: str) -> Iterator[tuple[str, bool]]:
+    """Letters, the likeliest answer first, with whether a mark says that it is the answer, and all of it."""
     for box in reversed(boxes(text)):
         if (found := _BOX.match(box.text)) and _stands(box.text, found.end(), found[1], is_alone=found[1].islower()):
-            yield found[1], box.end
+            yield found[1], True
         break
     if (
         (tag := find_tag(text, "answer"))
         and (found := _BOX.match(tag.text))
         and _stands(tag.text, found.end(), found[1])
     ):
-        yield found[1], 0
+        yield found[1], True
     for pattern in (_STRONG, _WEAK):
         for found in reversed(list(pattern.finditer(text))):
             if _stands(text, found.end(), found[1]) and not (pattern is _WEAK and _DENIED.match(text, found.end())):
-                yield found[1], found.end()
+                yield found[1], pattern is _STRONG and found.end() < len(text)
     for pattern in (_LINE, _MARKED):
         for found in reversed(list(pattern.finditer(text))):
             if pattern is _LINE or not _DENIED.match(text, found.end()):
-                yield found[found.lastindex or 0], found.end()
+                yield found[found.lastindex or 0], False
     if only := _ONLY.fullmatch(text):
-        yield only[1], only.end(1)
-    opening = {found[1]: found.end() for found in _OPENING.finditer(text)}
+        yield only[1], False
+    opening = {found[1] for found in _OPENING.finditer(text)}
     if len(opening) == 1:
-        yield from opening.items()
+        yield opening.pop(), False
 
 
 def _stands(text: str, end: int, letter: str, *, is_alone: bool = False) -> bool:
@@ -120,6 +121,6 @@ def find_yes_no(text: str) -> Found | None:
         return Found(found[1].lower(), True)
     for pattern in (_SAID, _YES_NO_LINE):
         for found in reversed(list(pattern.finditer(text))):
-            return Found(found[1].lower(), found.end(1) < len(text))
+            return Found(found[1].lower(), pattern is _SAID and found.end(1) < len(text))
     found = _YES_NO_FIRST.match(text)
-    return Found(found[1].lower(), found.end(1) < len(text)) if found else None
+    return Found(found[1].lower(), False) if found else None

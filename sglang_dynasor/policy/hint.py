@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from sglang_dynasor.policy.branch import Branch, BranchState
 from sglang_dynasor.policy.spec import ProgramSpec
@@ -10,6 +11,7 @@ from sglang_dynasor.policy.spec import ProgramSpec
 # What makes JSON, and extractors that find nothing there but by chance.
 _JSON_CONSTRAINTS = ("json_schema", "structural_tag")
 _NOT_IN_JSON = ("boxed", "hash", "last_line", "code", "tag")
+DEFAULT_TOKENS = 128  # SGLang's own max_new_tokens
 
 
 def hint(spec: ProgramSpec, branches: Iterable[Branch], constraint: str = "") -> str | None:
@@ -58,3 +60,9 @@ def unanswered(spec: ProgramSpec, ended: list[Branch], constraint: str) -> str:
         f"none of {len(ended)} texts has an answer that dynasor.answer={spec.answer!r} reads{grammar}; "
         "docs/answers.md says what each extractor finds"
     )
+
+
+def name_default(record: dict[str, Any]) -> None:
+    """Say in the hint of a record, of which nobody gave a limit of tokens, that its texts were cut at SGLang's."""
+    if f"at {DEFAULT_TOKENS} tokens" in record.get("hint", ""):
+        record["hint"] += f" ({DEFAULT_TOKENS} is what holds where none is given)"

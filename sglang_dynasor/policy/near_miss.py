@@ -11,6 +11,7 @@ CLIENT_ARGUMENT = "extrabody"  # of the OpenAI Python client, which sends what i
 # What a field is put into, where it should be or by mistake. Nothing else is looked into: what clients keep in `metadata`
 # or `labels`, and what they call it there, is theirs.
 _WRAPPERS = (CLIENT_ARGUMENT, "customparams", "customparameters", "samplingparams", "samplingparameters")
+MOST_KEYS = 256
 _MOST_KEY_CHARS = 24
 _MOST_DEPTH = 4
 # One edit, not two: `dynamo` and `dynasty` are words of other people.
@@ -25,26 +26,26 @@ def near_miss(body: Any, place: tuple[str, ...] | None) -> tuple[str, ...] | Non
         body: a request as its client wrote it, or a part of it.
         place: path at which the field is read; None: nowhere. A list counts as each of its items.
 
-    A field that is null or false asks for nothing and is never one. Takes as long as there are keys in the body and in the few
-    objects that could hold the field, whatever else is in it.
+    A field that is null or false asks for nothing and is never one. What is looked into are the body and the few objects that
+    could hold the field, the nearest first, and of them no more than MOST_KEYS keys, whatever else is there.
     """
-    return _look(body, (), place)
-
-
-def _look(value: Any, path: tuple[str, ...], place: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if isinstance(value, list):
-        found = (_look(item, path, place) for item in value if isinstance(item, dict))
-        return next(filter(None, found), None)
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        meant = _meant(key) if isinstance(key, str) and len(key) <= _MOST_KEY_CHARS else None
-        if meant is None or inner is None or inner is False:
-            continue
-        here = (*path, key)
-        if meant == "field":
-            if here != place:
+    num_left = MOST_KEYS
+    places: list[tuple[tuple[str, ...], Any]] = [((), body)]
+    for path, value in places:  # which grows meanwhile
+        if isinstance(value, list):
+            places += [(path, item) for item in value[:num_left] if isinstance(item, dict)]
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            num_left -= 1
+            if num_left < 0:
+                return None
+            meant = _meant(key) if isinstance(key, str) and len(key) <= _MOST_KEY_CHARS else None
+            if meant is None or inner is None or inner is False:
+                continue
+            here = (*path, key)
+            if meant == "field" and here != place:
                 return here
-        elif len(here) < _MOST_DEPTH and (found := _look(inner, here, place)) is not None:
-            return found
+            if meant == "wrapper" and len(here) < _MOST_DEPTH:
+                places.append((here, inner))
     return None
 
 
@@ -63,15 +64,13 @@ def plain(key: str) -> str:
 
 def _is_within(word: str, other: str, most: int) -> bool:
     """Whether `most` letters added, left out, replaced or swapped with their neighbour make one of the other."""
-    if abs(len(word) - len(other)) > most:
+    if word == other:
+        return True
+    if most == 0 or abs(len(word) - len(other)) > most:
         return False
-    before: list[int] = []
-    row = list(range(len(other) + 1))
-    for i, a in enumerate(word, 1):
-        older, before, row = before, row, [i]
-        for j, b in enumerate(other, 1):
-            best = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (a != b))
-            if i > 1 and j > 1 and a == other[j - 2] and word[i - 2] == b:
-                best = min(best, older[j - 2] + 1)
-            row.append(best)
-    return row[-1] <= most
+    same = next((i for i, (a, b) in enumerate(zip(word, other, strict=False)) if a != b), min(len(word), len(other)))
+    a, b = word[same:], other[same:]
+    rests = [(a[1:], b), (a, b[1:]), (a[1:], b[1:])]
+    if a[:2] == b[1::-1]:
+        rests.append((a[2:], b[2:]))
+    return any(_is_within(rest, its_rest, most - 1) for rest, its_rest in rests)

@@ -62,7 +62,7 @@ def _find(text: str, begin: int) -> Found | None:
             number = number.replace(".", "").replace(" ", "")
         if _DECIMAL_COMMA.fullmatch(number):
             number = number.replace(",", ".")
-        return Found(_sign(before) + number, found.end() + 1 < len(text))
+        return Found(_sign(before) + number, False)
     return None
 
 

@@ -14,6 +14,7 @@ MAX_DEPTH = 48  # of JSON
 MAX_VALUES = 8  # JSON values of a text that are looked at, the last ones
 MAX_PATH_CHARS = 128
 _BRACKET = re.compile(r"[{}\[\]]")
+_DEFINES = re.compile(r"^(?:export )?(?:async )?(?:def|class|function|fn|func)[ \t]+\w", re.M)
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.M)
 _TAG_NAME = re.compile(r"[A-Za-z][\w.-]{0,63}")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -50,12 +51,15 @@ def blocks(text: str) -> list[tuple[str, str, int]]:
 
 
 def find_code(text: str, language: str = "") -> Found | None:
-    """The last fenced block that is not empty; with `language`, of that language or of none."""
+    """The last fenced block that defines a function or class, else the last that is not empty; with `language`, of that or of none.
+
+    After a function models show how it is called, or what it prints.
+    """
     names = {"": None, "python": ("", "python", "py", "python3")}[language]
-    for name, code, _ in reversed(blocks(text[-READ_CHARS:])):
-        if code.strip() and (names is None or name in names):
-            return Found(code.strip("\n").rstrip(), True)
-    return None
+    codes = [code for name, code, _ in blocks(text[-READ_CHARS:]) if code.strip() and (names is None or name in names)]
+    defining = next((code for code in reversed(codes) if _DEFINES.search(code)), None)
+    code = defining or next(reversed(codes), None)
+    return None if code is None else Found(code.strip("\n").rstrip(), True)
 
 
 def parse(text: str) -> Any:

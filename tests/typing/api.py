@@ -38,6 +38,8 @@ def batches(engine: Any) -> None:
     assert_type(first.num_branches, int)
     assert_type(first.stop_reason, str)
     assert_type(first.record, dict[str, Any])
+    solve(engine, (text for text in ["one"]), max_tokens=200)
+    solve(engine, [[{"role": "user", "content": "one"}], "two"])
     solve(engine, 3)  # pyright: ignore[reportArgumentType]
     solve(engine, ["one"], reward=len)  # pyright: ignore[reportArgumentType]
     first.answer = "19"  # pyright: ignore[reportAttributeAccessIssue]
