@@ -253,11 +253,13 @@ def settle(made: Program, classes: Sequence[int], index: int) -> None:
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"equal": "same"}, "dynasor.equal='same' is not known; use one of math, text, symbolic, model, embedding or embedding:COSINE"),
+        ({"equal": "same"}, "dynasor.equal='same' is not known; use one of math, text, symbolic, model, embedding, model:0.7, embedding:0.9"),
         ({"equal": "math:0.9"}, "is not known"),
-        ({"equal": "embedding:2"}, "the cosine '2' is outside"),
-        ({"equal": "embedding:nan"}, "the cosine 'nan' is outside"),
-        ({"equal": "embedding:"}, "the cosine '' is outside"),
+        ({"equal": "symbolic:0.9"}, "is not known"),
+        ({"equal": "model:0"}, "the level '0' is outside"),
+        ({"equal": "embedding:2"}, "the level '2' is outside"),
+        ({"equal": "embedding:nan"}, "the level 'nan' is outside"),
+        ({"equal": "embedding:"}, "the level '' is outside"),
         ({"equal": 1}, "is a int"),
         ({"equal": "symbolic", "answer": "json"}, "such answers are no formulas"),
         ({"equal": "symbolic", "answer": "code:python"}, "such answers are no formulas"),
@@ -275,8 +277,9 @@ def test_what_is_refused(field: dict[str, Any], message: str) -> None:
 
 def test_what_is_not_refused() -> None:
     """The neighbours of what is."""
-    assert parse_field({"equal": "embedding:0.8"}, 64).least_cosine == 0.8
-    assert parse_field({"equal": "embedding"}, 64).least_cosine == 0.9
+    assert parse_field({"equal": "embedding:0.8"}, 64).least_score == 0.8
+    assert parse_field({"equal": "embedding"}, 64).least_score == 0.9
+    assert parse_field({"equal": "model"}, 64).least_score == 0.7
     for field in (
         {"equal": "symbolic", "answer": "json:a"},
         {"equal": "model", "answer": "code"},

@@ -153,7 +153,7 @@ class Comparing:
         if tag.reward is None:
             self.num_lost += 1
             self.settle(live, index, None, None)
-        elif tag.reward > 0.5:
+        elif tag.reward >= live.program.spec.least_score:
             self.settle(live, index, live.program.comparisons.under_way[index][0], tag.reward)
         elif (other := live.program.comparisons.pass_over(index)) is None:
             self.settle(live, index, None, None)

@@ -42,7 +42,7 @@ class Findings:
         """Have an answer compared with known ones (1 or more, by branch); the finding is among `given` within the time-out."""
         finders: dict[str, Callable[[], Finding]] = {
             "symbolic": partial(self._by_formula, answer, known),
-            "embedding": partial(self._by_embedding, answer, known, spec.least_cosine),
+            "embedding": partial(self._by_embedding, answer, known, spec.least_score),
         }
         find = finders.get(spec.comparer)
         self._beside[spec.comparer].ask(key, None if find is None else lambda: find)

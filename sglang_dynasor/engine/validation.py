@@ -221,7 +221,7 @@ def _check_comparer(spec: ProgramSpec, tokenizer_manager: Any, config: DynasorCo
             tokens, vocab_size = same_tokens(tokenizer_manager.tokenizer), tokenizer_manager.model_config.vocab_size
             if max(tokens.yes, tokens.no) >= vocab_size:
                 raise FieldError(
-                    f"dynasor.equal='model': the tokenizer knows tokens that the model does not, whose vocabulary is {vocab_size}; use equal "
+                    f"dynasor.equal={spec.equal!r}: the tokenizer knows tokens that the model does not, whose vocabulary is {vocab_size}; use equal "
                     "'math' or 'text'"
                 )
         case "embedding" if not config.dynasor_embedding_url:

@@ -17,7 +17,9 @@ MAX_SUFFIX_CHARS = 1024
 JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
 DEFAULT_GROUP_TOKENS = 128
-DEFAULT_COSINE = 0.9
+# How likely the model must say yes, how close two vectors must be. A model too small for the question says yes by chance:
+# SmolLM2-135M gives 0.37 to 0.71 whatever the answers are (docs/answers.md).
+SCORES = {"model": 0.7, "embedding": 0.9}
 MOST_GROUP_TOKENS = 8192
 MOST_PROBE_TOKENS = 65_536
 MAX_WORD_CHARS = 32
@@ -46,7 +48,7 @@ _HELP = {
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
     "stop": ("NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
-    "equal": (", ".join((*EQUALS[:-1], "embedding[:COSINE]")), f"which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; embedding:{DEFAULT_COSINE:g})"),
+    "equal": ("math, text, symbolic, model[:PROBABILITY], embedding[:COSINE]", "which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; " + ", ".join(f"{kind}:{score:g}" for kind, score in SCORES.items()) + ")"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
     "vote": ("majority, confidence, reward, best", f"what a branch's vote weighs ({_default('vote')}; confidence with stop=confidence); best: the branch of the highest reward decides"),
@@ -135,9 +137,10 @@ class ProgramSpec:
         return kind if kind in COMPARERS else ""
 
     @property
-    def least_cosine(self) -> float:
-        """From which on `embedding` takes two answers for the same."""
-        return float(self.equal.partition(":")[2] or DEFAULT_COSINE)
+    def least_score(self) -> float:
+        """From which on `model` and `embedding` take two answers for the same."""
+        kind, _, level = self.equal.partition(":")
+        return float(level or SCORES[kind])
 
     @property
     def needs_statistics(self) -> bool:
@@ -216,14 +219,17 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
 def _equal(options: dict[str, Any], answer: str, about: AlgorithmRecord) -> str:
     equal = _text(options, "equal", "math")
     kind, sep, level = equal.partition(":")
-    if kind not in EQUALS or (sep and kind != "embedding"):
-        raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join(EQUALS)} or embedding:COSINE")
+    if kind not in EQUALS or (sep and kind not in SCORES):
+        forms = (f"{kind}:{score:g}" for kind, score in SCORES.items())
+        raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join((*EQUALS, *forms))}")
     try:
         is_inside = not sep or 0 < float(level) <= 1
     except ValueError:
         is_inside = False
     if not is_inside:
-        raise FieldError(f"dynasor.equal={equal!r}: the cosine {level!r} is outside (0, 1]; send one such as 0.9")
+        raise FieldError(
+            f"dynasor.equal={equal!r}: the level {level!r} is outside (0, 1]; send one such as {SCORES[kind]:g}"
+        )
     if kind == "symbolic" and (answer in ("json", "yes_no", "choice") or answer.startswith(("tool_call", "code"))):
         raise FieldError(
             f"dynasor.equal='symbolic' with dynasor.answer={answer!r}: such answers are no formulas; use another equality"
