@@ -42,7 +42,7 @@ class Findings:
         """Have an answer compared with known ones (1 or more, by branch); the finding is among `given` within the time-out."""
         finders: dict[str, Callable[[], Finding]] = {
             "symbolic": partial(self._by_formula, answer, known),
-            "embedding": partial(self._by_embedding, answer, known, spec.least_score),
+            "embedding": partial(self._by_embedding, answer, known, spec),
         }
         find = finders.get(spec.comparer)
         self._beside[spec.comparer].ask(key, None if find is None else lambda: find)
@@ -64,6 +64,6 @@ class Findings:
         place = shared_worker().first_same(answer, list(known.values()))
         return Finding(None if place is None else list(known)[place])
 
-    def _by_embedding(self, answer: str, known: Mapping[int, str], least_cosine: float) -> Finding:
+    def _by_embedding(self, answer: str, known: Mapping[int, str], spec: ProgramSpec) -> Finding:
         place, cosine = self._embedding.closest(answer, list(known.values()))
-        return Finding(list(known)[place], cosine) if cosine >= least_cosine else Finding(None)
+        return Finding(list(known)[place], cosine) if cosine >= spec.least_score else Finding(None)
