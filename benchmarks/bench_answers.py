@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.policy.answers import EXTRACTORS, check_extractor, extract_answer
+from sglang_dynasor.policy.answers import EXTRACTORS, check_extractor, extract_answer, read_answer
 from sglang_dynasor.policy.equal import CODE_CHARS, MATH_CHARS, answer_key, canonical, python_form
+from sglang_dynasor.policy.structured import READ_CHARS
 
 NUM_CHARS = 4096
+LEAD = "1 + 1 = ?\nThe answer is "  # of a prompt that begins the answer: a text without one is read behind it, too
 REPEATS = 9
 PIECES = (
     "1", "1 ", "1,", "234,", "1 234 ", "1/", "12:", "-", "#", "####", "####\n", "#### Step\n", "\n", " ", "a", "a\n", "Answer: ", "answer is ", "Answer\n",
@@ -40,11 +42,11 @@ PATTERNS = (
 )  # fmt: skip
 
 
-def texts() -> Iterable[tuple[str, str]]:
-    """Texts of NUM_CHARS characters that cost somebody much."""
+def texts(num_chars: int) -> Iterable[tuple[str, str]]:
+    """Texts of so many characters that cost somebody much."""
     for piece in PIECES:
-        yield piece, (piece * NUM_CHARS)[:NUM_CHARS]
-    yield "a, b", "".join("ab"[i * i * 7 // 5 % 2] for i in range(NUM_CHARS))
+        yield piece, (piece * num_chars)[:num_chars]
+    yield "a, b", "".join("ab"[i * i * 7 // 5 % 2] for i in range(num_chars))
     yield from ((name, text) for name, text in WHOLE.items())
 
 
@@ -58,9 +60,9 @@ def cost_us(work: Callable[[], object]) -> float:
     return least * 1e6
 
 
-def slowest(read: Callable[[str], object]) -> tuple[float, str]:
+def slowest(read: Callable[[str], object], num_chars: int = NUM_CHARS) -> tuple[float, str]:
     """The most that a text costs, and which."""
-    return max((cost_us(lambda text=text: read(text)), name) for name, text in texts())
+    return max((cost_us(lambda text=text: read(text)), name) for name, text in texts(num_chars))
 
 
 def rows() -> Iterable[dict[str, str]]:
@@ -68,6 +70,11 @@ def rows() -> Iterable[dict[str, str]]:
     more = ("json:a.b", "tool_call:-k1", "tag:answer", "code:python")
     for extractor in (*EXTRACTORS, *more):
         yield row("extractor", extractor, *slowest(lambda text, e=extractor: extract_answer(text, e)))
+    for extractor in EXTRACTORS:
+        yield row("begun by the prompt", extractor, *slowest(lambda text, e=extractor: read_answer(LEAD, text, e)))
+    for extractor in ("json", "tool_call", "code"):
+        worst = slowest(lambda text, e=extractor: extract_answer(text, e), READ_CHARS)
+        yield row("all that is read", f"{extractor}, {READ_CHARS:,} characters", *worst)
     # A form is kept: another answer is another form.
     yield row(
         "equal", f"math, {MATH_CHARS} characters", *slowest(lambda text: canonical.__wrapped__(text[:MATH_CHARS]))

@@ -40,6 +40,8 @@ COMMANDS = {
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
     "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
     "answers": "python benchmarks/bench_answers.py --csv benchmarks/results/answers.csv",
+    "votes": "python benchmarks/bench_votes.py --csv benchmarks/results/votes.csv",
+    "neighbour": "python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
 }

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine import branches as branches_module
@@ -26,6 +27,7 @@ from sglang_dynasor.engine.live import (
     tag_of,
 )
 from sglang_dynasor.engine.queue import Front
+from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.engine.req import FINISH_ENDED, end_branch, go_on_from
 from sglang_dynasor.engine.retraction import retract_whole
 from sglang_dynasor.engine.room import SchedulerRoom, computes_prompt
@@ -34,9 +36,11 @@ from sglang_dynasor.engine.thoughts import Thoughts
 from sglang_dynasor.policy.admission import Admission, Gang
 from sglang_dynasor.policy.gang import Cost
 from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.reading import STEP_CHARS, reading_chars
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.thought import WAVE_STEPS, Trial
 
+TEXTS: Any = SimpleNamespace(said=lambda req, lead: "#### 7", lead=lambda req: "")
 KEEPER: Any = SimpleNamespace(has_left=lambda tag: None)
 
 
@@ -48,7 +52,7 @@ class Stand(SimpleNamespace):
 
 def request(num_output_tokens: int = 0, **fields: Any) -> Any:
     given: dict[str, Any] = {"rid": "r", "cached_tokens": 0,
-        "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None,
+        "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None, "finished_output": None,
         "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
         "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
     }  # fmt: skip
@@ -208,7 +212,10 @@ def thoughts_of(**admission: Any) -> tuple[Thoughts, list[Any], list[Any]]:
     ends: Any = SimpleNamespace(programs=SimpleNamespace(holds=lambda live: True), end_rest=lambda live, spared: None)
     tree_cache = SimpleNamespace(disable=False, supports_mamba=lambda: False)
     scheduler = SimpleNamespace(tree_cache=tree_cache, tokenizer=None)
-    made = Thoughts(scheduler, inside, ends, frozenset, lambda live, index, given, spent: closed.append(list(given)))
+    readings = Readings(lambda live, step: step(live))
+    made = Thoughts(
+        scheduler, inside, ends, readings, frozenset, lambda live, index, given, spent: closed.append(list(given))
+    )
     return made, put, closed
 
 
@@ -467,7 +474,8 @@ def test_a_thought_is_probed_where_its_kv_can_be_shared(is_off: bool, has_mamba:
 
 def test_the_end_of_a_branch_that_another_goes_on_for_passes_unread(make_controller: Callable[..., Controller]) -> None:
     """The one that goes on is read, when it ends."""
-    controller = make_controller(tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: "#### 7"))
+    controller = make_controller()
+    controller.branches.voting.texts = TEXTS
     live = live_program(branches=4, answer="hash")
     controller.admission.arrive(live.gang)
     old = branch(live, num_output_tokens=9)
@@ -475,7 +483,7 @@ def test_the_end_of_a_branch_that_another_goes_on_for_passes_unread(make_control
     set_tag(new, BranchTag(live, 0, controller.branches, given_tokens=4, spent_tokens=9))
     live.reqs[0] = new
     for req in (old, new):
-        req.finished_reason, req.cached_tokens, req.output_ids_through_stop = object(), 0, req.output_ids
+        req.finished_reason, req.output_ids_through_stop = FINISH_MATCHED_STR("x"), req.output_ids
         controller.branches.has_ended(req, branch_tag_of(req))
         assert live.program.num_in_flight == (1 if req is old else 0)
     assert live.program.branches[0].answer == "7"
@@ -484,17 +492,133 @@ def test_the_end_of_a_branch_that_another_goes_on_for_passes_unread(make_control
 
 def test_a_program_of_a_client_s_branches_ends_the_others(make_controller: Callable[..., Controller]) -> None:
     """By its rule; not while it is undecided."""
-    controller = make_controller(tokenizer=SimpleNamespace(decode=lambda ids, skip_special_tokens: "#### 7"))
+    controller = make_controller()
+    controller.branches.voting.texts = TEXTS
     live = LiveProgram(
         Program("p", parse_field({"branches": 8, "answer": "hash", "stop": "margin", "program": "p"}, 64)), None
     )
-    keeper = SentBranches(controller.ends, controller.branches.voting)
+    keeper = SentBranches(controller.ends, controller.branches.voting, controller.branches.readings)
     reqs = [branch(live, kind=SentTag, num_output_tokens=3) for _ in range(8)]
     live.reqs = dict(enumerate(reqs))
     for number, req in enumerate(reqs[:5]):
-        req.finished_reason, req.cached_tokens, req.output_ids_through_stop = object(), 0, req.output_ids
+        req.finished_reason, req.output_ids_through_stop = FINISH_MATCHED_STR("x"), req.output_ids
         keeper.has_ended(req, tag_of(req))  # type: ignore[arg-type]
         assert (reqs[7].to_finish is not None) is (number == 4)
+
+
+# What is read in one step
+
+
+def test_a_step_reads_so_much_and_no_more() -> None:
+    """What does not fit waits its turn, and nothing overtakes it; a step reads one text of any size."""
+    live, done, late = live_program(), [], []
+    readings = Readings(lambda live, step: late.append(True) or step(live))
+    sizes = [STEP_CHARS // 2, STEP_CHARS // 2, 1, 2 * STEP_CHARS, 0]
+    for number, num_chars in enumerate(sizes):
+        was_read = readings.add(live, num_chars, lambda live, number=number: done.append(number))
+        assert was_read is (number < 2)
+    assert (done, len(readings), late) == ([0, 1], 3, [])
+    readings.open_step()
+    assert (done, len(late)) == ([0, 1, 2], 1)
+    readings.open_step()
+    assert (done, len(readings)) == ([0, 1, 2, 3, 4][:4], 1)
+    readings.open_step()
+    assert (done, len(readings), len(late)) == ([0, 1, 2, 3, 4], 0, 3)
+
+
+def test_an_engine_that_would_sleep_reads_all() -> None:
+    """Without a bound a step reads whatever waits."""
+    done: list[int] = []
+    readings = Readings(lambda live, step: step(live))
+    for number in range(9):
+        readings.add(live_program(), STEP_CHARS, lambda live, number=number: done.append(number))
+    readings.open_step(has_bound=False)
+    assert done == list(range(9))
+
+
+@pytest.mark.parametrize(
+    ("answer", "num_tokens", "num_chars"),
+    [
+        ("hash", 100, 400),
+        ("hash", 5000, 4096),
+        ("json", 5000, 16_384),
+        ("regex:[0-9]+", 100, 400),
+        ("regex:(?s)(?:a|b)*a(?:a|b){60}ж|.", 100, 1600),  # of so many instructions
+        ("regex:(?s)(?:a|b)*a(?:a|b){60}ж|.", 5000, 4096),
+    ],
+)
+def test_what_reading_is_worth(answer: str, num_tokens: int, num_chars: int) -> None:
+    """Its characters, of a large pattern more, and of a large program its vote."""
+    for branches in (16, 64):
+        spec = parse_field({"answer": answer, "branches": branches}, 64)
+        assert reading_chars(spec, num_tokens) == num_chars + 8 * branches
+
+
+def test_branches_that_end_together_vote_in_turn(
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the steps that follow, none lost; a program decided meanwhile reads no more, and its deadline waits for what is unread."""
+    controller = make_controller()
+    live = live_program(branches=64, answer="hash", stop="margin")
+    controller.admission.arrive(live.gang)
+    controller.programs.hold(live)
+    read: list[int] = []
+
+    def finish(live: LiveProgram, index: int, req: Any, reward: float | None = None) -> None:
+        read.append(index)
+        live.program.count(index, "7" if index % 2 else None, 9, reward)
+
+    monkeypatch.setattr(controller.branches.voting, "finish", finish)
+    monkeypatch.setattr(controller.branches, "advance", lambda live: None)
+    expired: list[int] = []
+    monkeypatch.setattr(controller.ends, "expire", lambda live: expired.append(len(read)))
+    reqs = [branch(live, num_output_tokens=1024) for _ in range(64)]
+    live.reqs = dict(enumerate(reqs))
+    for req in reqs[:60]:
+        req.finished_reason, req.output_ids_through_stop = FINISH_ENDED(), req.output_ids
+        controller.branches.has_ended(req, branch_tag_of(req))
+    assert (read, len(controller.branches.readings)) == ([0, 1], 58)
+    assert not controller.is_idle
+    controller.branches.expire(live)
+    assert expired == []
+    while controller.branches.readings:
+        num_read = len(read)
+        controller.branches.readings.open_step()
+        assert len(read) - num_read <= 2
+        if len(read) == 40:
+            live.program.end(59, 9)
+    assert read == list(range(59))
+    assert expired == [59]
+
+
+@pytest.mark.parametrize("is_broken", [True, False])
+def test_a_client_s_branch_that_is_read_late_is_told_once(
+    is_broken: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden until then; and told even where reading fails: somebody waits for it."""
+    controller = make_controller(strict=False)
+    spec = parse_field({"branches": 8, "answer": "hash", "stop": "never", "program": "p"}, 64)
+    live = LiveProgram(Program("p", spec), None)
+    keeper = SentBranches(controller.ends, controller.branches.voting, controller.branches.readings)
+    sent: list[Any] = []
+    controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
+
+    def finish(live: LiveProgram, index: int, req: Any) -> None:
+        if is_broken and index > 1:
+            raise RuntimeError("injected")
+        live.program.count(index, "7", 9)
+
+    monkeypatch.setattr(controller.branches.voting, "finish", finish)
+    reqs = [branch(live, kind=SentTag, num_output_tokens=4000) for _ in range(4)]
+    live.reqs = dict(enumerate(reqs))
+    for req in reqs:
+        req.finished_reason, req.output_ids_through_stop, req.finished_output = FINISH_ENDED(), req.output_ids, None
+        keeper.has_ended(req, tag_of(req))  # type: ignore[arg-type]
+    assert [bool(req.finished_output) for req in reqs] == [False, False, True, True]
+    assert sent == []
+    controller.branches.readings.open_step()
+    assert sent == reqs[2:]
+    assert not any(req.finished_output for req in reqs)
 
 
 @pytest.mark.parametrize("is_broken", [True, False])

@@ -164,6 +164,22 @@ def test_branches_sent_by_the_client_end_together(engine: Any) -> None:
     assert late["meta_info"]["dynasor"]["answer"] == last["answer"]
 
 
+def test_branches_that_end_in_one_step_all_vote(engine: Any) -> None:
+    """They are read over several steps, and none is lost; a client's own are each answered once, with the votes so far."""
+    together = {"max_new_tokens": 60, "ignore_eos": True}
+    field = {"branches": 48, "stop": "never"}
+    record = engine.generate(prompt(QUESTIONS[0].text), {**params(**field), **together})["meta_info"]["dynasor"]
+    assert sum(v["votes"] for v in record["votes"]) + record["num_abstentions"] == record["num_branches"] == 48
+    assert record["stop_reason"] == "cap"
+    sent = [{**params(seed, program="together", **field), **together} for seed in range(48)]
+    outs = engine.generate([prompt(QUESTIONS[0].text)] * 48, sent)
+    records = [out["meta_info"]["dynasor"] for out in outs]
+    assert sorted(r["index"] for r in records) == list(range(48))
+    assert all(out["meta_info"]["completion_tokens"] == 60 for out in outs)
+    counted = sorted(sum(v["votes"] for v in r["votes"]) + r["num_abstentions"] for r in records)
+    assert counted == list(range(1, 49))
+
+
 def test_a_wrong_field_disturbs_nobody(engine: Any) -> None:
     """A bad field is an error to its sender, and the engine goes on."""
     before = status_of(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -13,13 +14,15 @@ from sglang_dynasor.engine.ends import Ends
 from sglang_dynasor.engine.findings import Findings
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.judge import Judging
-from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, set_record
+from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, hide, set_record
+from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.engine.req import go_on_from, make_branch
 from sglang_dynasor.engine.reward_model import RewardModel
 from sglang_dynasor.engine.thoughts import Thoughts
 from sglang_dynasor.engine.voting import Voting
 from sglang_dynasor.engine.watch import Watch
 from sglang_dynasor.policy.program import BranchState
+from sglang_dynasor.policy.reading import reading_chars
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -39,9 +42,10 @@ class Branches:
         self.ends = ends
         self.programs = ends.programs
         self.voting = voting
+        self.readings = Readings(ends.guarded)
         self.judging = Judging(scheduler, inside, rewards, self.vote)
         self.comparing = Comparing(scheduler, inside, findings, self.go_on)
-        self.thoughts = Thoughts(scheduler, inside, ends, lambda: watch.reader.line_ends, self._replace)
+        self.thoughts = Thoughts(scheduler, inside, ends, self.readings, lambda: watch.reader.line_ends, self._replace)
 
     def start(self, live: LiveProgram, num_branches: int) -> None:
         """Make and queue branches; admission says when."""
@@ -83,10 +87,32 @@ class Branches:
             self.advance(live)
 
     def vote(self, live: LiveProgram, index: int, reward: float | None) -> None:
-        """A branch that was judged votes now."""
+        """A branch that was judged votes, as soon as it is read."""
         if self.programs.holds(live) and live.program.branches[index].state is BranchState.IN_FLIGHT:
-            self.voting.finish(live, index, live.reqs[index], reward)
-            self.voting.forget_silent(live, index)
+            self._read(live, index, live.reqs[index], reward)
+
+    def expire(self, live: LiveProgram) -> None:
+        """The deadline has come: what has finished is read, unjudged, and then the program is answered."""
+        if live.program.reason is None:
+            for index in self.ends.end_judges(live):
+                self._read(live, index, live.reqs[index])
+        self.readings.add(live, 0, self.ends.expire)
+
+    def _read(self, live: LiveProgram, index: int, req: Req, reward: float | None = None) -> None:
+        num_chars = reading_chars(live.program.spec, len(req.output_ids_through_stop))
+        self.readings.add(live, num_chars, partial(self._vote, index=index, req=req, reward=reward))
+
+    def _vote(self, live: LiveProgram, index: int, req: Req, reward: float | None) -> None:
+        """Unless the program has been decided meanwhile, or another goes on for the branch."""
+        if live.reqs.get(index) is req and live.program.branches[index].state is BranchState.IN_FLIGHT:
+            self.voting.finish(live, index, req, reward)
+            self._settle(live, index)
+
+    def _settle(self, live: LiveProgram, index: int) -> None:
+        """Do what follows from a branch's end."""
+        self.voting.forget_silent(live, index)
+        if self.programs.holds(live):
+            live.gang.is_prompt_cached = True
             self.advance(live)
 
     def has_output(self, req: Req, tag: BranchTag) -> None:
@@ -112,11 +138,9 @@ class Branches:
             if isinstance(req.finished_reason, FINISH_ABORT):
                 self.voting.fail(live, index, req, req.finished_reason.to_json())
             elif not is_asked or not self.judging.ask(live, index, req):
-                self.voting.finish(live, index, req)
-        self.voting.forget_silent(live, index)
-        if self.programs.holds(live):
-            live.gang.is_prompt_cached = True
-            self.advance(live)
+                self._read(live, index, req)
+                return
+        self._settle(live, index)
 
     def is_lost(self, req: Req, tag: BranchTag, abort: AbortReq) -> None:
         live, index = tag.live, tag.index
@@ -131,9 +155,10 @@ class Branches:
 class SentBranches:
     """Who looks after the branches that clients send: SGLang's own requests, that vote together."""
 
-    def __init__(self, ends: Ends, voting: Voting):
+    def __init__(self, ends: Ends, voting: Voting, readings: Readings):
         self.ends = ends
         self.voting = voting
+        self.readings = readings
 
     def go_on(self, live: LiveProgram) -> None:
         if live.program.reason is not None:
@@ -148,13 +173,22 @@ class SentBranches:
         if req.finished_len is None:
             req.finished_len = len(req.output_ids)
         branch.num_cached_tokens = req.cached_tokens
-        if branch.state is BranchState.IN_FLIGHT:
-            if isinstance(req.finished_reason, FINISH_ABORT):
-                self.voting.fail(live, index, req, req.finished_reason.to_json())
-            else:
+        if branch.state is BranchState.IN_FLIGHT and isinstance(req.finished_reason, FINISH_ABORT):
+            self.voting.fail(live, index, req, req.finished_reason.to_json())
+        num_chars = reading_chars(live.program.spec, len(req.output_ids_through_stop))
+        if not self.readings.add(live, num_chars, partial(self._vote, index=index, req=req)):
+            hide(req)  # its client waits for the record, too
+
+    def _vote(self, live: LiveProgram, index: int, req: Req) -> None:
+        try:
+            if live.program.branches[index].state is BranchState.IN_FLIGHT:
                 self.voting.finish(live, index, req)
-        live.reqs.pop(index, None)
-        set_record(req, {**live.program.record(), "index": index})
+            live.reqs.pop(index, None)
+            set_record(req, {**live.program.record(), "index": index})
+        finally:
+            if req.finished_output:  # it was hidden until now
+                req.finished_output = None
+                self.ends.send(req)
         self.go_on(live)
 
     def is_lost(self, req: Req, tag: SentTag, abort: AbortReq) -> None:

@@ -67,14 +67,14 @@ class Controller:
         rewards, findings = (teller.rewards, teller.findings) if teller is not None else (None, None)
         self.branches = Branches(scheduler, self.inside, self.ends, voting, watch, rewards, findings)
         self.intake = Intake(
-            self.room, self.inside, self.ends, self.branches, SentBranches(self.ends, voting), teller,
+            self.room, self.inside, self.ends, self.branches, SentBranches(self.ends, voting, self.branches.readings), teller,
             config.dynasor_max_branches,
         )  # fmt: skip
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing of ours is in the engine: then nothing of ours runs in a step."""
-        return not self.inside.num_reqs and not self.programs.held
+        return not self.inside.num_reqs and not self.programs.held and not self.branches.readings
 
     def status(self) -> dict[str, Any]:
         """Counters and table sizes (observe/ledger.py says what each means)."""
@@ -116,6 +116,8 @@ class Controller:
         """Start what fits, before SGLang fills its next prefill batch."""
         thoughts = self.branches.thoughts
         self.room.running_batch = running_batch
+        # An engine that sleeps when it is idle would sleep over what waits.
+        self.branches.readings.open_step(has_bound=self.scheduler.idle_sleeper is None or not running_batch.is_empty())
         thoughts.make_due()
         try:
             head = self.admission.look()
@@ -236,4 +238,4 @@ class Controller:
             if live is not None:
                 self.ends.guarded(live, lambda live: self.branches.comparing.settle(live, index, into, score))
         elif live is not None:
-            self.ends.guarded(live, self.ends.expire)
+            self.ends.guarded(live, self.branches.expire)

@@ -57,8 +57,8 @@ class Ends:
             if live.parent is None and tag is not None and not tag.is_inside:  # it left the queue: no step will show it
                 live.reqs.pop(index, None)
                 set_record(req, {**live.program.record(), "index": index})
-                self._emit(req)
-        self._end_judges(live)
+                self.send(req)
+        self.end_judges(live)
         self._end_comparisons(live)
 
     def _end_comparisons(self, live: LiveProgram) -> None:
@@ -68,13 +68,16 @@ class Ends:
             self.findings.forget((live.number, index))
         live.comparisons.clear()
 
-    def _end_judges(self, live: LiveProgram) -> None:
+    def end_judges(self, live: LiveProgram) -> list[int]:
+        """Wait for no reward any more; return the branches that were being judged."""
+        unjudged = list(live.judges)
         for index, req in live.judges.items():
             if req is not None:
                 self.inside.end(req)
             else:
                 self.rewards.forget((live.number, index))
         live.judges.clear()
+        return unjudged
 
     # Answers
 
@@ -101,21 +104,12 @@ class Ends:
         """Answer without a text."""
         req.finished_reason, req.finished_len = FINISH_ENDED(), 0
         set_record(req, program.record())
-        self._emit(req)
+        self.send(req)
 
     def expire(self, live: LiveProgram) -> None:
-        """The deadline has come: the best answer so far, or else the longest text that is there."""
+        """The deadline has come, and what has finished was read: the best answer so far, or else the longest text that is there."""
         program = live.program
         if program.reason is not None:  # told again while what answers leaves with the step under way
-            return
-        unjudged = list(live.judges)
-        self._end_judges(live)
-        for index in unjudged:
-            if program.reason is None:
-                self.voting.finish(live, index, live.reqs[index])
-                self.voting.forget_silent(live, index)
-        if program.reason is not None:
-            self.answer(live)
             return
         program.reason = StopReason.DEADLINE
         self.inside.admission.leave(live.gang)
@@ -149,9 +143,10 @@ class Ends:
         winner.rid, winner.http_worker_ipc, winner.stream = parent.rid, parent.http_worker_ipc, parent.stream
         winner.finished_output = None
         set_record(winner, record)
-        self._emit(winner)
+        self.send(winner)
 
-    def _emit(self, req: Req) -> None:
+    def send(self, req: Req) -> None:
+        """Send a finished request to its client, once."""
         if self.emit is None:
             raise ConfigError("dynasor: the output streamer is not ours; SGLang was started by another entry point")
         self.emit([req], req.return_logprob)
@@ -205,7 +200,7 @@ class Ends:
         for req in (*live.reqs.values(), *live.probes.values()):
             self.inside.end(req)
         live.probes.clear()
-        self._end_judges(live)
+        self.end_judges(live)
         self._end_comparisons(live)
         done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
         if done:

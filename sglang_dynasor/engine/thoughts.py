@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
@@ -23,6 +24,8 @@ from sglang_dynasor.engine.probe import (
     says,
     thought_tokens,
 )
+from sglang_dynasor.engine.readings import Readings
+from sglang_dynasor.policy.reading import reading_chars
 from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due, next_probe_tokens
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class Thoughts:
         scheduler: Any,
         inside: Inside,
         ends: Ends,
+        readings: Readings,
         line_ends: Callable[[], Collection[int]],
         go_on: Callable[[LiveProgram, int, array[int], int], None],
     ):
@@ -51,6 +55,7 @@ class Thoughts:
         self.inside = inside
         self.admission = inside.admission
         self.ends = ends
+        self.readings = readings
         self.num_waves = 0
         self.num_tokens_read = 0  # whose KV the thoughts had that probes have asked
         self.num_tokens_cached = 0  # of those, found in the radix cache
@@ -178,11 +183,17 @@ class Thoughts:
         program = live.program
         if live.probes.pop(index, None) is None or live.parent is None:  # nobody waits for it
             return
-        tokens, cost = self._tokens(live), cost_tokens(req)
-        program.num_probe_tokens += cost
+        program.num_probe_tokens += cost_tokens(req)
         num_read = len(live.parent.origin_input_ids) + tag.num_thought_tokens - 1  # the KV of the last was under way
         self.num_tokens_read += num_read
         self.num_tokens_cached += min(num_read, req.cached_tokens)
+        num_chars = reading_chars(program.spec, len(req.output_ids))
+        self.readings.add(live, num_chars, partial(self._take, req=req, tag=tag))
+
+    def _take(self, live: LiveProgram, req: Req, tag: ProbeTag) -> None:
+        """Read what a probe has found, unless its thought is over."""
+        program, index = live.program, tag.index
+        tokens, cost = self._tokens(live), cost_tokens(req)
         chain = live.reqs.get(index)
         if chain is None or chain.finished() or chain.to_finish is not None or not self.ends.programs.holds(live):
             return

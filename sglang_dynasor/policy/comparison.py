@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from sglang_dynasor.policy.answers import shown
@@ -45,7 +46,7 @@ class Comparisons:
         if not self.by or key is None or votes.voters[key] != [index] or not self._may_be_compared(branches[index]):
             return
         known = (min(who) for who in votes.ranking if who != [index])
-        others = [i for i in known if self._may_be_compared(branches[i])][:MOST_COMPARED]
+        others = list(islice((i for i in known if self._may_be_compared(branches[i])), MOST_COMPARED))
         if others:
             self.under_way[index] = others
             self.num += 1

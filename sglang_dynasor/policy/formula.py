@@ -7,6 +7,7 @@ decided what is a formula, and what of two formulas must be the same as written.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_FORMULA_CHARS = 128  # of the canonical form; what takes longer to write takes long to simplify
@@ -31,6 +32,7 @@ class Formula(NamedTuple):
     parts: tuple[str, ...]  # expressions; empty where a relation has nothing on one side
 
 
+@lru_cache(maxsize=4096)
 def read_formula(form: str) -> Formula | None:
     """The formula that a canonical form (`equal.canonical`) writes; None where it is in doubt whether it is one."""
     if len(form) > MAX_FORMULA_CHARS:

@@ -60,6 +60,11 @@ def _compiled(pattern: str) -> Pattern:
     return Pattern(one, last, min(TAIL_CHARS, MAX_WORK // size), size)
 
 
+def weight(pattern: str) -> int:
+    """What a character is worth to this pattern, 1 or more, where a whole text of TAIL_CHARS is the most that any may cost."""
+    return -(-_compiled(pattern).num_instructions * TAIL_CHARS // MAX_WORK)
+
+
 def find_pattern(text: str, pattern: str) -> Found | None:
     """The last match's first group, or the whole match; None where there is none, or the group took no part.
 

