@@ -10,15 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from sglang_dynasor.engine import comparing as comparing_module
 from sglang_dynasor.engine import findings as findings_module
-from sglang_dynasor.engine.comparing import PREAMBLE, same_ids, same_tokens
+from sglang_dynasor.engine.comparing import PREAMBLE, Comparing, same_ids, same_tokens
 from sglang_dynasor.engine.embedding import EmbeddingServer, vectors_of
 from sglang_dynasor.engine.findings import Finding, Findings
+from sglang_dynasor.engine.live import LiveProgram
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.symbolic import SymbolicWorker
 
@@ -198,3 +201,107 @@ def test_a_model_without_such_tokens_is_refused() -> None:
     """It says what else there is."""
     with pytest.raises(FieldError, match="are not one token each of this model"):
         same_tokens(Words({"yes"}))
+
+
+# Who looks after comparisons, on stand-ins for SGLang's parts
+
+
+class Stage:
+    """A program of model comparisons whose Reqs nobody runs: what was asked, ended, forgotten, and gone on with."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fits: bool = True):
+        self.put: list[Any] = []
+        self.ended: list[Any] = []
+        self.forgotten: list[Any] = []
+        self.num_go_on = 0
+        monkeypatch.setattr(
+            comparing_module, "make_side", lambda *args, **options: self._make(args[4]) if fits else None
+        )
+        monkeypatch.setattr(comparing_module, "cost_tokens", lambda req: 7)
+        inside = SimpleNamespace(new_rid=lambda: "r", put=lambda req, tag: self.put.append(req), end=self.ended.append)
+        findings = SimpleNamespace(ask=lambda *args: None, forget=self.forgotten.append)
+        scheduler = SimpleNamespace(tokenizer=Words({" yes", " no"}))
+        self.comparing = Comparing(scheduler, cast("Any", inside), cast("Any", findings), self._go_on)
+        self.live = LiveProgram(
+            Program("p", parse_field({"branches": 4, "stop": "never", "equal": "model"}, 64)), cast("Any", object()), 5
+        )
+        for _ in range(4):
+            self.live.program.start_branch()
+
+    def _make(self, tag: Any) -> Any:
+        return SimpleNamespace(tag=tag)
+
+    def _go_on(self, live: LiveProgram) -> None:
+        self.num_go_on += 1
+
+    def say(self, *answers: str) -> None:
+        for index, answer in enumerate(answers):
+            self.live.program.count(index, answer, 10)
+        self.comparing.ask(self.live)
+
+    def answer(self, reward: float | None) -> None:
+        """The latest Req comes to its end."""
+        req = self.put[-1]
+        req.tag.reward = reward
+        self.comparing.has_ended(req, req.tag)
+
+    @property
+    def votes(self) -> list[int]:
+        return sorted(map(len, self.live.program.votes.voters.values()), reverse=True)
+
+
+def test_the_model_is_asked_about_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it says yes; nobody is asked twice about the same."""
+    stage = Stage(monkeypatch)
+    stage.say("a", "b")
+    assert len(stage.put) == 1
+    stage.comparing.ask(stage.live)
+    assert len(stage.put) == 1
+    stage.answer(0.1)
+    assert (stage.votes, stage.num_go_on, stage.forgotten) == ([1, 1], 1, [(5, 1)])
+    stage.live.program.count(2, "c", 10)
+    stage.comparing.ask(stage.live)
+    stage.answer(0.2)
+    assert len(stage.put) == 3
+    stage.answer(0.7)
+    assert (stage.votes, stage.comparing.num, stage.comparing.num_merges) == ([2, 1], 2, 1)
+    assert stage.live.program.comparisons.merges == [(2, 1, 0.7)]
+    assert stage.live.program.comparisons.num_tokens == 21
+    assert stage.comparing.num_lost == 0
+    assert not stage.live.comparisons
+
+
+@pytest.mark.parametrize("way", ["no reward", "lost", "too long"])
+def test_a_model_that_cannot_say_leaves_answers_apart(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Counted; the program goes on."""
+    stage = Stage(monkeypatch, fits=way != "too long")
+    stage.say("a", "b")
+    if way == "no reward":
+        stage.answer(None)
+    elif way == "lost":
+        stage.comparing.is_lost(stage.put[0], stage.put[0].tag, cast("Any", None))
+    assert (stage.votes, stage.comparing.num_lost, stage.comparing.num_merges) == ([1, 1], 1, 0)
+    assert not stage.live.comparisons
+    assert not stage.live.program.comparisons.under_way
+
+
+def test_what_is_told_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time-out ends the question under way; what the model says then, and what is told again, changes nothing."""
+    stage = Stage(monkeypatch)
+    stage.say("a", "b")
+    stage.comparing.settle(stage.live, 1, None, None)
+    assert stage.ended == stage.put
+    assert stage.num_go_on == 1
+    stage.answer(0.9)
+    stage.comparing.settle(stage.live, 1, 0, 0.9)
+    stage.comparing.is_lost(stage.put[0], stage.put[0].tag, cast("Any", None))
+    assert (stage.votes, stage.num_go_on, stage.comparing.num_lost) == ([1, 1], 1, 0)
+
+
+def test_a_decided_program_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers stay what they were told to be."""
+    stage = Stage(monkeypatch)
+    stage.say("a", "b")
+    stage.live.program.reason = StopReason.DEADLINE
+    stage.answer(0.9)
+    assert stage.votes == [1, 1]

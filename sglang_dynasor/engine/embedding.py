@@ -32,9 +32,8 @@ class EmbeddingServer:
             ValueError: the server's answer is not one vector for each text, all of one length.
             OSError: it does not answer in time.
         """
-        one, *rest = self._vectors_of([text, *others])
-        if any(vector.shape != one.shape for vector in rest):
-            raise ValueError("its vectors have several lengths; serve one model")
+        one, *rest = vectors = self._vectors_of([text, *others])
+        _check_lengths(vectors)  # also of those that came before
         cosines = [float(one @ vector) for vector in rest]
         best = max(range(len(cosines)), key=lambda i: (cosines[i], -i))
         return best, max(-1.0, min(1.0, cosines[best]))
@@ -64,8 +63,14 @@ def vectors_of(answer: Any, num: int) -> list[Vector]:
     rows = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(rows, list) or len(rows) != num or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"its answer has not {num} vectors under 'data': {str(answer)[:200]}")
-    rows = sorted(rows, key=lambda row: row.get("index", 0))
-    return [_unit(row.get("embedding")) for row in rows]
+    vectors = [_unit(row.get("embedding")) for row in sorted(rows, key=lambda row: row.get("index", 0))]
+    _check_lengths(vectors)
+    return vectors
+
+
+def _check_lengths(vectors: Sequence[Vector]) -> None:
+    if len({vector.shape for vector in vectors}) > 1:
+        raise ValueError("its answer has vectors of several lengths; serve one model")
 
 
 def _unit(numbers: Any) -> Vector:
