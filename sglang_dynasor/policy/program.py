@@ -216,9 +216,10 @@ class Program:
         return ("", text.rpartition(end)[2]) if end and end in text else (lead, text)
 
     def count(
-        self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None
+        self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None,
+        key: str | None = None,
     ) -> None:  # fmt: skip
-        """As `finish`, where the branch's answer has been read already; None: an abstention."""
+        """As `finish`, where the branch's answer has been read already; None: an abstention. `key`, if somebody has found that too."""
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         branch.reward, branch.ending = reward, ending
         if self.reason is not None:
@@ -229,7 +230,7 @@ class Program:
         branch.answer = answer
         try:
             if answer is not None:
-                branch.key = self.votes.root(answer_key(answer, self.spec.equal, self.spec.answer))
+                branch.key = self.votes.root(key or answer_key(answer, self.spec.equal, self.spec.answer))
         finally:
             self.votes.cast(index, branch.key, reward=reward, confidence=lowest)
             self.comparisons.see(index, self.branches, self.votes)
