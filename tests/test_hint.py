@@ -131,6 +131,9 @@ def test_a_stop_string_inside_the_thought_is_said() -> None:
     made = program(1, algorithm="long_cot")
     made.finish(0, "<think>First,", 5, ending=Ending(stop="\n\n"))
     assert "1 of 1 branches were ended inside their thought by the stop string '\\n\\n'" in hint_of(made)
+    named = program(1, algorithm="long_cot", think_end="[done]", answer="boxed")
+    named.finish(0, "First,", 5, ending=Ending(stop="\n\n"))
+    assert "inside their thought by the stop string" in hint_of(named)
     fine = program(1, algorithm="long_cot")
     fine.finish(0, "<think>First,</think> \\boxed{3}", 5, ending=Ending(stop="\n\n"))
     assert hint_of(fine) == ""
@@ -141,6 +144,8 @@ def test_a_thought_that_goes_on_after_it_was_closed_is_said() -> None:
     assert thinks_on("hm</think> <think>again")
     assert not thinks_on("hm</think> 3")
     assert not thinks_on("<think>hm")
+    assert thinks_on("hm[done]Wait[done]4", "[done]")
+    assert not thinks_on("hm[done]4", "[done]")
     made = program(1, algorithm="long_cot", agree=1, min_tokens=0)
     assert made.see_trial(0, Trial("3", "3", 1.0, 4))
     made.finish(0, "hm</think>Wait, no</think> \\boxed{3}", 9)
@@ -156,6 +161,9 @@ def test_the_end_of_a_thought_that_the_client_names() -> None:
     made.finish(0, "hm #### 3 [done]\n#### 4\n", 9, lead="<think>\n")
     made.finish(1, "hm #### 3\n", 9, lead="<think>\n")
     assert [branch.answer for branch in made.branches] == ["4", None]
+    begun = program(1, algorithm="long_cot", think_end="</think>\n####", answer="hash")
+    begun.finish(0, "hm #### 3 </think>\n#### 4\n", 9, lead="<think>\n")
+    assert begun.branches[0].answer == "4"
 
 
 # Grammars

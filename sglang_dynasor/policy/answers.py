@@ -225,10 +225,11 @@ def is_thinking(lead: str, text: str) -> bool:
     return (not end and opens_thought(lead)) or any(text.rfind(mark) >= end for mark in THINK_STARTS)
 
 
-def thinks_on(text: str) -> bool:
-    """Whether a text goes on thinking after its first thought was closed: another one begins or ends."""
-    first = min((text.find(mark) + len(mark) for mark in THINK_ENDS if mark in text), default=0)
-    return first > 0 and any(mark in text[first:] for mark in THINK_STARTS + THINK_ENDS)
+def thinks_on(text: str, end: str = "") -> bool:
+    """Whether a text goes on thinking after its first thought was closed, by `end` or a known mark: another begins or ends."""
+    ends = (end,) if end else THINK_ENDS
+    first = min((text.find(mark) + len(mark) for mark in ends if mark in text), default=0)
+    return first > 0 and any(mark in text[first:] for mark in (*THINK_STARTS, *THINK_ENDS, *ends))
 
 
 def _thought_end(text: str) -> int:

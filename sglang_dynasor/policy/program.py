@@ -203,17 +203,15 @@ class Program:
         branch = self.branches[index]
         try:
             if self.reason is None:
-                lead, text = self._after_thought(lead, text)
+                end = "" if self.spec.thought is None else self.spec.thought.end.strip()  # where the client names it
+                branch.thinks_on = branch.closed_at is not None and thinks_on(text, end)
+                has_end = not end or end in text
+                if end and has_end:
+                    lead, text = end, text.rpartition(end)[2]  # it may begin the answer
                 answer = read_answer(lead, text, self.spec.answer, is_cut=ending.is_cut)
-                branch.is_thinking = answer is None and is_thinking(lead, text)
-                branch.thinks_on = branch.closed_at is not None and thinks_on(text)
+                branch.is_thinking = answer is None and (is_thinking(lead, text) or not has_end)
         finally:
             self.count(index, answer, num_tokens, reward, ending=ending)
-
-    def _after_thought(self, lead: str, text: str) -> tuple[str, str]:
-        """Both without the thought, where the client has named its end itself."""
-        end = "" if self.spec.thought is None else self.spec.thought.end.strip()
-        return ("", text.rpartition(end)[2]) if end and end in text else (lead, text)
 
     def count(
         self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None,
