@@ -20,8 +20,10 @@ from sglang_dynasor.engine.comparing import PREAMBLE, Comparing, same_ids, same_
 from sglang_dynasor.engine.embedding import EmbeddingServer, vectors_of
 from sglang_dynasor.engine.findings import Finding, Findings
 from sglang_dynasor.engine.live import LiveProgram
+from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.program import Program, StopReason
+from sglang_dynasor.policy.reading import STEP_CHARS
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.symbolic import SymbolicWorker
 
@@ -221,7 +223,9 @@ class Stage:
         inside = SimpleNamespace(new_rid=lambda: "r", put=lambda req, tag: self.put.append(req), end=self.ended.append)
         findings = SimpleNamespace(ask=lambda *args: None, forget=self.forgotten.append)
         scheduler = SimpleNamespace(tokenizer=Words({" yes", " no"}))
-        self.comparing = Comparing(scheduler, cast("Any", inside), cast("Any", findings), self._go_on)
+        self.comparing = Comparing(
+            scheduler, cast("Any", inside), cast("Any", findings), Readings(lambda live, read: read(live)), self._go_on
+        )
         self.live = LiveProgram(
             Program("p", parse_field({"branches": 4, "stop": "never", "equal": "model"}, 64)), cast("Any", object()), 5
         )
@@ -305,3 +309,15 @@ def test_a_decided_program_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> N
     stage.live.program.reason = StopReason.DEADLINE
     stage.answer(0.9)
     assert stage.votes == [1, 1]
+
+
+def test_a_step_tokenizes_so_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit is asked in the next steps; not what was given up meanwhile."""
+    stage = Stage(monkeypatch)
+    readings = stage.comparing.readings
+    readings.add(stage.live, STEP_CHARS, lambda live: None)  # the step is full
+    stage.say("a", "b", "c")
+    assert (len(stage.put), len(readings)) == (0, 2)
+    stage.comparing.settle(stage.live, 1, None, None)
+    readings.open_step()
+    assert [req.tag.index for req in stage.put] == [2]

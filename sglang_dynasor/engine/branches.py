@@ -44,7 +44,7 @@ class Branches:
         self.voting = voting
         self.readings = Readings(ends.guarded)
         self.judging = Judging(scheduler, inside, rewards, self.vote)
-        self.comparing = Comparing(scheduler, inside, findings, self.go_on)
+        self.comparing = Comparing(scheduler, inside, findings, self.readings, self.go_on)
         self.thoughts = Thoughts(scheduler, inside, ends, self.readings, lambda: watch.reader.line_ends, self._replace)
 
     def start(self, live: LiveProgram, num_branches: int) -> None:

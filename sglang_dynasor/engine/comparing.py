@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.utils.rank_consensus_checker import assert_same
@@ -12,6 +12,7 @@ from sglang_dynasor.engine.findings import Findings
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import JudgeTag, LiveProgram
 from sglang_dynasor.engine.probe import cost_tokens
+from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.engine.req import make_side
 from sglang_dynasor.errors import FieldError
 
@@ -82,13 +83,22 @@ class Comparing:
 
     Args:
         findings: where the first rank asks; None on ranks that are told.
+        readings: where questions to the model wait to be tokenized.
         go_on: what follows once votes may have merged.
     """
 
-    def __init__(self, scheduler: Any, inside: Inside, findings: Findings | None, go_on: Callable[[LiveProgram], None]):
+    def __init__(
+        self,
+        scheduler: Any,
+        inside: Inside,
+        findings: Findings | None,
+        readings: Readings,
+        go_on: Callable[[LiveProgram], None],
+    ):
         self.scheduler = scheduler
         self.inside = inside
         self.findings = findings
+        self.readings = readings
         self.num = 0  # new answers that were compared
         self.num_merges = 0
         self.num_lost = 0  # that the model was not, or could not be, asked about
@@ -98,7 +108,7 @@ class Comparing:
         """Have the new answers of a program compared that nobody compares yet."""
         program = live.program
         for index, others in list(program.comparisons.under_way.items()):
-            if index in live.comparisons:
+            if index in live.comparisons or index not in program.comparisons.under_way or program.reason is not None:
                 continue
             self.num += 1
             live.comparisons[index] = None
@@ -110,16 +120,19 @@ class Comparing:
                 self._ask_model(live, index, others[0])
 
     def _ask_model(self, live: LiveProgram, index: int, other: int) -> None:
-        """Ask the model whether the answers of two branches mean the same."""
-        assert live.parent is not None
-        tokenizer, branches = self.scheduler.tokenizer, live.program.branches
-        ids = same_ids(tokenizer, branches[index].answer or "", branches[other].answer or "")
-        tokens = same_tokens(tokenizer)
+        """Ask the model whether the answers of two branches mean the same, as soon as the step has room to tokenize them."""
+        one, two = (live.program.branches[i].answer or "" for i in (index, other))
+        self.readings.add(live, len(one) + len(two), partial(self._put, index=index, other=other, one=one, two=two))
+
+    def _put(self, live: LiveProgram, index: int, other: int, one: str, two: str) -> None:
+        if live.parent is None or index not in live.comparisons:  # it was given up meanwhile
+            return
+        tokens, ids = same_tokens(self.scheduler.tokenizer), same_ids(self.scheduler.tokenizer, one, two)
         tag = JudgeTag(live, index, self, labels=(tokens.yes, tokens.no))
         req = make_side(self.scheduler, live.parent, ids, self.inside.new_rid(), tag, max_new_tokens=1)
         if req is None:  # too long for the model
             self.num_lost += 1
-            self._settle(live, index, None, None)
+            self.settle(live, index, None, None)
             return
         assert_same("dynasor compares branches %d and %d of %s", index, other, live.program.id)
         live.comparisons[index] = req
@@ -127,11 +140,8 @@ class Comparing:
 
     def settle(self, live: LiveProgram, index: int, into: int | None, score: float | None) -> None:
         """It was found whose answer that of a branch is, or will never be found: votes merge, and the program goes on."""
-        if index in live.comparisons:
-            self._settle(live, index, into, score)
-            self._go_on(live)
-
-    def _settle(self, live: LiveProgram, index: int, into: int | None, score: float | None) -> None:
+        if index not in live.comparisons:
+            return
         req = live.comparisons.pop(index)
         if req is not None:
             self.inside.end(req)
@@ -140,6 +150,7 @@ class Comparing:
         num_merges = len(live.program.comparisons.merges)
         live.program.settle(index, into, score)
         self.num_merges += len(live.program.comparisons.merges) - num_merges
+        self._go_on(live)
 
     def has_output(self, req: Req, tag: JudgeTag) -> None:
         """Nothing: its one token ends it."""
@@ -159,7 +170,6 @@ class Comparing:
             self.settle(live, index, None, None)
         else:
             self._ask_model(live, index, other)
-            self._go_on(live)
 
     def is_lost(self, req: Req, tag: JudgeTag, abort: AbortReq) -> None:
         if tag.live.comparisons.get(tag.index) is req:

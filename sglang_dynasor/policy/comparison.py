@@ -18,7 +18,7 @@ from sglang_dynasor.policy.votes import Votes
 
 MOST_COMPARED = 8  # known answers that a new one is compared with
 # Characters of an answer; a longer one stands for itself. The model reads two of them.
-MAX_CHARS = {"model": 1024, "embedding": 16_384}
+MAX_CHARS = {"model": 512, "embedding": 16_384}
 
 
 class Merge(NamedTuple):
