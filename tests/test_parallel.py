@@ -70,7 +70,7 @@ def test_tensor_parallel_ranks_decide_alike(
         elif i % 6 == 4:
             field |= {"vote": "reward", **JUDGE}
         elif i % 6 == 2:
-            field |= {"equal": "model:0.5" if i % 4 else "symbolic"}
+            field |= {"equal": "model:0.000001" if i % 4 else "symbolic"}
         sampling_params = params(**field)
         if i % 10 == 3:
             sampling_params = {**params(900, deadline_s=0.3, **field), "ignore_eos": True}

@@ -37,7 +37,7 @@ class Comparisons:
     under_way: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     # ^ by the branch that brought a new answer: branches that gave those with which it is still to be compared
     merges: list[Merge] = field(default_factory=list[Merge])
-    num: int = 0  # new answers that were compared
+    num: int = 0  # new answers of which a finding has come
     num_tokens: int = 0  # that the model computed to compare
 
     def see(self, index: int, branches: Sequence[Branch], votes: Votes) -> None:
@@ -49,7 +49,6 @@ class Comparisons:
         others = list(islice((i for i in known if self._may_be_compared(branches[i])), MOST_COMPARED))
         if others:
             self.under_way[index] = others
-            self.num += 1
 
     def _may_be_compared(self, branch: Branch) -> bool:
         if self.by == "symbolic":
@@ -61,7 +60,10 @@ class Comparisons:
     ) -> None:
         """The answer of branch `index` was found to be that of `into`, or of nobody. No harm if that is known."""
         one = branches[index].key
-        if self.under_way.pop(index, None) is None or into is None or one is None:
+        if self.under_way.pop(index, None) is None:
+            return
+        self.num += 1
+        if into is None or one is None:
             return
         other = branches[into].key
         assert other is not None

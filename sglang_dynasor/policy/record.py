@@ -55,7 +55,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "rewards": (f"{_JUDGE}; {_SEARCH}", "reward of each branch in [0, 1]; null where it has none"),
     "num_judge_tokens": (_JUDGE, "tokens that the model's own judgements computed; not in `num_tokens`"),
     "merges": (_COMPARED, "answers that were found to be an earlier one: `answer`, `into` which, `by` whom, with what `score` (the model's probability of yes, the cosine; null of `symbolic`)"),
-    "num_comparisons": (_COMPARED, "new answers that were compared with known ones"),
+    "num_comparisons": (_COMPARED, "new answers that were compared with known ones before the program was over"),
     "num_compare_tokens": ('`equal: "model"`', "tokens that the model computed to compare; not in `num_tokens`"),
     "confidences": (_STATISTICS, "lowest group confidence of each branch (nats, higher is surer)"),
     "num_weak": (_STATISTICS, "branches ended for their low confidence"),
