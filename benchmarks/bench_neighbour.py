@@ -20,6 +20,7 @@ import functools
 import multiprocessing as mp
 import time
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -58,12 +59,13 @@ PATTERNS = (
     r"(?is)(?:[k-s]|ſ|K|straße)*.{0,30}ж|.",
     r"(?m)(?:^.*$)*(?:^ .*$)?\bж|^.*$|.",
 )
-VOTES = {"stop": "predictive:0 and entropy:1 and window:64 and beta:1 and confidence:1", "vote": "confidence"}
+RISK = {"stop": "predictive:0 and never"}  # it is worked out, and whatever it is all branches run
+VOTES = {"stop": f"{RISK['stop']} and entropy:1 and window:64 and beta:1 and confidence:1", "vote": "confidence"}
 WAYS: dict[str, dict[str, Any]] = {
     "hash": {"answer": "hash"},
     "votes that all differ, every rule": {"answer": "last_line", "equal": "text", **VOTES},
-    "auto, votes that all differ": {"answer": "auto", "stop": "predictive:0"},
-    **{f"`{pattern}`": {"answer": f"regex:{pattern}", "stop": "predictive:0"} for pattern in PATTERNS},
+    "auto, votes that all differ": {"answer": "auto", **RISK},
+    **{f"`{pattern}`": {"answer": f"regex:{pattern}", **RISK} for pattern in PATTERNS},
 }
 
 
@@ -173,11 +175,13 @@ async def beside_ms(engine: Any, params: dict[str, Any], wait_s: float) -> tuple
 
 
 def way_params(engine: Any, way: str, seed: int) -> dict[str, Any]:
-    encode = engine.tokenizer_manager.tokenizer.encode
-    words = [encode(word, add_special_tokens=False)[0] for word in LONG_WORDS]
+    tokenizer = engine.tokenizer_manager.tokenizer
+    words = [tokenizer.encode(word, add_special_tokens=False)[0] for word in LONG_WORDS]
+    # They end by themselves, all as soon as they may: those that are cut off would not vote.
+    bias = {tokenizer.eos_token_id: 2000.0, **dict.fromkeys(words, 1000.0)}
     return {
-        "temperature": 1, "max_new_tokens": NUM_TOKENS, "ignore_eos": True, "sampling_seed": seed,
-        "logit_bias": {str(word): 1000.0 for word in words},
+        "temperature": 1, "min_new_tokens": NUM_TOKENS, "max_new_tokens": NUM_TOKENS + 9, "sampling_seed": seed,
+        "logit_bias": {str(token): value for token, value in bias.items()},
         "custom_params": {"dynasor": {"branches": NUM_BRANCHES, "width": NUM_BRANCHES, "stop": "never", **WAYS[way]}},
     }  # fmt: skip
 
@@ -199,9 +203,9 @@ def main() -> None:
             for way in WAYS:
                 flush(engine)
                 alone, since = run(alone_ms(engine)), clock.num
-                beside, seconds, outcome = run(beside_ms(engine, way_params(engine, way, number), 0.8 * took_s))
+                beside, seconds, outcome = run(beside_ms(engine, way_params(engine, way, number), 0.5 * took_s))
                 found = {
-                    "outcome": outcome, "alone": median(alone), "slowest alone": max(alone), "slowest": max(beside),
+                    "outcome": outcome, "alone": median(alone), "slowest alone": max(alone), "slowest": max(beside, default=nan),
                     "turn": clock.most_ms(since, 1), "delay": clock.most_ms(since, LIFE_TURNS),
                 }  # fmt: skip
                 took_s = took_s if outcome == "refused" else seconds
