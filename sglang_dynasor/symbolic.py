@@ -111,9 +111,13 @@ class SymbolicWorker:
                     pipe.close()
 
 
-@cache
 def shared_worker() -> SymbolicWorker:
-    """That of this process."""
+    """That of this process; one that was forked off another has its own."""
+    return _worker_of(os.getpid())
+
+
+@cache
+def _worker_of(pid: int) -> SymbolicWorker:
     return SymbolicWorker()
 
 

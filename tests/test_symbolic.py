@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from sglang_dynasor import symbolic
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.equal import canonical
 from sglang_dynasor.policy.formula import read_formula
-from sglang_dynasor.symbolic import SymbolicWorker, check_installed
+from sglang_dynasor.symbolic import SymbolicWorker, check_installed, shared_worker
 
 # A tower of powers: sympy computes it until memory or patience is used up.
 ENDLESS = "9^{9^{9^{9}}}", "9^{9^{9^{8}}}+1"
@@ -157,6 +159,19 @@ def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(OSError, match="nowhere"):
         SymbolicWorker().first_same("7!", ["5040"])
+
+
+def test_a_fork_has_a_process_of_its_own() -> None:
+    """Two that wrote to one would read each other's findings."""
+    mine = shared_worker()
+    assert shared_worker() is mine
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        assert pool.submit(_is_fresh, mine.first_same("7!", ["5040"])).result()
+    mine.close()
+
+
+def _is_fresh(place: int | None) -> bool:
+    return place == 0 and shared_worker().pid is None
 
 
 def test_the_process_is_light() -> None:
