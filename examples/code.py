@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 LIMITS = {"cpu_s": 2, "memory_bytes": 512 << 20, "wall_s": 5.0, "outcome_chars": 4096}
-BRANCHES, MAX_TOKENS = 8, 160
+BRANCHES, WIDTH, MAX_TOKENS = 8, 4, 120
 
 # What the candidate's process runs: it reads a job, lets go of its output and its powers, and says what each call gave.
 RUNNER = r'''
@@ -119,7 +119,6 @@ TASKS = (
     Task(
         "is_even", "takes an integer `n` and returns whether it is even", (((4,), True), ((7,), False)), ((0,), (-3,))
     ),
-    Task("add", "takes two numbers `a` and `b` and returns their sum", (((1, 2), 3), ((-4, 4), 0)), ((0.5, 1),)),
     Task(
         "count_vowels",
         "takes a string `text` and returns how many vowels (a, e, i, o, u) it has",
@@ -180,7 +179,8 @@ def write(s: Any, prompt: str, task: Task) -> Any:
     s += prompt + "```python\n"
     # The best reward decides; of behaviours that pass as many tests the one that most candidates have. It ends once one
     # passes all and the others are not likely to outvote it.
-    with reason(s, branches=BRANCHES, equal="text", vote="best", stop="best:1 and predictive:0.1", reports=True) as p:
+    rule = "best:1 and predictive:0.1"
+    with reason(s, branches=BRANCHES, width=WIDTH, equal="text", vote="best", stop=rule, reports=True) as p:
         for branch in p.fork():
             branch += sgl.gen("code", max_tokens=MAX_TOKENS, temperature=0.8, stop="```")
         for branch in p.as_completed():

@@ -124,7 +124,6 @@ def test_every_task_can_be_solved(task: Any) -> None:
     """Its tests hold for a function that does what its text says."""
     solutions = {
         "is_even": "def is_even(n): return n % 2 == 0",
-        "add": "add = lambda a, b: a + b",
         "count_vowels": "def count_vowels(text): return sum(c in 'aeiou' for c in text)",
     }
     outcomes = example.run(solutions[task.name], task.name, task.calls)
