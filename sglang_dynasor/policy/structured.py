@@ -11,7 +11,7 @@ from sglang_dynasor.policy.found import Found
 
 READ_CHARS = 16_384  # of a text that are read for JSON, a call or code
 MAX_DEPTH = 48  # of JSON
-MAX_MARKS = 8192  # brackets, quotes and the like that are looked at for JSON, about; what JSON of READ_CHARS may have
+MAX_MARKS = 6144  # brackets, quotes and the like that are looked at for JSON, about; what JSON of READ_CHARS may have
 MAX_VALUES = 8  # JSON values of a text that are looked at, the last ones
 MAX_PATH_CHARS = 128
 _BRACKET = re.compile(r"[{}\[\]]")
