@@ -124,7 +124,7 @@ def test_a_missing_device_comes_with_the_command(monkeypatch: pytest.MonkeyPatch
     assert wrong is not None
     folder = ROOT / "examples" / "cpu_platform"
     assert wrong.endswith(f"to serve on this CPU: {sys.executable} -m pip install {folder}")
-    monkeypatch.setattr(device, "find_spec", lambda name: None)
+    monkeypatch.setattr(device, "has_pip", lambda: False)
     assert device.cpu_platform_command() == f"uv pip install --python {sys.executable} {folder}"
 
 
@@ -155,3 +155,14 @@ def test_a_server_without_a_device_is_refused(
             flag.refuse_without_device(config, options.get("device"))
     else:
         flag.refuse_without_device(config, options.get("device"))
+
+
+def test_the_command_leaves_setuptools_alone() -> None:
+    """Looking for pip's module would switch the process to the other distutils, and torch.compile fails there."""
+    code = (
+        "from sglang_dynasor.engine.device import cpu_platform_command\n"
+        "assert ' install ' in cpu_platform_command()\n"
+        "import distutils.core, setuptools"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from importlib.metadata import entry_points
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 CPU_PLATFORM = "torch_cpu"
@@ -22,8 +21,17 @@ def cpu_platform_folder() -> Path:
 def cpu_platform_command() -> str:
     """The shell command that installs the CPU platform into this environment."""
     python = shlex.quote(sys.executable)
-    installer = f"{python} -m pip install" if find_spec("pip") else f"uv pip install --python {python}"
+    installer = f"{python} -m pip install" if has_pip() else f"uv pip install --python {python}"
     return f"{installer} {shlex.quote(str(cpu_platform_folder()))}"
+
+
+def has_pip() -> bool:
+    """Whether pip is installed here. Not by looking for its module: setuptools takes that for pip at work, and gives up its distutils."""
+    try:
+        version("pip")
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def missing_device() -> str | None:
