@@ -19,7 +19,8 @@ from pathlib import Path
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy import marks
 from sglang_dynasor.policy.answers import EXTRACTORS, check_extractor, extract_answer, read_answer
-from sglang_dynasor.policy.equal import CODE_CHARS, MATH_CHARS, answer_key, canonical, python_form
+from sglang_dynasor.policy.equal import MATH_CHARS, answer_key, canonical
+from sglang_dynasor.policy.python_code import CODE_CHARS, python_form
 from sglang_dynasor.policy.structured import READ_CHARS, blocks
 
 NUM_CHARS = 4096

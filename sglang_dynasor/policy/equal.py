@@ -10,24 +10,19 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-import warnings
-from collections.abc import Iterator
-from dis import opmap
 from fractions import Fraction
 from functools import lru_cache
-from types import CodeType
-from typing import Any
+
+from sglang_dynasor.policy.python_code import python_form
 
 COMPARERS = ("symbolic", "model", "embedding")  # new answers are compared beside the loop (comparison.py)
 EQUALS = ("math", "text", *COMPARERS)
 _CANONICAL = ("math", "symbolic")  # counted by their canonical form; the others as text
 MATH_CHARS = 256  # a longer answer is compared as text
-CODE_CHARS = 1500  # longer Python is compared as text
 MAX_KEY_CHARS = 256  # a longer canonical form is counted by its digest
 MAX_DIGITS = 40  # beyond this a number is compared as text
 MAX_DEPTH = 24  # of braces
 MAX_PASSES = 6  # until a form must no longer change
-_NOP = opmap["NOP"]
 KEPT = "\0"  # begins a form that is kept as it is
 
 _VULGAR = re.compile("[¼-¾⅐-⅞↉](?=(\\s*[A-Za-z\\\\(])?)")
@@ -506,45 +501,3 @@ def _alternatives(text: str) -> list[str] | None:
                 return None
             found.append(number or value)
     return found
-
-
-def python_form(code: str) -> str:
-    """What Python compiles `code` to, without the places of its lines: comments, layout and docstrings do not count.
-
-    Code that is no Python, or longer than CODE_CHARS, is compared as text.
-    """
-    plain = "\n".join(line.rstrip() for line in code.strip().splitlines())
-    if len(plain) > CODE_CHARS:
-        return plain
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Optimised twice, docstrings are gone; so are assertions, which count.
-            compiled = compile(plain, "", "exec", dont_inherit=True, optimize=0 if "assert" in plain else 2)
-            form = repr(_shape(compiled))
-    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-        return plain
-    return "python:" + hashlib.blake2b(form.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-def _shape(code: CodeType) -> tuple[Any, ...]:
-    # What is left of a docstring, and of a `try`: the exception table tells the latter.
-    steps = b"".join(code.co_code[i : i + 2] for i in range(0, len(code.co_code), 2) if code.co_code[i] != _NOP)
-    return (
-        steps, code.co_exceptiontable, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
-        code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, tuple(map(_constant, code.co_consts)),
-    )  # fmt: skip
-
-
-def _constant(value: object) -> object:
-    if isinstance(value, CodeType):
-        return _shape(value)
-    if isinstance(value, frozenset):  # its order is another in each process
-        return ("set", *sorted(map(repr, _each(value))))
-    if isinstance(value, tuple):
-        return tuple(map(_constant, _each(value)))
-    return type(value).__name__, repr(value)
-
-
-def _each(values: Any) -> Iterator[object]:
-    yield from values
