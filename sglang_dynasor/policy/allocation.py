@@ -52,7 +52,10 @@ def _all_hold_after(evidence: Evidence, parts: Iterable[tuple[str, float]]) -> i
 
 
 def agreed(evidence: Evidence, num_more: int) -> Evidence:
-    """The evidence if `num_more` of the branches left, 1 or more, vote for the leader with the best of rewards."""
+    """The evidence if `num_more` of the branches left, 1 or more, vote for the leader with the best of rewards.
+
+    Those in flight finish first, and no other starts.
+    """
     first, *others = evidence.counts or (0,)
     weights = evidence.weights
     if weights:
@@ -66,6 +69,7 @@ def agreed(evidence: Evidence, num_more: int) -> Evidence:
         rewards=(*evidence.rewards, *[1.0] * num_more),
         weights=weights,
         mixture=evidence.mixture.agreed(num_more),
+        num_in_flight=max(0, evidence.num_in_flight - num_more),
     )
 
 

@@ -10,7 +10,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
 from sglang_dynasor.policy.equal import EQUALS
-from sglang_dynasor.policy.rules import StopRule, parse_stop
+from sglang_dynasor.policy.rules import CAREFUL, LEVELS, StopRule, parse_stop
 
 MAX_DEADLINE_S = 86_400.0
 MAX_SUFFIX_CHARS = 1024
@@ -43,7 +43,7 @@ _HELP = {
     "algorithm": (", ".join(ENGINE_ALGORITHMS), "; ".join(record.summary for record in _RECORDS)),
     "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use ({_default('branches')})"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
-    "stop": ("NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
+    "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
     "equal": (", ".join(EQUALS), "which answers are one vote: math merges writings of one value, text only white space (default math)"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
@@ -133,12 +133,13 @@ class ProgramSpec:
         return self.statistics or self.vote == "confidence" or self.weak_frac > 0 or self.stop.needs_statistics
 
 
-def parse_field(field: Any, max_branches: int) -> ProgramSpec:
+def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramSpec:
     """The program that a request's `dynasor` field asks for.
 
     Args:
         field: an algorithm's name, or a flat mapping of the keys in FIELD_HELP.
         max_branches: the operator's limit on the cap.
+        level: one of LEVELS, by which programs stop that do not say how.
 
     Raises:
         FieldError: an unknown key, a wrong type or a value out of range; the message names the key and what is allowed.
@@ -163,7 +164,7 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     equal = _text(options, "equal", "math")
     if equal not in EQUALS:
         raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join(EQUALS)}")
-    stop = parse_stop(_text(options, "stop", about.stop))
+    stop = parse_stop(_text(options, "stop", level if about.stop == CAREFUL else about.stop))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
     tenant = _id(options, "tenant")
