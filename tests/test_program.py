@@ -340,7 +340,7 @@ def test_a_wrong_field_is_refused_by_name(field: object, message: str) -> None:
 def test_defaults_fit_any_limit() -> None:
     """The smallest useful field works, also where the operator allows little."""
     spec = parse_field("self_consistency", 64)
-    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, None, "predictive", "auto")
+    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, None, "careful", "auto")
     assert (spec.program, spec.deadline_s, spec.tenant) == (None, None, "")
     assert parse_field({}, 3).branches == 3
     assert parse_field({"width": 2}, 3).width == 2
