@@ -4,7 +4,8 @@
 
 The budget is a share of what the whole cap of every question takes. `uniform` samples one branch of every question in turn
 until it is spent. `worth` samples the branch that is worth most (policy/budget.py). `uniform until careful` is `uniform`, and a
-question is left alone once the rule would end it. Intervals are of 95 % and paired by question.
+question is left alone once the rule would end it. The first is told in percent of right answers, the others in points over it, with
+the 95 % interval paired by question.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from recorded import Recorded, Sample, read_sets
 from replay_rules import Vote
@@ -79,8 +80,17 @@ def worth(orders: Sequence[Sequence[Sample]], budget_tokens: float, usual_tokens
 WAYS = {"uniform": uniform, "uniform until careful": uniform_until_careful, "worth": worth}
 
 
-def replay(recorded: Recorded, cap: int, share: float, num_orders: int = NUM_ORDERS) -> list[dict[str, Any]]:
-    """One row per way; the same orders for all."""
+class Spent(NamedTuple):
+    """What one way brought on one set."""
+
+    spent: float  # percent of all tokens
+    accuracy: float  # percent
+    gain: float  # points over `uniform`
+    error: float  # half of its 95 % interval, paired by question
+
+
+def replay(recorded: Recorded, cap: int, share: float, num_orders: int = NUM_ORDERS) -> dict[str, Spent]:
+    """What each way brings for `share` of all tokens; the same orders for all."""
     rng, usual_tokens = random.Random(0), recorded.mean_tokens
     spent: dict[str, list[float]] = defaultdict(list)
     right: dict[str, list[list[float]]] = {name: [[] for _ in recorded.questions] for name in WAYS}
@@ -92,22 +102,28 @@ def replay(recorded: Recorded, cap: int, share: float, num_orders: int = NUM_ORD
             spent[name].append(sum(sum(vote.lengths) for vote in votes) / total)
             for each, vote in zip(right[name], votes, strict=True):
                 each.append(vote.accuracy)
-    base = [mean(each) for each in right["uniform"]]
-    rows: list[dict[str, Any]] = []
+    found: dict[str, Spent] = {}
     for name in WAYS:
-        accuracies = [mean(each) for each in right[name]]
         by_question: dict[str, list[float]] = defaultdict(list)
-        for question, accuracy, other in zip(recorded.questions, accuracies, base, strict=True):
-            by_question[question.id].append(accuracy - other)
+        for question, mine, others in zip(recorded.questions, right[name], right["uniform"], strict=True):
+            by_question[question.id].append(mean(mine) - mean(others))
         gains = [mean(each) for each in by_question.values()]
-        error = stdev(gains) / sqrt(len(gains))
-        rows.append({
-            "set": recorded.name, "questions": len(recorded.questions), "cap": cap, "orders": num_orders,
-            "budget %": f"{100 * share:.0f}", "way": name, "spent %": f"{100 * mean(spent[name]):.1f}",
-            "accuracy %": f"{100 * mean(accuracies):.1f}",
-            "against uniform": f"{100 * mean(gains):+.1f} ± {196 * error:.1f}",
-        })  # fmt: skip
-    return rows
+        found[name] = Spent(
+            100 * mean(spent[name]), 100 * mean(mean(each) for each in right[name]),
+            100 * mean(gains), 196 * stdev(gains) / sqrt(len(gains)),
+        )  # fmt: skip
+    return found
+
+
+def row_of(recorded: Recorded, cap: int, num_orders: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"set": recorded.name, "questions": len(recorded.questions), "cap": cap, "orders": num_orders}
+    for share in SHARES:
+        found = replay(recorded, cap, share, num_orders)
+        row[f"uniform, {share:.0%}"] = f"{found['uniform'].accuracy:.1f}"
+        for name in WAYS:
+            if name != "uniform":
+                row[f"{name}, {share:.0%}"] = f"{found[name].gain:+.1f} ± {found[name].error:.1f}"
+    return row
 
 
 def main() -> None:
@@ -118,11 +134,8 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for recorded in read_sets(args.traces):
-        for share in SHARES:
-            made = replay(recorded, recorded.caps[-1], share, args.orders)
-            rows += made
-            for row in made:
-                print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        rows.append(row_of(recorded, recorded.caps[-1], args.orders))
+        print("  ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     if args.csv:
         write_rows(args.csv, rows)
 

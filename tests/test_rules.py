@@ -333,7 +333,7 @@ def test_dear_branches_stop_sooner() -> None:
 )
 def test_how_many_agreeing_votes_are_enough(level: str, cap: int, votes: int) -> None:
     """One after the other, of branches as long as others'."""
-    assert [num for num in range(1, cap) if stops(level, (num,), cap - num)][0] == votes
+    assert next(num for num in range(1, cap) if stops(level, (num,), cap - num)) == votes
 
 
 @given(VOTES, st.integers(0, 5), st.integers(0, 40))
