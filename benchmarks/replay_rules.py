@@ -154,14 +154,14 @@ def run_order(order: Sequence[Sample], width: int, usual_tokens: float) -> dict[
     for finish in finishes([sample.num_tokens for sample in order], width):
         vote.cast(order[finish.place])
         if len(vote.recent) == len(order):
-            break
+            return ends | dict.fromkeys(going, vote.end(finish.spent_tokens, finish.step))
         evidence = vote.evidence(len(order), finish.num_in_flight, usual_tokens)
         for name in [name for name, way in going.items() if way.stops(evidence)]:
             risk = going.pop(name).risk(evidence)
             ends[name] = vote.end(finish.spent_tokens, finish.step, risk)
         if not going:
-            return ends
-    return ends | dict.fromkeys(going, vote.end(finish.spent_tokens, finish.step))
+            break
+    return ends
 
 
 def doubled(num: int) -> Iterator[int]:
