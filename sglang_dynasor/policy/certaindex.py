@@ -43,6 +43,7 @@ def beta_certainty(first: int, second: int) -> float:
     return (2**n - against) / 2**n
 
 
+@lru_cache(maxsize=4096)
 def trust(num_finished: int, num_in_flight: int) -> float:
     """What each finished branch counts for as evidence, in eighths: 1 where none is in flight, the less the more are.
 
