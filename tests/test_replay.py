@@ -28,9 +28,10 @@ from replay_rules import (
     run_waves,
 )
 
+from sglang_dynasor.config import LEVELS
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.program import Program, StopReason
-from sglang_dynasor.policy.rules import LEVELS, parse_stop
+from sglang_dynasor.policy.rules import parse_stop
 from sglang_dynasor.policy.spec import ProgramSpec
 
 TRACES = ROOT.parent / "shared" / "traces"

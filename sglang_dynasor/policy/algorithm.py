@@ -10,7 +10,7 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
-from sglang_dynasor.policy.rules import CAREFUL
+from sglang_dynasor.config import CAREFUL
 
 DEFAULT_BRANCHES = 16
 # What a plan can give to a constructor besides cap, rule and the algorithm's own keys.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty
 from sglang_dynasor.policy.confidence import warmup_branches
@@ -98,7 +99,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "predictive": Rule(predictive, 0.05, 0.0, 0.5),
+    "predictive": Rule(predictive, LEVELS[CAREFUL], 0.0, 0.5),
     "entropy": Rule(entropy, 0.7, 0.0, 1.0),
     "window": Rule(window, 5, 2, 64),
     "beta": Rule(beta, 0.95, 0.5, 1.0),
@@ -109,9 +110,6 @@ RULES = {
     "best": Rule(best, 0.95, 0.0, 1.0),
     "never": Rule(never, 0, 0, 0),
 }
-# Levels of `predictive` by name, the first the default. docs/results.md has the replay that they come from.
-LEVELS = {"careful": 0.05, "balanced": 0.1, "fast": 0.2}
-CAREFUL = next(iter(LEVELS))
 # Rules that judge the vote: a tie never stops, nor an answer that leads by number but not by weight.
 _VOTE_RULES = frozenset(RULES) - {"reward", "best", "never"}
 # Rules of which a lower level asks for more.

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
+from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
 from sglang_dynasor.policy.equal import EQUALS
-from sglang_dynasor.policy.rules import CAREFUL, LEVELS, StopRule, parse_stop
+from sglang_dynasor.policy.rules import StopRule, parse_stop
 
 MAX_DEADLINE_S = 86_400.0
 MAX_SUFFIX_CHARS = 1024
