@@ -1,12 +1,15 @@
-"""How long hostile programs hold up a neighbour: a plain request of 4 tokens, timed while 64 branches end in one step.
+"""How long hostile programs hold up a neighbour: a plain request of 4 tokens, while 64 branches end in one step.
 
     python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv
 
-One engine; a client sends plain requests one after another. Each round is a turn of every way: nothing else, then a program of
-64 branches that read their answer in that way. Its branches all end in the same step, with texts of more than 4,096
-characters that all differ. What counts is the slowest neighbour while they are read and vote, against the median neighbour of
-the same round when there was no program. A pattern that is refused is sent over and over instead. The scheduler's own clock
-says what the plugin took of one step at most, in processor time.
+One engine; in each round every way has its turn: a program of 64 branches, which all end in the same step, with texts of some
+1,500 characters that all differ, read in that way. A client sends plain requests of 4 tokens one after another: first with no
+program beside it, then while the branches come to their end and vote. A pattern that is refused is sent over and over instead.
+
+Decoding 65 rows takes a CPU longer than one, whatever is then read, so the neighbour's times say what both take together. What
+reading and voting take of it is told apart by a clock in the scheduler's process: the processor time of the plugin in each
+turn of the scheduler's loop, added up over as many turns in a row as a request of 4 tokens lives through. The most of those is
+the delay.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import functools
 import multiprocessing as mp
 import time
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +31,11 @@ from rows import spread, write_rows
 
 from sglang_dynasor.demo import show
 
-NUM_BRANCHES, NUM_TOKENS, NEIGHBOUR_TOKENS = 64, 620, 4
+NUM_BRANCHES, NUM_TOKENS, NEIGHBOUR_TOKENS = 64, 240, 4
+NUM_TURNS = 1 << 16  # of the loop that are remembered
+LIFE_TURNS = NEIGHBOUR_TOKENS + 2  # of the loop that a neighbour's request lives through
 NUM_ALONE, NUM_REFUSED = 60, 40  # requests of a neighbour that is alone; refused requests that one has beside it
-END_S = 0.5  # before the program's answer, in which its branches are read
+END_S = 1.0  # before the program's answer, in which its branches end and are read
 LONG_WORDS = (
     " Apples",
     " apples",
@@ -53,24 +59,26 @@ PATTERNS = (
     r"(?is)(?:[k-s]|ſ|K|straße)*.{0,30}ж|.",
     r"(?m)(?:^.*$)*(?:^ .*$)?\bж|^.*$|.",
 )
-VOTES = {"stop": "predictive:0 and entropy:1 and window:64 and beta:1 and confidence:1", "vote": "confidence"}
+RISK = {"stop": "predictive:0 and never"}  # it is worked out, and whatever it is all branches run
+VOTES = {"stop": f"{RISK['stop']} and entropy:1 and window:64 and beta:1 and confidence:1", "vote": "confidence"}
 WAYS: dict[str, dict[str, Any]] = {
     "hash": {"answer": "hash"},
     "votes that all differ, every rule": {"answer": "last_line", "equal": "text", **VOTES},
-    "auto, votes that all differ": {"answer": "auto", "stop": "predictive:0"},
-    **{f"`{pattern}`": {"answer": f"regex:{pattern}", "stop": "predictive:0"} for pattern in PATTERNS},
+    "auto, votes that all differ": {"answer": "auto", **RISK},
+    **{f"`{pattern}`": {"answer": f"regex:{pattern}", **RISK} for pattern in PATTERNS},
 }
 
 
-class StepClock:
-    """The most processor time that the plugin has taken of one step, in memory that the scheduler's process shares."""
+class LoopClock:
+    """Processor time of the plugin by turn of the scheduler's loop, in memory that the scheduler's process shares."""
 
     def __init__(self) -> None:
-        self.most_s = mp.get_context("fork").RawValue("d", 0.0)
-        self._now_s = 0.0
+        context = mp.get_context("fork")
+        self._seconds = context.RawArray("d", NUM_TURNS)
+        self._num = context.RawValue("l", 0)
         self._depth = 0
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], *, ends_turn: bool = False) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if self._depth:
@@ -80,27 +88,32 @@ class StepClock:
                 return function(*args, **kwargs)
             finally:
                 self._depth = 0
-                self._now_s += time.thread_time() - started
-                self.most_s.value = max(self.most_s.value, self._now_s)
+                self._seconds[self._num.value % NUM_TURNS] += time.thread_time() - started
+                if ends_turn:
+                    self._num.value += 1
+                    self._seconds[self._num.value % NUM_TURNS] = 0.0
 
         return wrapper
 
     def install(self) -> None:
-        """Wrap the controller's methods until the scheduler's process is forked; a step ends where the next batch runs."""
-        from sglang.srt.managers.scheduler import Scheduler
-
+        """Wrap the controller's methods until the scheduler's process is forked. Each turn admits once, if any of ours is there."""
         from sglang_dynasor.engine.controller import Controller
 
-        for name in ("admit", "on_output", "abort"):
+        for name in ("on_output", "abort", "take"):
             setattr(Controller, name, self._timed(getattr(Controller, name)))
-        run_batch = Scheduler.run_batch
+        Controller.admit = self._timed(Controller.admit, ends_turn=True)
 
-        @functools.wraps(run_batch)
-        def run_and_begin(*args: Any, **kwargs: Any) -> Any:
-            self._now_s = 0.0
-            return run_batch(*args, **kwargs)
+    @property
+    def num(self) -> int:
+        """Turns so far."""
+        return self._num.value
 
-        Scheduler.run_batch = run_and_begin
+    def most_ms(self, since: int, num_turns: int) -> float:
+        """The most of so many turns in a row, since turn `since`."""
+        first = max(since, self.num - NUM_TURNS + 1)
+        seconds = [self._seconds[turn % NUM_TURNS] for turn in range(first, self.num)]
+        sums = (sum(seconds[start : start + num_turns]) for start in range(len(seconds)))
+        return 1e3 * max(sums, default=0.0)
 
 
 class Neighbour:
@@ -136,13 +149,15 @@ async def alone_ms(engine: Any) -> list[float]:
     return neighbour.ms()
 
 
-async def beside_ms(engine: Any, params: dict[str, Any]) -> tuple[list[float], list[float], str]:
-    """Neighbours while branches run, while they are read, and what became of the program."""
+async def beside_ms(engine: Any, params: dict[str, Any], wait_s: float) -> tuple[list[float], float, str]:
+    """Neighbours while the branches end and vote; seconds that the program took, and what became of it."""
     neighbour = Neighbour(engine)
-    living = asyncio.create_task(neighbour.live())
     started, outcome = time.perf_counter(), "refused"
+    program = asyncio.create_task(engine.async_generate("How many? ", params))
+    await asyncio.wait([program], timeout=wait_s)
+    living = asyncio.create_task(neighbour.live())
     try:
-        record = (await engine.async_generate("How many? ", params))["meta_info"]["dynasor"]
+        record = (await program)["meta_info"]["dynasor"]
         ended = time.perf_counter()
         outcome = f"{len(record['votes'])} answers"
         assert record["num_branches"] == NUM_BRANCHES, record
@@ -155,17 +170,18 @@ async def beside_ms(engine: Any, params: dict[str, Any]) -> tuple[list[float], l
         ended = time.perf_counter()
     neighbour.is_over = True
     await living
-    if outcome == "refused":
-        return neighbour.ms(started, ended), neighbour.ms(started, ended), outcome
-    return neighbour.ms(started, ended - END_S), neighbour.ms(ended - END_S, ended), outcome
+    since = started if outcome == "refused" else ended - END_S
+    return neighbour.ms(since, ended), ended - started, outcome
 
 
 def way_params(engine: Any, way: str, seed: int) -> dict[str, Any]:
-    encode = engine.tokenizer_manager.tokenizer.encode
-    words = [encode(word, add_special_tokens=False)[0] for word in LONG_WORDS]
+    tokenizer = engine.tokenizer_manager.tokenizer
+    words = [tokenizer.encode(word, add_special_tokens=False)[0] for word in LONG_WORDS]
+    # They end by themselves, all as soon as they may: those that are cut off would not vote.
+    bias = {tokenizer.eos_token_id: 2000.0, **dict.fromkeys(words, 1000.0)}
     return {
-        "temperature": 1, "max_new_tokens": NUM_TOKENS, "ignore_eos": True, "sampling_seed": seed,
-        "logit_bias": {str(word): 1000.0 for word in words},
+        "temperature": 1, "min_new_tokens": NUM_TOKENS, "max_new_tokens": NUM_TOKENS + 9, "sampling_seed": seed,
+        "logit_bias": {str(token): value for token, value in bias.items()},
         "custom_params": {"dynasor": {"branches": NUM_BRANCHES, "width": NUM_BRANCHES, "stop": "never", **WAYS[way]}},
     }  # fmt: skip
 
@@ -175,24 +191,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
-    clock = StepClock()
+    clock = LoopClock()
     clock.install()
     rounds: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    options = {"max_running_requests": 80, "max_total_tokens": 50_000, "enable_deterministic_inference": True}
+    options = {"max_running_requests": 80, "max_total_tokens": 30_000, "enable_deterministic_inference": True}
     with forked_engine(scheduler="dynasor", dynasor_strict=True, **options) as engine:
         run = engine.loop.run_until_complete
         run(alone_ms(engine))  # warm up
-        run(beside_ms(engine, way_params(engine, "hash", 0)))
+        _, took_s, _ = run(beside_ms(engine, way_params(engine, "hash", 0), 600))
         for number in range(args.rounds):
             for way in WAYS:
                 flush(engine)
-                alone = run(alone_ms(engine))
-                clock.most_s.value = 0.0
-                running, read, outcome = run(beside_ms(engine, way_params(engine, way, number)))
+                alone, since = run(alone_ms(engine)), clock.num
+                beside, seconds, outcome = run(beside_ms(engine, way_params(engine, way, number), 0.5 * took_s))
                 found = {
-                    "outcome": outcome, "alone": median(alone), "slowest alone": max(alone), "beside running": median(running),
-                    "slowest beside read": max(read), "delay": max(read) - median(alone), "step": 1e3 * clock.most_s.value,
+                    "outcome": outcome, "alone": median(alone), "slowest alone": max(alone), "slowest": max(beside, default=nan),
+                    "turn": clock.most_ms(since, 1), "delay": clock.most_ms(since, LIFE_TURNS),
                 }  # fmt: skip
+                took_s = took_s if outcome == "refused" else seconds
                 rounds[way].append(found)
                 print(number, way, {k: v if isinstance(v, str) else round(v, 1) for k, v in found.items()}, flush=True)
     rows = [row(way, found) for way, found in rounds.items()]
@@ -206,12 +222,11 @@ def main() -> None:
 def row(way: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and ranges of one way's rounds."""
     keys = {
-        "alone": "alone ms",
+        "alone": "neighbour alone ms",
         "slowest alone": "slowest alone ms",
-        "beside running": "beside running branches ms",
-        "slowest beside read": "slowest while they vote ms",
-        "delay": "delay ms",
-        "step": "of one step ms",
+        "slowest": "slowest while branches end ms",
+        "turn": "reading, one turn ms",
+        "delay": "delay by reading ms",
     }
     return {"program": way, "outcome": found[0]["outcome"]} | {
         told: spread([each[key] for each in found], 1) for key, told in keys.items()

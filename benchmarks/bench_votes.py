@@ -29,6 +29,7 @@ from sglang_dynasor.policy.thought import Trial
 REPEATS = 5
 NUM_DEAREST = 4  # votes that were dearest once, looked at again
 SIZES = (16, 64, 256)
+TRIALS = "trials of long_cot"
 LIMITS_MS = {16: 2.0, 64: 2.0, 256: 10.0}
 JUDGE = {"judge": "model"}
 RULES: dict[str, dict[str, Any]] = {
@@ -137,23 +138,29 @@ def dearest_ms(run: Callable[[], Iterator[float]], repeats: int = REPEATS) -> fl
     return max(best)
 
 
-def rows(size: int) -> Iterator[dict[str, Any]]:
-    """One row per rule and way of weighing."""
-    for name, field in RULES.items():
-        runs = {
-            f"{votes}{', closed' * closes}": partial(finish_ms, size, field, make(size), closes=closes)
-            for votes, make in VOTES.items()
-            for closes in (False, True)
-        }
-        once = {votes: dearest_ms(run, 1) for votes, run in runs.items()}
-        dearest = sorted(runs, key=once.__getitem__)[-NUM_DEAREST:]
-        yield row(size, name, {votes: dearest_ms(runs[votes]) for votes in dearest})
-    yield row(size, "trials of long_cot", {"all different": dearest_ms(partial(trial_ms, size))})
+def dearest_votes(size: int, field: dict[str, Any]) -> tuple[float, str]:
+    """What the dearest votes of a program cost, in milliseconds, and which they are."""
+    runs = {
+        f"{votes}{', closed' * closes}": partial(finish_ms, size, field, make(size), closes=closes)
+        for votes, make in VOTES.items()
+        for closes in (False, True)
+    }
+    once = {votes: dearest_ms(run, 1) for votes, run in runs.items()}
+    dearest = sorted(runs, key=once.__getitem__)[-NUM_DEAREST:]
+    return max((dearest_ms(runs[votes]), votes) for votes in dearest)
 
 
-def row(size: int, name: str, costs: dict[str, float]) -> dict[str, Any]:
-    dearest = max(costs, key=costs.__getitem__)
-    return {"branches": size, "rule or weights": name, "dearest votes": dearest, "ms": f"{costs[dearest]:.2f}"}
+def row(name: str, sizes: list[int]) -> dict[str, Any]:
+    """One rule or way of weighing, by the size of the program."""
+    made: dict[str, Any] = {"rule or weights": name}
+    for size in sizes:
+        ms, votes = (
+            dearest_votes(size, RULES[name])
+            if name in RULES
+            else (dearest_ms(partial(trial_ms, size)), "all different")
+        )
+        made |= {f"{size} branches ms": f"{ms:.2f}", "dearest votes": votes}
+    return made
 
 
 def main() -> None:
@@ -163,10 +170,9 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
-    for size in args.branches:
-        for made in rows(size):
-            print("  ".join(f"{key}={value}" for key, value in made.items()), flush=True)
-            found.append(made)
+    for name in (*RULES, TRIALS):
+        found.append(row(name, args.branches))
+        print("  ".join(f"{key}={value}" for key, value in found[-1].items()), flush=True)
     if args.csv:
         write_rows(args.csv, [made | machine() for made in found])
 

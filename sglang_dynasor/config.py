@@ -27,6 +27,8 @@ class DynasorConfig:
     dynasor_tenant_weights: str = ""
     dynasor_reward_url: str = ""
     dynasor_reward_timeout_s: float = 10.0
+    dynasor_embedding_url: str = ""
+    dynasor_equal_timeout_s: float = 10.0
     dynasor_strict: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +59,15 @@ class DynasorConfig:
         if not 0 < self.dynasor_reward_timeout_s <= 600:
             raise ConfigError(
                 f"--dynasor-reward-timeout-s={self.dynasor_reward_timeout_s} is outside (0, 600]; choose seconds inside"
+            )
+        if self.dynasor_embedding_url and not self.dynasor_embedding_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"--dynasor-embedding-url={self.dynasor_embedding_url!r} is no address; write http://HOST:PORT of a server "
+                "started with an embedding model"
+            )
+        if not 0 < self.dynasor_equal_timeout_s <= 600:
+            raise ConfigError(
+                f"--dynasor-equal-timeout-s={self.dynasor_equal_timeout_s} is outside (0, 600]; choose seconds inside"
             )
         _ = self.tenant_weights
 
@@ -98,6 +109,8 @@ HELP = {
     "dynasor_tenant_weights": "Shares of tenants that differ from 1, as in 'gold=4,free=0.5'.",
     "dynasor_reward_url": "Server of a reward model (SGLang with a classification or reward head) for judge 'model'.",
     "dynasor_reward_timeout_s": "Seconds after which a branch goes on without the reward model's word.",
+    "dynasor_embedding_url": "Server of an embedding model (/v1/embeddings) for equal 'embedding'.",
+    "dynasor_equal_timeout_s": "Seconds after which two answers stay apart where nobody has said whether they are the same.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }
 

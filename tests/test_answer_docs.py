@@ -9,6 +9,7 @@ import pytest
 
 from sglang_dynasor.policy.answers import check_extractor, extract_answer
 from sglang_dynasor.policy.equal import answer_key
+from sglang_dynasor.symbolic import is_same
 
 PAGE = (Path(__file__).parents[1] / "docs" / "answers.md").read_text()
 
@@ -68,3 +69,13 @@ def test_the_page_has_examples_of_each_kind() -> None:
     assert len(AUTO) >= 16
     assert len(OTHERS) >= 40
     assert len(PAIRS) >= 60
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_equal"), [(row[0], row[1], row[2] == "equal") for row in tables("Symbolic")[0][1:]]
+)
+def test_what_is_symbolically_equal(one: str, other: str, is_equal: bool) -> None:
+    """By the code that the process runs; to `math` each is two answers."""
+    forms = [answer_key(code(cell) or "") for cell in (one, other)]
+    assert forms[0] != forms[1]
+    assert is_same(*forms) is is_equal

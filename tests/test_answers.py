@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from sglang_dynasor.policy.answers import (
     shown,
 )
 from sglang_dynasor.policy.equal import answer_key
+from sglang_dynasor.policy.structured import READ_CHARS
 
 
 @pytest.mark.parametrize(
@@ -324,3 +326,13 @@ def test_relatives_of_it_cost_little(pattern: str) -> None:
 def test_the_last_match_counts(pattern: str, text: str, answer: str | None) -> None:
     """And not the last place where one could begin, which is inside it."""
     assert extract_answer(text, f"regex:{pattern}") == answer
+
+
+def test_json_of_many_brackets_is_read_in_bounded_time() -> None:
+    """As much as JSON of the characters read may have; of brackets alone only the last ones are looked at."""
+    dense = "so: " + json.dumps({f"k{i}": i for i in range(1200)})
+    assert 15_000 < len(dense) < READ_CHARS
+    assert extract_answer(dense, "json:k1199") == "1199"
+    brackets = "[]" * 8000
+    assert extract_answer(brackets + '{"a": 1}', "json:a") == "1"
+    assert extract_answer('so {"a": 1}' + brackets, "json:a") is None

@@ -142,6 +142,7 @@ def test_every_key_of_a_record_is_explained() -> None:
         found.append(drive(Script(lambda data: SOLUTION), field, {"max_new_tokens": 40}).record)
     always = set.intersection(*(set(keys) for keys in found))
     found += [_failed("Q", "refused", 0.0).record, {"index": 0}]  # a question of a batch, a client's own branch
+    found.append(record(equal="model"))
     found.append(record(answer="boxed"))  # which nobody writes: there is a hint
     assert set.union(*(set(keys) for keys in found)) == set(RECORD_HELP)
     assert {key for key, (where, _) in RECORD_HELP.items() if where == "always"} == always

@@ -72,8 +72,17 @@ def test_the_pretrained_example() -> None:
     assert "of 8 branches" in printed
 
 
+def test_the_code_example() -> None:
+    """The same model writes functions: what it writes is for the samples to decide, but some of it runs, and code is the answer."""
+    printed = run("code")
+    told = re.findall(r"^(\w+): (\d+) candidates, (\d+) of them ran; ", printed, re.M)
+    assert [name for name, _, _ in told] == ["is_even", "count_vowels"]
+    assert all(int(ran) <= int(num) <= 8 for _, num, ran in told)
+    assert re.search(r"tests passed: \d of \d\n(?: {4}.*\n)*? {4}def ", printed)
+
+
 def test_every_example_has_its_record() -> None:
-    """No example without one, but for the pretrained model, which is sampled in its own words."""
+    """No example without one, but for those of the pretrained model, which is sampled in its own words."""
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert {path.stem for path in OUTPUT.glob("*.txt")} == names - {"pretrained"}
-    assert names == {*SAMPLED, "long_cot", "pretrained"}
+    assert {path.stem for path in OUTPUT.glob("*.txt")} == names - {"code", "pretrained"}
+    assert names == {*SAMPLED, "code", "long_cot", "pretrained"}

@@ -247,13 +247,13 @@ def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: 
 
 
 def plain_body(server: Server, path: str) -> dict[str, Any]:
-    """A request of one token that asks for no program."""
+    """A request of a few tokens that asks for no program."""
     model = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"][0]["id"]  # /v1/responses takes no other
     chat = {"model": "any", "messages": [{"role": "user", "content": "Q"}], "max_tokens": 1}
     return {
         "/generate": {"text": "Q", "sampling_params": {"max_new_tokens": 1}},
         "/v1/completions": {"model": "any", "prompt": "Q", "max_tokens": 1},
-        "/v1/responses": {"model": model, "input": "Q", "max_output_tokens": 1},
+        "/v1/responses": {"model": model, "input": "Q", "max_output_tokens": 8},
     }.get(path, chat)
 
 

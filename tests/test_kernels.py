@@ -102,7 +102,7 @@ def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> No
             at_answer=torch.ones(3, dtype=torch.bool),
         )  # fmt: skip
         program_stats(*columns, 1, path="kernel")
-    row_kernels = ["_row_stats_split_kernel", "_row_stats_merge_kernel"] * 2, ["_row_stats_kernel"] * 2
+    row_kernels = ["split_kernel", "merge_kernel"] * 2, ["row_kernel"] * 2
     program_kernels = ["_mixture_kernel", "_program_stats_kernel", "_program_stats_kernel"]
     assert [name for name, _ in compiled] == row_kernels[0] + program_kernels + row_kernels[1] + program_kernels
 
@@ -113,7 +113,7 @@ def test_after_the_warm_up_no_step_compiles(monkeypatch: pytest.MonkeyPatch) -> 
     watch = SimpleNamespace(faults=SimpleNamespace(fall_back=lambda where, error: pytest.fail(f"{where}: {error}")))
     Observer(watch).warm_up(VOCAB_SIZE, torch.device("cpu"))  # type: ignore[arg-type]
     warm = set(compiled)
-    assert {name for name, _ in warm} == {"_row_stats_kernel", "_row_stats_split_kernel", "_row_stats_merge_kernel"}
+    assert {name for name, _ in warm} == {"row_kernel", "split_kernel", "merge_kernel"}
     for path in ("split", "row"):
         monkeypatch.setattr(statistics, "row_stats", partial(row_stats, path=path))
         for num_rows in (1, 2, 3, 16, 33):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from engines import settled, status_of
 from questions import held_out, prompt
 
-from sglang_dynasor.engine import statistics
+from sglang_dynasor.engine import comparing, statistics
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(60)
@@ -48,9 +48,10 @@ def on_first_rank(compute: Any) -> Any:
 def test_tensor_parallel_ranks_decide_alike(
     start_engine: Any, two_ranks: None, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
-    """Two hundred programs with early stops, aborts, deadlines, time-outs, weak branches and judges. SGLang's own checker
+    """Two hundred programs with early stops, aborts, deadlines, time-outs, weak branches, judges and comparisons. SGLang's own checker
     digests every decision (admissions, answers, its allocations) and kills the server if the ranks differ."""
     monkeypatch.setattr(statistics, "compute", on_first_rank(statistics.compute))
+    monkeypatch.setattr(comparing, "LABELS", ((JUDGE["judge_good"], JUDGE["judge_bad"]),))
     monkeypatch.setenv("SGLANG_ENABLE_RANK_CONSENSUS_CHECKER", "1")
     monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "8")
     engine = start_engine(
@@ -68,6 +69,8 @@ def test_tensor_parallel_ranks_decide_alike(
             field |= {"stop": "confidence", "weak_frac": 0.3, "group_tokens": 8}
         elif i % 6 == 4:
             field |= {"vote": "reward", **JUDGE}
+        elif i % 6 == 2:
+            field |= {"equal": "model:0.000001" if i % 4 else "symbolic"}
         sampling_params = params(**field)
         if i % 10 == 3:
             sampling_params = {**params(900, deadline_s=0.3, **field), "ignore_eos": True}
@@ -92,10 +95,12 @@ def test_tensor_parallel_ranks_decide_alike(
     records = [out["meta_info"]["dynasor"] for out in answered]
     assert sum(record.get("num_weak", 0) for record in records) > 0
     assert any(reward is not None for record in records for reward in record.get("rewards", []))
+    assert any(merge["by"] == "model" for record in records for merge in record.get("merges", []))
     status = settled(engine)
     assert status["num_held_programs"] == status["num_branches_inside"] == status["num_branches_watched"] == 0
     assert status["num_policy_errors"] == 0
     assert status["num_aborted"] >= 1
+    assert status["num_comparisons"] > 0
     # Both ranks are alive and agree after all this.
     assert engine.generate(prompt(QUESTIONS[0].text), params())["meta_info"]["dynasor"]["answer"]
 

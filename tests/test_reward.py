@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from sglang_dynasor.engine.beside import MOST_AT_ONCE
 from sglang_dynasor.engine.judge import MOST_STEPS, reward_texts
-from sglang_dynasor.engine.reward_model import MOST_AT_ONCE, RewardModel, rewards_of
+from sglang_dynasor.engine.reward_model import RewardModel, rewards_of
 from sglang_dynasor.policy.spec import JudgeSpec
 
 
@@ -74,7 +75,7 @@ def test_the_least_of_the_steps_counts() -> None:
     """A solution is as good as its worst step; all are asked about at once."""
     with model(b'[{"embedding": [3.0]}, {"embedding": [-1.0]}, {"embedding": [2.0]}]') as url:
         rewards = RewardModel(url, 5)
-        rewards.ask((1, 0), lambda: ["a", "ab", "abc"])
+        rewards.ask_about((1, 0), lambda: ["a", "ab", "abc"])
         assert wait(rewards, 1) == {(1, 0): pytest.approx(1 / (1 + exp(1)))}
 
 
@@ -132,7 +133,7 @@ def test_a_reward_is_given_until_it_is_forgotten() -> None:
     with model(b'{"embedding": [0.0]}') as url:
         rewards = RewardModel(url, 5)
         assert dict(rewards.given()) == {}
-        rewards.ask((1, 2), lambda: ["text"])
+        rewards.ask_about((1, 2), lambda: ["text"])
         assert wait(rewards, 1) == {(1, 2): 0.5}
         assert dict(rewards.given()) == {(1, 2): 0.5}
         rewards.forget((1, 2))
@@ -149,8 +150,8 @@ def test_a_model_that_fails_costs_the_reward_only(
     """Not JSON, no numbers, an error, too slow: None, counted, and one line that says what to do."""
     with model(answer, status, delay_s) as url, caplog.at_level(logging.ERROR):
         rewards = RewardModel(url, 0.5)
-        rewards.ask((1, 0), lambda: ["text"])
-        rewards.ask((1, 1), lambda: ["text"])
+        rewards.ask_about((1, 0), lambda: ["text"])
+        rewards.ask_about((1, 1), lambda: ["text"])
         assert wait(rewards, 2) == {(1, 0): None, (1, 1): None}
     assert rewards.num_errors == 2
     assert [r.message.count("--dynasor-reward-url") for r in caplog.records] == [1]
@@ -162,13 +163,13 @@ def test_the_timeout_counts_from_asking() -> None:
         rewards = RewardModel(url, 0.5)
         started = time.monotonic()
         for index in range(2 * MOST_AT_ONCE):
-            rewards.ask((1, index), lambda: ["text"])
+            rewards.ask_about((1, index), lambda: ["text"])
         assert dict(rewards.given()) == {}
         given = wait(rewards, 2 * MOST_AT_ONCE)
         assert time.monotonic() - started < 2
         assert set(given.values()) == {None}
         assert rewards.num_errors == 2 * MOST_AT_ONCE
-        rewards.ask((2, 0), lambda: ["text"])
+        rewards.ask_about((2, 0), lambda: ["text"])
         rewards.forget((2, 0))  # its program is over
         time.sleep(0.6)
         assert (2, 0) not in dict(rewards.given())
@@ -177,5 +178,5 @@ def test_the_timeout_counts_from_asking() -> None:
 def test_a_server_that_is_not_there() -> None:
     """Refused connections are errors like any other."""
     rewards = RewardModel("http://127.0.0.1:9", 0.5)
-    rewards.ask((0, 0), lambda: ["text"])
+    rewards.ask_about((0, 0), lambda: ["text"])
     assert wait(rewards, 1) == {(0, 0): None}

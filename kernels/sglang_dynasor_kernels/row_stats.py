@@ -1,8 +1,7 @@
 """Statistics of rows of logits in one read of them: entropy, confidence, the likeliest tokens, labels."""
 
-# Triton's language is not typed: what its functions take and return inside a kernel is not what they declare.
-# pyright: reportMissingParameterType=false, reportUntypedFunctionDecorator=false, reportOperatorIssue=false
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
+# Triton's language is not typed: a kernel's parameters are not what a launch gives.
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -12,20 +11,21 @@ from typing import Literal, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+
+from sglang_dynasor_kernels.row_kernels import merge_kernel, row_kernel, split_kernel
 
 Path = Literal["ref", "split", "row"]
 
-# Estimates until they are timed on a GPU: NOTES.md.
-GROUP = 128  # neighbouring ids of which the first pass keeps the largest logit
-NUM_GROUPS = 64  # of a chunk, which a program reads at once and holds in registers
-CHUNK = NUM_GROUPS * GROUP
+# Measured on an H200 (NOTES.md).
+GROUP = 128  # neighbouring ids of which the reading keeps the largest logit
+CHUNK = 8192  # logits that a program reads at once and holds in registers
 NUM_WARPS = 8
-PROGRAMS_PER_SM = 4  # with the registers below
-MAX_REGISTERS = 64  # of the "row" kernel: its end, once a row, would take twice as many
+MAX_REGISTERS = 64  # of the "row" kernel: four programs on a multiprocessor
+ROWS_PER_SM = 4  # from which on a row is one program's
+PARTS_PER_SM = 16  # that rows are split into, as far as they have as many chunks
 
-EMPTY = tl.constexpr(-(2**63))  # the key of no token
+MAX_TOP_K = 64
 
 
 class RowStats(NamedTuple):
@@ -46,7 +46,7 @@ class RowStats(NamedTuple):
 
 def choose_path(num_rows: int, vocab_size: int, num_sms: int) -> Path:
     """How the kernels share out the rows: split each one until whole rows fill the GPU."""
-    return "row" if vocab_size <= CHUNK or num_rows >= PROGRAMS_PER_SM * num_sms else "split"
+    return "row" if vocab_size <= CHUNK or num_rows >= ROWS_PER_SM * num_sms else "split"
 
 
 def row_stats(
@@ -97,23 +97,36 @@ def row_stats(
     label_logprobs = new(num_rows, num_labels)
     if num_rows:
         num_chunks = triton.cdiv(vocab_size, CHUNK)
-        source = (logits, rows, batch_size, vocab_size, logits.stride(0))
+        num_groups = num_chunks * (CHUNK // GROUP)
+        block_c = max(16, triton.next_power_of_2(top_k + top_k // 4 + 4))  # mostly a few more than top_k are candidates
+        groups = new(num_rows, num_groups, dtype=torch.int32)
+        scratch = new(num_rows, 2, block_c, dtype=torch.int64)
+        num_threads = 32 * NUM_WARPS
+        source = (logits, rows, batch_size, vocab_size, logits.stride(0), groups)
         results = (label_ids, stride_label, stats, top_ids, top_logprobs, label_logprobs)
-        tile = {"NUM_GROUPS": NUM_GROUPS, "GROUP": GROUP, "num_warps": NUM_WARPS}
+        tile = {
+            "CHUNK": CHUNK,
+            "GROUP": GROUP,
+            "VECTOR": 16 // logits.element_size(),  # logits of a load
+            "NUM_THREADS": num_threads,
+            "num_warps": NUM_WARPS,
+        }
         sizes = tile | {
             "NUM_LABELS": num_labels,
             "BLOCK_L": triton.next_power_of_2(max(1, num_labels)),
             "TOP_K": top_k,
-            "BLOCK_K": max(2, triton.next_power_of_2(top_k)),
-            "BLOCK_S": triton.next_power_of_2(num_chunks),
+            "BLOCK_C": block_c,
+            "NUM_COLUMNS": max(16, 2 * triton.next_power_of_2(top_k)),
+            "BLOCK_G": max(128, triton.next_power_of_2(num_groups)),
         }
         if path == "row":
-            _row_stats_kernel[(num_rows,)](*source, *results, **sizes, maxnreg=MAX_REGISTERS)
+            row_kernel[(num_rows,)](*source, scratch, *results, **sizes, maxnreg=MAX_REGISTERS)
         else:
-            sums = new(3, num_rows, num_chunks)
-            groups = new(num_rows, num_chunks, NUM_GROUPS)
-            _row_stats_split_kernel[(num_rows, num_chunks)](*source, sums, groups, **tile)
-            _row_stats_merge_kernel[(num_rows,)](*source, sums, groups, *results, **sizes)
+            num_parts = max(1, min(num_chunks, PARTS_PER_SM * _num_sms(logits.device) // num_rows))
+            sums = new(num_rows, 3, num_parts)
+            split_kernel[(num_rows * num_parts,)](*source, sums, num_parts, **tile)
+            block_p = triton.next_power_of_2(num_chunks)
+            merge_kernel[(num_rows,)](*source, scratch, sums, num_parts, *results, **sizes, BLOCK_P=block_p)
     return RowStats(*stats, top_ids, top_logprobs, label_logprobs, path)
 
 
@@ -208,8 +221,8 @@ def _check(logits: Tensor, label_ids: Tensor | None, rows: Tensor | None, top_k:
         )
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits are {logits.dtype}: give float32, bfloat16 or float16")
-    if not 1 <= top_k <= NUM_GROUPS:
-        raise ValueError(f"top_k={top_k} is outside 1 to {NUM_GROUPS}")
+    if not 1 <= top_k <= MAX_TOP_K:
+        raise ValueError(f"top_k={top_k} is outside 1 to {MAX_TOP_K}")
     if rows is not None and rows.ndim != 1:
         raise ValueError(f"rows of shape {tuple(rows.shape)}: give [N]")
     if label_ids is None:
@@ -225,213 +238,5 @@ def _check(logits: Tensor, label_ids: Tensor | None, rows: Tensor | None, top_k:
 
 @cache
 def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@triton.jit(do_not_specialize=["batch_size"])  # it changes from step to step
-def _row_stats_kernel(
-    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row,
-    label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, BLOCK_L: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One program per row reads its chunks one after the other."""
-    row_ptr, num_ids = _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row)
-    offs_s = tl.arange(0, BLOCK_S)
-    m = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    s = tl.full([BLOCK_S], 0.0, tl.float32)
-    t = tl.full([BLOCK_S], 0.0, tl.float32)
-    groups = tl.full([BLOCK_S, NUM_GROUPS], float("-inf"), tl.float32)
-    for chunk in range(tl.cdiv(vocab_size, NUM_GROUPS * GROUP)):
-        chunk_m, chunk_s, chunk_t, chunk_groups = _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS, GROUP)
-        m = tl.where(offs_s == chunk, chunk_m, m)
-        s = tl.where(offs_s == chunk, chunk_s, s)
-        t = tl.where(offs_s == chunk, chunk_t, t)
-        groups = tl.where(offs_s[:, None] == chunk, chunk_groups[None, :], groups)
-    _write_row(
-        row_ptr, num_ids, m, s, t, groups,
-        label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-        NUM_LABELS, BLOCK_L, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["batch_size"])  # it changes from step to step
-def _row_stats_split_kernel(
-    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
-    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One program per (row, chunk) leaves the chunk's sums [3, N, S] and its groups' largest logits [N, S, G]."""
-    row_ptr, num_ids = _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row)
-    chunk = tl.program_id(1)
-    m, s, t, groups = _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS, GROUP)
-    out = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + chunk
-    size = tl.num_programs(0) * tl.num_programs(1)
-    tl.store(sums_ptr + out, m)
-    tl.store(sums_ptr + size + out, s)
-    tl.store(sums_ptr + 2 * size + out, t)
-    tl.store(groups_ptr + out * NUM_GROUPS + tl.arange(0, NUM_GROUPS), groups)
-
-
-@triton.jit(do_not_specialize=["batch_size"])  # it changes from step to step
-def _row_stats_merge_kernel(
-    logits_ptr, rows_ptr, batch_size, vocab_size, stride_row, sums_ptr, groups_ptr,
-    label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, BLOCK_L: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """One program per row merges what its chunks left."""
-    row_ptr, num_ids = _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row)
-    num_chunks = tl.cdiv(vocab_size, NUM_GROUPS * GROUP)
-    first = tl.program_id(0).to(tl.int64) * num_chunks
-    size = tl.num_programs(0) * num_chunks
-    offs_s = tl.arange(0, BLOCK_S)
-    mask_s = offs_s < num_chunks
-    m = tl.load(sums_ptr + first + offs_s, mask_s, other=float("-inf"))  # [S]
-    s = tl.load(sums_ptr + size + first + offs_s, mask_s, other=0.0)  # [S]
-    t = tl.load(sums_ptr + 2 * size + first + offs_s, mask_s, other=0.0)  # [S]
-    offs_g = tl.arange(0, NUM_GROUPS)
-    offs = (first + offs_s[:, None]) * NUM_GROUPS + offs_g[None, :]
-    groups = tl.load(groups_ptr + offs, mask_s[:, None], other=float("-inf"))  # [S, G]
-    _write_row(
-        row_ptr, num_ids, m, s, t, groups,
-        label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-        NUM_LABELS, BLOCK_L, TOP_K, BLOCK_K, BLOCK_S, NUM_GROUPS, GROUP,
-    )  # fmt: skip
-
-
-@triton.jit
-def _find_row(logits_ptr, rows_ptr, batch_size, vocab_size, stride_row):
-    """Where this program's row starts and how many ids it has: none if it is outside the batch."""
-    row = tl.program_id(0).to(tl.int64)
-    num_ids = vocab_size
-    if rows_ptr is not None:
-        row = tl.load(rows_ptr + row).to(tl.int64)
-        is_row = (row >= 0) & (row < batch_size)
-        row = tl.where(is_row, row, 0)
-        num_ids = tl.where(is_row, vocab_size, 0)
-    return logits_ptr + row * stride_row, num_ids
-
-
-@triton.jit
-def _read_chunk(row_ptr, num_ids, chunk, NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr):
-    """m = max(x), the sums of exp(x - m) and of exp(x - m) * (x - m), and the largest x of each group [G].
-
-    The first sum is NaN if there is NaN or +inf, and 0 if there is nothing but -inf.
-    """
-    offs_g = chunk * NUM_GROUPS + tl.arange(0, NUM_GROUPS)
-    ids = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    x = tl.load(row_ptr + ids, ids < num_ids, other=float("-inf")).to(tl.float32)  # [G, GROUP]
-    groups = tl.max(x, axis=1)
-    m = tl.max(groups)
-    e, ed = _exp_terms(x, m)
-    return m, tl.sum(e), tl.sum(ed), groups
-
-
-@triton.jit
-def _exp_terms(x, m):
-    """e = exp(x - m) and e * (x - m); both 0 for -inf."""
-    d = x - tl.where(m > float("-inf"), m, 0.0)
-    e = tl.exp(d)
-    return e, e * tl.maximum(d, -100.0)  # e is as good as 0 below that
-
-
-@triton.jit
-def _write_row(
-    row_ptr, num_ids, chunk_m, chunk_s, chunk_t, groups,
-    label_ids_ptr, stride_label, stats_ptr, top_ids_ptr, top_logprobs_ptr, label_logprobs_ptr,
-    NUM_LABELS: tl.constexpr, BLOCK_L: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Merge a row's chunks [S] and find the top k in the k groups [S, G] with the largest logits."""
-    i = tl.program_id(0).to(tl.int64)
-    num_rows = tl.num_programs(0)
-    m = tl.max(chunk_m)
-    scale, scaled = _exp_terms(chunk_m, m)
-    s = tl.sum(chunk_s * scale)
-    t = tl.sum(chunk_t * scale + chunk_s * scaled)
-    is_good = s > 0
-    s = tl.where(is_good, s, float("nan"))  # reported: through s in every float below
-    log_s = tl.log(s)
-
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < TOP_K
-    offs_group = tl.arange(0, BLOCK_S)[:, None] * NUM_GROUPS + tl.arange(0, NUM_GROUPS)[None, :]
-    top = _top_keys(groups, offs_group, is_good, TOP_K, BLOCK_K)
-    ids = _key_ids(top)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    mask = ((top != EMPTY) & mask_k)[:, None] & (ids < num_ids)
-    x = tl.load(row_ptr + ids, mask, other=float("-inf")).to(tl.float32)  # [BLOCK_K, GROUP]
-    square: tl.constexpr = [BLOCK_K * GROUP // NUM_GROUPS, NUM_GROUPS]
-    top = _top_keys(tl.reshape(x, square), tl.reshape(ids, square), is_good, TOP_K, BLOCK_K)
-
-    logprobs = _key_values(top) - m - log_s  # [BLOCK_K]
-    is_token = (logprobs > float("-inf")) & mask_k
-    confidence = -tl.sum(tl.where(is_token, logprobs, 0.0)) / tl.sum(is_token.to(tl.float32))
-    tl.store(top_ids_ptr + i * TOP_K + offs_k, tl.where(is_token, _key_ids(top), -1), mask_k)
-    tl.store(top_logprobs_ptr + i * TOP_K + offs_k, logprobs, mask_k)
-
-    tl.store(stats_ptr + i, m + log_s)
-    tl.store(stats_ptr + num_rows + i, log_s - t / s)
-    tl.store(stats_ptr + 2 * num_rows + i, 1.0 / s)
-    tl.store(stats_ptr + 3 * num_rows + i, confidence)
-
-    if NUM_LABELS > 0:
-        offs_l = tl.arange(0, BLOCK_L)
-        mask_l = offs_l < NUM_LABELS
-        label = tl.load(label_ids_ptr + i * stride_label + offs_l, mask_l, other=-1)
-        is_label = (label >= 0) & (label < num_ids)
-        logit = tl.load(row_ptr + label, is_label, other=float("-inf")).to(tl.float32)
-        tl.store(label_logprobs_ptr + i * NUM_LABELS + offs_l, logit - m - log_s, mask_l)
-
-
-@triton.jit
-def _top_keys(x, ids, is_good, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[BLOCK_K] descending: the keys of the TOP_K largest x [R, C] or more, EMPTY at the end."""
-    offs_k = tl.arange(0, BLOCK_K)
-    top = tl.full([BLOCK_K], EMPTY, tl.int64)
-    best, keys = _column_tops(x, ids)
-    # One round takes the largest of each column. Another is needed only if a column holds two of the top k.
-    while is_good & (tl.max(keys) > tl.sum(tl.where(offs_k == TOP_K - 1, top, 0))):
-        rank_top = offs_k + _num_above(top, keys)
-        rank_keys = _num_above(keys, keys) + _num_above(keys, top)
-        top = tl.maximum(_at_ranks(top, rank_top, offs_k), _at_ranks(keys, rank_keys, offs_k))
-        x = tl.where(ids == best[None, :], float("-inf"), x)
-        best, keys = _column_tops(x, ids)
-    return top
-
-
-@triton.jit
-def _num_above(keys, others):
-    """How many of `others` are larger than each key."""
-    return tl.sum((others[None, :] > keys[:, None]).to(tl.int32), axis=1)
-
-
-@triton.jit
-def _at_ranks(keys, ranks, offs_k):
-    """The key of each rank in `offs_k`; EMPTY where there is none."""
-    return tl.max(tl.where(ranks[None, :] == offs_k[:, None], keys[None, :], EMPTY), axis=1)
-
-
-@triton.jit
-def _column_tops(x, ids):
-    """[C], [C]: the id of the largest x of each column, the lowest among equals, and its key.
-
-    Keys are integers that sort like (x, -id); EMPTY for -inf.
-    """
-    value = tl.max(x, axis=0)
-    best = tl.min(tl.where(x == value[None, :], ids, 0x7FFFFFFF), axis=0)
-    bits = (value + 0.0).to(tl.int32, bitcast=True)  # + 0.0: -0.0 equals 0.0
-    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = (order.to(tl.int64) << 32) | (0x7FFFFFFF - best)
-    return best, tl.where(value > float("-inf"), key, EMPTY)
-
-
-@triton.jit
-def _key_ids(keys):
-    return 0x7FFFFFFF - keys.to(tl.int32)
-
-
-@triton.jit
-def _key_values(keys):
-    order = (keys >> 32).to(tl.int32)
-    value = (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-    return tl.where(keys != EMPTY, value, float("-inf"))
+    """Multiprocessors of a GPU; 1 for the CPU, on which Triton interprets kernels."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -62,7 +62,7 @@ class SelfConsistency:
         index = self._seats.pop(0)
         self._nodes[index] = self.state.add(node, sample._replace(is_terminal=True))
         if self.program.reason is None:
-            self.program.count(index, sample.answer, sample.num_tokens, sample.reward)
+            self.program.count(index, sample.answer, sample.num_tokens, sample.reward, key=sample.key)
         else:
             self.program.end(index, sample.num_tokens)
 

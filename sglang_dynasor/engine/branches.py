@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
+from sglang_dynasor.engine.comparing import Comparing
 from sglang_dynasor.engine.ends import Ends
+from sglang_dynasor.engine.findings import Findings
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.judge import Judging
 from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, hide, set_record
@@ -31,8 +33,9 @@ class Branches:
     """Who looks after the branches that the server makes, and after what each change means for their program."""
 
     def __init__(
-        self, scheduler: Any, inside: Inside, ends: Ends, voting: Voting, watch: Watch, rewards: RewardModel | None
-    ):
+        self, scheduler: Any, inside: Inside, ends: Ends, voting: Voting, watch: Watch, rewards: RewardModel | None,
+        findings: Findings | None,
+    ):  # fmt: skip
         self.scheduler = scheduler
         self.inside = inside
         self.admission = inside.admission
@@ -41,6 +44,7 @@ class Branches:
         self.voting = voting
         self.readings = Readings(ends.guarded)
         self.judging = Judging(scheduler, inside, rewards, self.vote)
+        self.comparing = Comparing(scheduler, inside, findings, self.readings, self.go_on)
         self.thoughts = Thoughts(scheduler, inside, ends, self.readings, lambda: watch.reader.line_ends, self._replace)
 
     def start(self, live: LiveProgram, num_branches: int) -> None:
@@ -70,7 +74,9 @@ class Branches:
         self.inside.put(req, tag)
 
     def advance(self, live: LiveProgram) -> None:
-        """Let the program stand in line for what it wants started, or answer it."""
+        """Have compared what is new, and let the program stand in line for what it wants started, or answer it."""
+        if live.program.reason is None:
+            self.comparing.ask(live)
         if live.program.reason is not None:
             self.ends.answer(live)
         else:

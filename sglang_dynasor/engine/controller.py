@@ -58,11 +58,14 @@ class Controller:
         )
         self.inside = Inside(scheduler, self.front, self.admission)
         voting = Voting(scheduler.tokenizer, self.admission.forecast, self.faults)
-        self.ends = Ends(scheduler, self.inside, self.programs, voting, self.teller.rewards, self.faults)
+        self.ends = Ends(
+            scheduler, self.inside, self.programs, voting, self.teller.rewards, self.teller.findings, self.faults
+        )
         watch = Watch(scheduler.tokenizer, self.inside, self.ends)
         self.observer = Observer(watch)
-        rewards, teller = (self.teller.rewards, self.teller) if is_first_rank else (None, None)
-        self.branches = Branches(scheduler, self.inside, self.ends, voting, watch, rewards)
+        teller = self.teller if is_first_rank else None
+        rewards, findings = (teller.rewards, teller.findings) if teller is not None else (None, None)
+        self.branches = Branches(scheduler, self.inside, self.ends, voting, watch, rewards, findings)
         self.intake = Intake(
             self.room, self.inside, self.ends, self.branches, SentBranches(self.ends, voting, self.branches.readings), teller,
             config.dynasor_max_branches, config.dynasor_level,
@@ -75,7 +78,7 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """Counters and table sizes (observe/ledger.py says what each means)."""
-        thoughts = self.branches.thoughts
+        thoughts, comparing = self.branches.thoughts, self.branches.comparing
         return {
             **self.ends.totals.as_dict(),
             "num_policy_errors": self.faults.num,
@@ -90,6 +93,9 @@ class Controller:
             "num_branches_watched": self.inside.num_watched,
             "num_steps_watched": self.observer.num_steps,
             "num_reward_errors": self.teller.rewards.num_errors,
+            "num_comparisons": comparing.num,
+            "num_merges": comparing.num_merges,
+            "num_comparison_errors": comparing.num_lost + self.teller.findings.num_errors,
             "num_probe_waves": thoughts.num_waves,
             "num_probe_tokens_read": thoughts.num_tokens_read,
             "num_probe_tokens_cached": thoughts.num_tokens_cached,
@@ -225,5 +231,11 @@ class Controller:
             self.teller.rewards.forget((int(parts[0]), index))
             if live is not None:
                 self.ends.guarded(live, lambda live: self.branches.judging.settle(live, index, reward))
+        elif what == "same":
+            index, into = int(parts[1]), int(parts[2]) if parts[2] else None
+            score = float.fromhex(parts[3]) if parts[3] else None
+            self.teller.findings.forget((int(parts[0]), index))
+            if live is not None:
+                self.ends.guarded(live, lambda live: self.branches.comparing.settle(live, index, into, score))
         elif live is not None:
             self.ends.guarded(live, self.branches.expire)

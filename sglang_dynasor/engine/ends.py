@@ -10,6 +10,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_dynasor.engine.faults import Faults
+from sglang_dynasor.engine.findings import Findings
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import LiveProgram, set_record, tag_of
 from sglang_dynasor.engine.programs import Programs
@@ -28,13 +29,15 @@ class Ends:
     """What the client of a program is told, and what then becomes of its branches."""
 
     def __init__(
-        self, scheduler: Any, inside: Inside, programs: Programs, voting: Voting, rewards: RewardModel, faults: Faults
-    ):
+        self, scheduler: Any, inside: Inside, programs: Programs, voting: Voting, rewards: RewardModel, findings: Findings,
+        faults: Faults,
+    ):  # fmt: skip
         self.scheduler = scheduler
         self.inside = inside
         self.programs = programs
         self.voting = voting
         self.rewards = rewards
+        self.findings = findings
         self.faults = faults
         self.totals = Totals()
         self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
@@ -56,6 +59,14 @@ class Ends:
                 set_record(req, {**live.program.record(), "index": index})
                 self.send(req)
         self.end_judges(live)
+        self._end_comparisons(live)
+
+    def _end_comparisons(self, live: LiveProgram) -> None:
+        for index, req in live.comparisons.items():
+            if req is not None:
+                self.inside.end(req)
+            self.findings.forget((live.number, index))
+        live.comparisons.clear()
 
     def end_judges(self, live: LiveProgram) -> list[int]:
         """Wait for no reward any more; return the branches that were being judged."""
@@ -190,6 +201,7 @@ class Ends:
             self.inside.end(req)
         live.probes.clear()
         self.end_judges(live)
+        self._end_comparisons(live)
         done = [r for i, r in live.reqs.items() if program.branches[i].state is BranchState.FINISHED]
         if done:
             self._speak(parent, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})

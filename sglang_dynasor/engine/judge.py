@@ -112,7 +112,7 @@ class Judging:
         if judge.is_external:
             live.judges[index] = None
             if self.rewards is not None:
-                self.rewards.ask((live.number, index), partial(reward_texts, tokenizer, req, judge))
+                self.rewards.ask_about((live.number, index), partial(reward_texts, tokenizer, req, judge))
             return True
         tokens = judge_tokens(judge, tokenizer)
         tag = JudgeTag(live, index, self, labels=(tokens.good, tokens.bad))

@@ -28,6 +28,9 @@ class LiveProgram:
     judges: dict[int, Req | None] = field(
         default_factory=dict[int, Req | None]
     )  # by branch judged; None: the reward model
+    comparisons: dict[int, Req | None] = field(
+        default_factory=dict[int, Req | None]
+    )  # by branch whose answer is compared; None: beside the loop
     probes: dict[int, Req] = field(default_factory=dict[int, Req])  # by branch asked
     lead: str | None = None  # the end of its prompt, once somebody asked
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
@@ -126,9 +129,9 @@ class SentTag(BranchTag):
 
 @dataclass(slots=True)
 class JudgeTag(Tag):
-    """What asks the model whether a finished branch is good."""
+    """What asks the model by one token whether a finished branch is good, or its answer that of another branch."""
 
-    labels: tuple[int, int] = (-1, -1)  # its tokens for good and bad
+    labels: tuple[int, int] = (-1, -1)  # its tokens for good and bad, or yes and no
     reward: float | None = field(default=None, init=False)  # what it found
 
 

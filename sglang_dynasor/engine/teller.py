@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.managers.io_struct import AbortReq
 
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.findings import Finding, Findings
 from sglang_dynasor.engine.reward_model import RewardModel
 from sglang_dynasor.policy.pace import Pace
 
@@ -27,11 +28,12 @@ def told(*parts: object) -> AbortReq:
 
 
 class Teller:
-    """The first rank's clock: deadlines, rewards that have come, and how many rows of a step are cheap."""
+    """The first rank's clock: deadlines, rewards and findings that have come, and how many rows of a step are cheap."""
 
     def __init__(self, scheduler: Any, config: DynasorConfig):
         self.scheduler = scheduler
         self.rewards = RewardModel(config.dynasor_reward_url, config.dynasor_reward_timeout_s)
+        self.findings = Findings(config.dynasor_embedding_url, config.dynasor_equal_timeout_s)
         self._undated: list[tuple[int, float]] = []  # program, seconds: those that the clock has not been read for
         self._deadlines: list[tuple[float, int]] = []  # when, program
         self._pace = Pace()
@@ -63,6 +65,9 @@ class Teller:
             heapq.heappush(self._deadlines, entry)
         for (number, index), reward in self.rewards.given():
             yield told("reward", number, index, "" if reward is None else reward.hex())
+        for (number, index), finding in self.findings.given():
+            into, score = finding or Finding(None)
+            yield told("same", number, index, "" if into is None else into, "" if score is None else score.hex())
         rows = self._cheap_rows(now, most_rows)
         if rows is not None and abs(rows - cheap_rows) > CHANGE_TOLD * cheap_rows:
             yield told("cheap-rows", rows)

@@ -12,6 +12,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_exec, get_memory, get_serving
 
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.comparing import same_tokens
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.engine.probe import thought_tokens
@@ -20,6 +21,7 @@ from sglang_dynasor.observe.ledger import Owners
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS
 from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, parse_field
+from sglang_dynasor.symbolic import check_installed
 
 # OpenAI's words for the field's; "none" turns thinking off, which leaves nothing to probe.
 REASONING_EFFORTS = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
@@ -69,6 +71,7 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
         raise FieldError(f"beam_width={params['beam_width']!r} with dynasor is not supported; leave out one of the two")
     if spec.judge is not None:
         _check_judge(spec.judge, tokenizer_manager, config)
+    _check_comparer(spec, tokenizer_manager, config)
     if spec.thought is not None:
         _check_thought(spec, obj, params, tokenizer_manager)
     if spec.program is not None:  # the client samples the branches itself
@@ -151,7 +154,9 @@ def _as_choices(
     wrong = (
         "algorithm"
         if spec.thought
-        else next((key for key in ("judge", "deadline_s", "tenant") if key in options), None)
+        else next(
+            (key for key in ("judge", "deadline_s", "tenant") if key in options), "equal" if spec.comparer else None
+        )
     )
     if wrong is not None:
         raise FieldError(
@@ -206,6 +211,26 @@ def take_effort(result: Any, serving_chat: Any, request: Any, *args: Any, **kwar
     if effort is None or about is None or "effort" not in about.engine_keys or "effort" in field:
         return
     result[0].sampling_params = params | {"custom_params": custom | {"dynasor": field | {"effort": effort}}}
+
+
+def _check_comparer(spec: ProgramSpec, tokenizer_manager: Any, config: DynasorConfig) -> None:
+    match spec.comparer:
+        case "symbolic":
+            check_installed()
+        case "model":
+            tokens, vocab_size = same_tokens(tokenizer_manager.tokenizer), tokenizer_manager.model_config.vocab_size
+            if max(tokens.yes, tokens.no) >= vocab_size:
+                raise FieldError(
+                    f"dynasor.equal={spec.equal!r}: the tokenizer knows tokens that the model does not, whose vocabulary is {vocab_size}; use equal "
+                    "'math' or 'text'"
+                )
+        case "embedding" if not config.dynasor_embedding_url:
+            raise FieldError(
+                f"dynasor.equal={spec.equal!r} without an embedding server: start the server with --dynasor-embedding-url, or use "
+                "another equality"
+            )
+        case _:
+            pass
 
 
 def _check_judge(judge: JudgeSpec, tokenizer_manager: Any, config: DynasorConfig) -> None:

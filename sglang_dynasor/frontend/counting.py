@@ -15,6 +15,7 @@ from typing import Any
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend.branch import Branch
+from sglang_dynasor.frontend.same import find_same
 from sglang_dynasor.frontend.seat import POLL_S, raise_failure, sample_seed
 from sglang_dynasor.policy.branch import BranchState, Ending
 from sglang_dynasor.policy.program import Program, StopReason
@@ -23,6 +24,7 @@ from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec
 # Branches in flight where the author does not say: a third of the latency of fewer, nearly all of their savings
 # (docs/architecture.md, "Sliding, load-adaptive width").
 DEFAULT_WIDTH = 8
+FINDINGS_S = 10.0  # that the end waits for answers to be compared
 
 
 class Counting:
@@ -45,7 +47,7 @@ class Counting:
         self.id = uuid.uuid4().hex  # unique among all authors of a server
         self.backend, self.field, self.spec, self.final, self.seed = backend, field, spec, final, seed
         self.reports = reports
-        self.is_here = reports or not is_server_s
+        self.is_here = reports or not is_server_s or bool(spec.comparer)
         self.branches: list[Branch] = []
         self.told: dict[str, Any] | None = None  # the engine's latest record
         self._program = Program(self.id, _counting_spec(spec))
@@ -53,6 +55,7 @@ class Counting:
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._handed: Branch | None = None  # the last of these
+        self._compared: set[int] = set()  # branches whose answer is compared, or was
         self._is_consumed = False  # the author takes branches as they finish
         self._is_ended_here = False
         self._greedy: set[str] = set()  # texts that greedy answers were generated after
@@ -152,6 +155,7 @@ class Counting:
                 raise FieldError(f"final={self.final!r}: no branch has generated that; name the variable that answers")
             for branch in self.branches:
                 self._settle(branch)
+            self._changed.wait_for(lambda: self._program.reason or not self._program.comparisons.under_way, FINDINGS_S)
             if self._program.reason is None and self._program.votes.recent:
                 self._program.reason = StopReason.CAP
 
@@ -274,12 +278,38 @@ class Counting:
                     self._program.count(index, cluster, num_tokens, reward, ending=ending)
                 else:
                     self._program.finish(index, branch.said, num_tokens, reward, lead=branch.lead, ending=ending)
-            except Exception as error:  # of the author's own rule: told at the next thing that is asked
-                self._error = self._error or error
-                self._program.reason = self._program.reason or StopReason.FAILED
+            except Exception as error:
+                self._fail(error)
+        self._compare()
+        self._note_change()
+
+    def _fail(self, error: Exception) -> None:
+        """The author's own rule has failed: told at the next thing that is asked."""
+        self._error = self._error or error
+        self._program.reason = self._program.reason or StopReason.FAILED
+
+    def _note_change(self) -> None:
         self._changed.notify_all()
         if self._program.reason is not None:
             self._end_rest()
+
+    def _compare(self) -> None:
+        """Have new answers compared, each in a thread: the finding comes when it comes."""
+        forms = {i: branch.key for i, branch in enumerate(self._program.branches) if branch.key is not None}
+        for index, others in self._program.comparisons.under_way.items():
+            if index not in self._compared:
+                self._compared.add(index)
+                known = {i: forms[i] for i in others}
+                threading.Thread(target=self._find, args=(index, forms[index], known), daemon=True).start()
+
+    def _find(self, index: int, form: str, known: dict[int, str]) -> None:
+        into = find_same(form, known)
+        with self._changed:
+            try:
+                self._program.settle(index, into)
+            except Exception as error:
+                self._fail(error)
+            self._note_change()
 
     def _end_rest(self) -> None:
         """Where the engine does not end the others itself, have them aborted: they are answered with what they have."""

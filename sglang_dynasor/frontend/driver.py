@@ -15,10 +15,10 @@ from sglang_dynasor.algorithms.tree import Algorithm, Sample
 from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, Reward, model_judge
 from sglang_dynasor.frontend.plan import Plan
+from sglang_dynasor.frontend.same import AnswerKeys
 from sglang_dynasor.frontend.seat import sample_seed
 from sglang_dynasor.policy.answers import is_thinking, read_answer
 from sglang_dynasor.policy.branch import Branch, BranchState, Ending
-from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.hint import DEFAULT_TOKENS, hint
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import check_greedy
@@ -52,6 +52,7 @@ class Run:
     judge: Judge | None
     seed: int | None
     algorithm: Algorithm
+    keys: AnswerKeys
     pool: ThreadPoolExecutor
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     is_over: bool = False  # what has not been sent yet is not wanted any more
@@ -113,7 +114,7 @@ class Driver:
         until = None if deadline_s is None else time.monotonic() + deadline_s
         found: Driven | None = None
         with self._share(), self._threads(judge) as pool:
-            run = Run(prompt, plan, sampling, judge, seed, algorithm, pool)
+            run = Run(prompt, plan, sampling, judge, seed, algorithm, AnswerKeys(plan.spec), pool)
             try:
                 if self._drive(run, until):  # late: what is ended now is no failure of the search
                     found = _found(run, StopReason.DEADLINE)
@@ -229,7 +230,7 @@ class Driver:
                 reward, num_judge_tokens = run.judge(run.prompt, before + text)
         is_cut = finish.get("type") == "length"
         answer = None if goes_on else read_answer(run.prompt, before + text, run.plan.spec.answer, is_cut=is_cut)
-        key = None if answer is None else answer_key(answer, run.plan.spec.equal, run.plan.spec.answer)
+        key = None if answer is None else run.keys.key(answer)
         sample = Sample(text, num_tokens, not goes_on, reward, answer, key, is_cut)
         return Sampled(sample, num_tokens, num_judge_tokens)
 
@@ -256,7 +257,7 @@ def _found(run: Run, reason: StopReason | None = None) -> Driven:
         "stop_rule": plan.spec.stop.text,
     }
     text = "" if choice.node is None else algorithm.state.text(choice.node)
-    record |= algorithm.record() | {"stop_reason": str(ended)}
+    record |= algorithm.record() | {"stop_reason": str(ended)} | run.keys.record()
     if (said := hint(plan.spec, ends)) is not None:
         record["hint"] = said
     return Driven(record, text)

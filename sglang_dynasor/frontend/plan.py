@@ -12,6 +12,7 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.rules import own_rule
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, parse_field
+from sglang_dynasor.symbolic import check_installed
 
 MOST_BRANCHES = 256
 MOST_STEP_CHARS = 64
@@ -98,6 +99,13 @@ def parse_plan(field: dict[str, Any], *, has_reward: bool) -> Plan:
         raise FieldError(
             f"dynasor.stop={spec.stop.text!r}, dynasor.vote={spec.vote!r}: confidences are read next to the logits, by a server "
             "with --scheduler dynasor only; use another rule"
+        )
+    if spec.comparer == "symbolic":
+        check_installed()
+    elif spec.comparer:
+        raise FieldError(
+            f"dynasor.equal={spec.equal!r} outside the engine: only a server with --scheduler dynasor compares answers so, of programs whose "
+            "branches it makes itself; use symbolic, math or text"
         )
     step = own.get("step", "\n")
     if not isinstance(step, str) or not 1 <= len(step) <= MOST_STEP_CHARS:

@@ -25,6 +25,7 @@ from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.hint import name_default
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import parse_field
+from sglang_dynasor.symbolic import check_installed
 
 MOST_CLUSTER_CHARS = 256
 
@@ -175,6 +176,13 @@ class Reasoning:
         if self.spec.judge is not None and not self.reports:
             raise FieldError(
                 "dynasor.judge with fork(): branches of your own are judged by you; use gen(), or reports=True"
+            )
+        if self.spec.comparer == "symbolic":
+            check_installed()
+        elif self.spec.comparer:
+            raise FieldError(
+                f"dynasor.equal={self.spec.equal!r} with fork(): branches of your own are compared in your own process; use gen(), or equal "
+                "symbolic, math or text"
             )
         if self.spec.tenant:
             raise FieldError(f"dynasor.tenant={self.spec.tenant!r} with fork(): branches of your own stand in line like any "

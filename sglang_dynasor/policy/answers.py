@@ -172,6 +172,7 @@ FORMS = {
     "regex:PATTERN": "Of the line that matches last, the last match's first group, or the whole match. RE2 syntax, up to 256 characters.",
 }
 _LONG = ("json", "tool_call", "code")
+_OPENINGS = ("{", "[", "<", "```", "~~~")  # of what those read
 _SHORT = ("choice", "number", "yes_no", "last_line")
 _RUNNING = ("hash", "boxed", "choice", "number")
 _MARKS = {"hash": ("####",), "boxed": ("\\boxed{",), "auto": ("####", "\\boxed{")}
@@ -313,7 +314,9 @@ def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -
 
 def _begun(begun: str, text: str, extractor: str, is_cut: bool) -> str | None:
     found = extract_answer(text, extractor, is_cut=is_cut)
-    if found is None and begun and not any(mark in text for mark in THINK_ENDS):
+    is_long = extractor.partition(":")[0] in _LONG
+    may_begin = any(mark in begun for mark in _OPENINGS) if is_long else bool(begun)
+    if found is None and may_begin and not any(mark in text for mark in THINK_ENDS):
         first = text[:BEGUN_CHARS] if extractor in _SHORT else text
         whole = extract_answer(begun + first, extractor, is_cut=is_cut)
         found = None if whole == extract_answer(begun, extractor) else whole

@@ -18,7 +18,9 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any
 
-EQUALS = ("math", "text")
+COMPARERS = ("symbolic", "model", "embedding")  # new answers are compared beside the loop (comparison.py)
+EQUALS = ("math", "text", *COMPARERS)
+_CANONICAL = ("math", "symbolic")  # counted by their canonical form; the others as text
 MATH_CHARS = 256  # a longer answer is compared as text
 CODE_CHARS = 1500  # longer Python is compared as text
 MAX_KEY_CHARS = 256  # a longer canonical form is counted by its digest
@@ -102,7 +104,8 @@ def answer_key(answer: str, equal: str = "math", extractor: str = "auto") -> str
 
     Args:
         answer: as `read_answer` gave it.
-        equal: one of EQUALS.
+        equal: one of EQUALS, with its level if it has one. What is compared beside the loop (comparison.py) has the key by which it
+            is counted until then.
         extractor: that gave it. What `json` and `tool_call` give is canonical already; `code:python` is equal where it compiles
             to the same.
 
@@ -116,7 +119,7 @@ def answer_key(answer: str, equal: str = "math", extractor: str = "auto") -> str
         return _short("\n".join(line.rstrip() for line in answer.strip().splitlines()))
     if extractor == "json" or kind == "tool_call":
         return _short(answer)
-    return _short(canonical(answer) if equal == "math" else text_form(answer))
+    return _short(canonical(answer) if equal in _CANONICAL else text_form(answer))
 
 
 def _short(form: str) -> str:

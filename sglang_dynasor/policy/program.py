@@ -13,6 +13,7 @@ from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.answers import is_thinking, read_answer, thinks_on
 from sglang_dynasor.policy.branch import Branch, BranchState, Ending
 from sglang_dynasor.policy.certaindex import overtake_risk
+from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
@@ -43,6 +44,7 @@ class Program:
     spec: ProgramSpec
     branches: list[Branch] = field(default_factory=list[Branch])
     votes: Votes = field(init=False)  # of its branches, by index
+    comparisons: Comparisons = field(init=False)  # of its answers
     answering: dict[int, Part] = field(default_factory=dict[int, Part])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     num_in_flight: int = 0
@@ -64,6 +66,7 @@ class Program:
 
     def __post_init__(self) -> None:
         self.votes = Votes(self.spec.vote)
+        self.comparisons = Comparisons(self.spec.comparer)
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -109,7 +112,8 @@ class Program:
         """What the rule may look at. Gathered once per change: order, width and gang ask for it many times."""
         usual_tokens = 0.0 if self.usual_tokens is None else self.usual_tokens.value
         key = (
-            len(self.votes.recent), self.num_failed, len(self.branches), self.is_closed, self._num_seen, usual_tokens
+            len(self.votes.recent), len(self.comparisons.merges), self.num_failed, len(self.branches), self.is_closed,
+            self._num_seen, usual_tokens,
         )  # fmt: skip
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
@@ -225,9 +229,10 @@ class Program:
             self.count(index, answer, num_tokens, reward, ending=ending)
 
     def count(
-        self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None
+        self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None,
+        key: str | None = None,
     ) -> None:  # fmt: skip
-        """As `finish`, where the branch's answer has been read already; None: an abstention."""
+        """As `finish`, where the branch's answer has been read already; None: an abstention. `key`, if somebody has found that too."""
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         branch.reward, branch.ending = reward, ending
         if self.reason is not None:
@@ -237,14 +242,23 @@ class Program:
             self.warmup.append(lowest)
         branch.answer = answer
         try:
-            branch.key = None if answer is None else answer_key(answer, self.spec.equal, self.spec.answer)
+            if answer is not None:
+                branch.key = self.votes.root(key or answer_key(answer, self.spec.equal, self.spec.answer))
         finally:
             self.votes.cast(index, branch.key, reward=reward, confidence=lowest)
+            self.comparisons.see(index, self.branches, self.votes)
             if index == self.speaker:
                 self.reason = StopReason.CERTAIN
             else:
                 self._stop_if_used_up()
         if index != self.speaker:
+            self._stop_if_certain()
+
+    def settle(self, index: int, into: int | None, score: float | None = None) -> None:
+        """The answer of branch `index` was compared: it is that of branch `into`, or of nobody. Then the rule is asked again."""
+        if self.reason is None:
+            self.comparisons.settle(index, into, score, self.branches, self.votes)
+            self._stop_if_used_up()
             self._stop_if_certain()
 
     def may_close(self, index: int) -> bool:
@@ -335,12 +349,18 @@ class Program:
         self.num_in_flight -= 1
         return branch
 
+    @property
+    def _is_open(self) -> bool:
+        """Whether answers are compared whose finding could change the one that leads: then it waits for that."""
+        return self.comparisons.may_change_leader(self.votes)
+
     def _stop_if_certain(self) -> None:
-        if self.reason is None and self.spec.stop.stops(self.evidence):
+        if self.reason is None and not self._is_open and self.spec.stop.stops(self.evidence):
             self.reason = StopReason.CERTAIN
 
     def _stop_if_used_up(self) -> None:
-        if self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches):
+        is_used_up = self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches)
+        if is_used_up and not self._is_open:
             self.reason = StopReason.CAP if self.votes.recent else StopReason.FAILED
 
     def record(self) -> dict[str, Any]:

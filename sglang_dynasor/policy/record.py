@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 ALWAYS = "always"
 _VOTE = "`vote` other than `majority`"
 _JUDGE = "`judge`"
+_COMPARED = "`equal` symbolic, model or embedding"
 _STATISTICS = "statistics"
 _LONG_COT = "`long_cot`"
 _SEARCH = "searches"
@@ -53,6 +54,9 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "vote": (f"{_VOTE}; {_SEARCH}", "what votes weigh"),
     "rewards": (f"{_JUDGE}; {_SEARCH}", "reward of each branch in [0, 1]; null where it has none"),
     "num_judge_tokens": (_JUDGE, "tokens that the model's own judgements computed; not in `num_tokens`"),
+    "merges": (_COMPARED, "answers that were found to be an earlier one: `answer`, `into` which, `by` whom, with what `score` (the model's probability of yes, the cosine; null of `symbolic`)"),
+    "num_comparisons": (_COMPARED, "new answers that were compared with known ones before the program was over"),
+    "num_compare_tokens": ('`equal: "model"`', "tokens that the model computed to compare; not in `num_tokens`"),
     "confidences": (_STATISTICS, "lowest group confidence of each branch (nats, higher is surer)"),
     "num_weak": (_STATISTICS, "branches ended for their low confidence"),
     "answer_entropy": (_STATISTICS, "mean entropy (nats) of the branches' distributions at their answer's first token; null where no branch came to one (`choice`, `number`, `last_line` and `regex` have no mark that tells)"),
@@ -101,6 +105,7 @@ def record_of(program: Program) -> dict[str, Any]:
         "stop_reason": None if program.reason is None else str(program.reason),
         **_statistics(program),
         **_thoughts(program),
+        **program.comparisons.record(program.branches),
         **_hint(program),
     }
 

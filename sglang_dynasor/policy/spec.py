@@ -10,7 +10,7 @@ from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
-from sglang_dynasor.policy.equal import EQUALS
+from sglang_dynasor.policy.equal import COMPARERS, EQUALS
 from sglang_dynasor.policy.rules import StopRule, parse_stop
 
 MAX_DEADLINE_S = 86_400.0
@@ -18,6 +18,9 @@ MAX_SUFFIX_CHARS = 1024
 JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
 DEFAULT_GROUP_TOKENS = 128
+# How likely the model must say yes, how close two vectors must be. A model too small for the question says yes by chance:
+# SmolLM2-135M gives 0.37 to 0.71 whatever the answers are (docs/answers.md).
+SCORES = {"model": 0.7, "embedding": 0.9}
 MOST_GROUP_TOKENS = 8192
 MOST_PROBE_TOKENS = 65_536
 MAX_WORD_CHARS = 32
@@ -46,7 +49,7 @@ _HELP = {
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
     "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
-    "equal": (", ".join(EQUALS), "which answers are one vote: math merges writings of one value, text only white space (default math)"),
+    "equal": ("math, text, symbolic, model[:PROBABILITY], embedding[:COSINE]", "which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; " + ", ".join(f"{kind}:{score:g}" for kind, score in SCORES.items()) + ")"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
     "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
     "vote": ("majority, confidence, reward, best", f"what a branch's vote weighs ({_default('vote')}; confidence with stop=confidence); best: the branch of the highest reward decides"),
@@ -129,6 +132,18 @@ class ProgramSpec:
         return ENGINE_ALGORITHMS[self.algorithm]
 
     @property
+    def comparer(self) -> str:
+        """Who compares new answers beside the loop; empty where their keys say all."""
+        kind = self.equal.partition(":")[0]
+        return kind if kind in COMPARERS else ""
+
+    @property
+    def least_score(self) -> float:
+        """From which on `model` and `embedding` take two answers for the same."""
+        kind, _, level = self.equal.partition(":")
+        return float(level or SCORES[kind])
+
+    @property
     def needs_statistics(self) -> bool:
         """Whether somebody reads the logits of its branches."""
         return self.statistics or self.vote == "confidence" or self.weak_frac > 0 or self.stop.needs_statistics
@@ -162,9 +177,7 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
     width = _whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
-    equal = _text(options, "equal", "math")
-    if equal not in EQUALS:
-        raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join(EQUALS)}")
+    equal = _equal(options, answer, about)
     stop = parse_stop(_text(options, "stop", level if about.stop == CAREFUL else about.stop))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
@@ -203,6 +216,37 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
         about.name, branches, width, stop, answer, program, deadline_s, tenant or "",
         vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought, equal,
     )  # fmt: skip
+
+
+def _equal(options: dict[str, Any], answer: str, about: AlgorithmRecord) -> str:
+    equal = _text(options, "equal", "math")
+    kind, sep, level = equal.partition(":")
+    if kind not in EQUALS or (sep and kind not in SCORES):
+        forms = (f"{kind}:{score:g}" for kind, score in SCORES.items())
+        raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join((*EQUALS, *forms))}")
+    try:
+        is_inside = not sep or 0 < float(level) <= 1
+    except ValueError:
+        is_inside = False
+    if not is_inside:
+        raise FieldError(
+            f"dynasor.equal={equal!r}: the level {level!r} is outside (0, 1]; send one such as {SCORES[kind]:g}"
+        )
+    if kind == "symbolic" and (answer in ("json", "yes_no", "choice") or answer.startswith(("tool_call", "code"))):
+        raise FieldError(
+            f"dynasor.equal='symbolic' with dynasor.answer={answer!r}: such answers are no formulas; use another equality"
+        )
+    if kind in COMPARERS and about.is_thought:
+        raise FieldError(
+            f"dynasor.equal={equal!r} with algorithm {about.name!r} is not supported: thoughts are closed by what their trials say at once; "
+            "use math or text"
+        )
+    if kind in COMPARERS and "program" in options:
+        raise FieldError(
+            f"dynasor.equal={equal!r} with dynasor.program={options['program']!r}: branches that you send are answered as they end, before "
+            "anything is compared; use math or text"
+        )
+    return equal
 
 
 def _judge(options: dict[str, Any]) -> JudgeSpec | None:

@@ -11,9 +11,11 @@ from sglang_dynasor.policy.found import Found
 
 READ_CHARS = 16_384  # of a text that are read for JSON, a call or code
 MAX_DEPTH = 48  # of JSON
+MAX_MARKS = 8192  # brackets, quotes and the like that are looked at for JSON, about; what JSON of READ_CHARS may have
 MAX_VALUES = 8  # JSON values of a text that are looked at, the last ones
 MAX_PATH_CHARS = 128
 _BRACKET = re.compile(r"[{}\[\]]")
+_MARKS = '"\\{}[]\n'
 _DEFINES = re.compile(r"^(?:export )?(?:async )?(?:def|class|function|fn|func)[ \t]+\w", re.M)
 _FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n`]*$", re.M)
 _TAG_NAME = re.compile(r"[A-Za-z][\w.-]{0,63}")
@@ -82,6 +84,8 @@ def _float(text: str) -> float | int:
 def values(text: str) -> Iterator[tuple[Any, int]]:
     """JSON objects and arrays in `text` with where they end, the last one first: all of it, or fenced, or between words."""
     tail = text[-READ_CHARS:]
+    if (num_marks := sum(map(tail.count, _MARKS))) > MAX_MARKS:
+        tail = tail[-(len(tail) * MAX_MARKS // num_marks) :]
     lead = len(text) - len(tail)
     for start, end in reversed(_regions(tail)[-MAX_VALUES:]):
         try:

@@ -21,11 +21,13 @@ class Votes:
     recent: list[str | None] = field(default_factory=list[str | None])  # answer keys as they came; None: an abstention
     rewards: dict[int, float] = field(default_factory=dict[int, float])  # by voter, in [0, 1]
     confidences: dict[int, float] = field(default_factory=dict[int, float])  # by voter
+    merged: dict[str, str] = field(default_factory=dict[str, str])  # keys that count as an earlier one
 
     def cast(
         self, voter: int, key: str | None, *, reward: float | None = None, confidence: float | None = None
     ) -> None:  # fmt: skip
         """Count one vote; without a key an abstention."""
+        key = None if key is None else self.root(key)
         self.recent.append(key)
         if key is not None:
             self.voters.setdefault(key, []).append(voter)
@@ -33,6 +35,27 @@ class Votes:
             self.rewards[voter] = reward
         if confidence is not None:
             self.confidences[voter] = confidence
+
+    def root(self, key: str) -> str:
+        """The key that an answer under `key` counts as."""
+        while key in self.merged:
+            key = self.merged[key]
+        return key
+
+    def merge(self, one: str, other: str) -> bool:
+        """Count two answers as one from now on, under the key that came first. Returns whether they were two.
+
+        In which order merges come makes no difference to what they leave.
+        """
+        one, other = self.root(one), self.root(other)
+        if one == other:
+            return False
+        kept = next(key for key in self.voters if key in (one, other))  # keys stand in the order in which they came
+        gone = other if kept == one else one
+        self.merged[gone] = kept
+        self.voters[kept] = sorted(self.voters[kept] + self.voters.pop(gone))
+        self.recent = [kept if key == gone else key for key in self.recent]
+        return True
 
     @property
     def num_abstentions(self) -> int:
