@@ -23,7 +23,7 @@ from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.spec import parse_field
 
 pytestmark = pytest.mark.engine
-PROMPTS = [prompt(question.text) for question in held_out(24) if question.num_steps >= 4][:8]
+PROMPTS = [prompt(question.text) for question in held_out(24) if question.num_steps >= 4][:5]
 
 
 def params(**field: Any) -> dict[str, Any]:

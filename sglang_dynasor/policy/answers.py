@@ -31,7 +31,7 @@ from sglang_dynasor.policy.structured import (
 
 MAX_SHOWN_CHARS = 256  # of an answer in a record
 MAX_LEAD_CHARS = 256
-BEGUN_CHARS = 512  # of a text that are read behind the prompt's line, for an answer that begins there
+BEGUN_CHARS = 256  # of a text that are read behind the prompt's line, for an answer that begins there
 MAX_RUNS = 4  # questions of its own that a branch goes on with
 THINK_ENDS = ("</think>", "</thinking>", "[/THINK]", "<|end_of_thought|>", "</seed:think>")
 THINK_STARTS = ("<think>", "<thinking>", "[THINK]", "<|begin_of_thought|>", "<seed:think>")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, cast
 
 from sglang_dynasor.policy.found import Found
 
 READ_CHARS = 16_384  # of a text that are read for JSON, a call or code
 MAX_DEPTH = 48  # of JSON
-MAX_MARKS = 8192  # brackets, quotes and the like that are looked at for JSON, about; what JSON of READ_CHARS may have
+MAX_MARKS = 6144  # brackets, quotes and the like that are looked at for JSON, about; what JSON of READ_CHARS may have
 MAX_VALUES = 8  # JSON values of a text that are looked at, the last ones
 MAX_PATH_CHARS = 128
 _BRACKET = re.compile(r"[{}\[\]]")
@@ -39,7 +40,8 @@ def find_tag(text: str, name: str) -> Found | None:
     return None if found is None else Found(found, True)
 
 
-def blocks(text: str) -> list[tuple[str, str, int]]:
+@lru_cache(maxsize=8)  # several readers ask for those of one text
+def blocks(text: str) -> tuple[tuple[str, str, int], ...]:
     """Fenced blocks in order: language, contents, and where each ends; one that is never closed is none."""
     found: list[tuple[str, str, int]] = []
     opened: re.Match[str] | None = None
@@ -49,7 +51,7 @@ def blocks(text: str) -> list[tuple[str, str, int]]:
         elif fence[1].startswith(opened[1]) and not fence[2]:
             found.append((opened[2].lower(), text[opened.end() + 1 : fence.start()], fence.end()))
             opened = None
-    return found
+    return tuple(found)
 
 
 def find_code(text: str, language: str = "") -> Found | None:
