@@ -21,6 +21,7 @@ from rows import write_rows
 
 from sglang_dynasor.policy.certaindex import overtake_risk
 from sglang_dynasor.policy.forecast import Forecast
+from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.program import BranchState, Program
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.thought import Trial
@@ -73,7 +74,7 @@ VOTES: dict[str, Callable[[int], Sequence[int | None]]] = {
 
 def program_of(num_branches: int, field: dict[str, Any]) -> Program:
     """A program whose branches are all in flight."""
-    program = Program("p", parse_field({"branches": num_branches, **field}, num_branches))
+    program = Program("p", parse_field({"branches": num_branches, **field}, num_branches), usual_tokens=Mean(80.0))
     for _ in range(num_branches):
         program.start_branch()
     return program

@@ -43,7 +43,8 @@ COMMANDS = {
     "votes": "python benchmarks/bench_votes.py --csv benchmarks/results/votes.csv",
     "neighbour": "python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
-    "stopping": "python benchmarks/replay_stopping.py --traces DIR --csv benchmarks/results/stopping.csv",
+    "rules": "python benchmarks/replay_rules.py --traces DIR --csv benchmarks/results/rules.csv --sets-csv benchmarks/results/rules_sets.csv",
+    "budget": "python benchmarks/replay_budget.py --traces DIR --csv benchmarks/results/budget.csv",
 }
 CLOSING = (
     "questions",

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from replay_stopping import read_questions
+from recorded import read_questions
 from rows import write_rows
 
 from sglang_dynasor.demo import show

@@ -10,6 +10,9 @@ from typing import Any
 from sglang_dynasor.errors import ConfigError
 
 SGLANG_RANGE = ">=0.5.23,<0.5.24"
+# Levels of the rule `predictive` by name, the first the default. docs/results.md has the replay that they come from.
+LEVELS = {"careful": 0.05, "balanced": 0.1, "fast": 0.2}
+CAREFUL = next(iter(LEVELS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,7 @@ class DynasorConfig:
 
     scheduler: str | None = None
     dynasor_max_branches: int = 64
+    dynasor_level: str = CAREFUL
     dynasor_patience_tokens: int = -1
     dynasor_width: int = 0
     dynasor_tenant_weights: str = ""
@@ -36,6 +40,8 @@ class DynasorConfig:
             raise ConfigError(
                 f"--dynasor-max-branches={self.dynasor_max_branches} is outside [1, 256]; choose a value inside"
             )
+        if self.dynasor_level not in LEVELS:
+            raise ConfigError(f"--dynasor-level={self.dynasor_level!r} is not known; use one of {', '.join(LEVELS)}")
         if self.dynasor_patience_tokens < -1:
             raise ConfigError(
                 f"--dynasor-patience-tokens={self.dynasor_patience_tokens} is below -1; choose -1 (one KV pool), 0 (order "
@@ -96,6 +102,7 @@ class DynasorConfig:
 HELP = {
     "scheduler": "'dynasor' makes reasoning programs first-class in the scheduler; without it SGLang is untouched.",
     "dynasor_max_branches": "Most branches one program may ask for (1 to 256).",
+    "dynasor_level": f"How sure a program that does not say must be of its answer: {', '.join(LEVELS)}.",
     "dynasor_patience_tokens": "Tokens that later arrivals may get before a waiting program is head of the line "
     "(-1: one KV pool; 0: order of arrival).",
     "dynasor_width": "Branches in flight of every program (0: the load decides).",

@@ -73,15 +73,22 @@ def test_disagreement_asks_for_more() -> None:
     ),
     st.sampled_from(["and", "or"]),
     st.randoms(use_true_random=False),
+    st.integers(0, 24),
+    st.sampled_from([0.5, 1.0, 1.7]),
 )
-def test_it_is_the_fewest(counts: list[int], num_left: int, names: list[str], joiner: str, rng: Random) -> None:
+def test_it_is_the_fewest(
+    counts: list[int], num_left: int, names: list[str], joiner: str, rng: Random, in_flight: int, cheap: float
+) -> None:
     """Of one rule or several: so many votes for the leader let it stop, and no fewer do; 0 if none up to the cap does."""
     votes = tuple(sorted(counts, reverse=True))
     keys = [letter for letter, num in zip("abcd", votes, strict=False) for _ in range(num)]
     rng.shuffle(keys)
     leader = max(keys, key=keys.count, default="?")
     rule = parse_stop(f" {joiner} ".join(names))
-    evidence = Evidence(votes, 0, num_left, tuple(keys), rewards=(0.5,) * len(keys))
+    in_flight = min(in_flight, num_left)
+    evidence = Evidence(
+        votes, 0, num_left, tuple(keys), rewards=(0.5,) * len(keys), num_in_flight=in_flight, cheapness=cheap
+    )
     num = votes_needed(evidence, rule)
     assert 0 <= num <= num_left
 
@@ -95,6 +102,8 @@ def test_it_is_the_fewest(counts: list[int], num_left: int, names: list[str], jo
                 (*keys, *[leader] * more),
                 mixture=NO_MIXTURE.agreed(more),
                 rewards=(*evidence.rewards, *[1.0] * more),
+                num_in_flight=max(0, in_flight - more),
+                cheapness=cheap,
             )
         )
 

@@ -18,6 +18,8 @@ from sglang_dynasor.errors import ConfigError
         ({"scheduler": "fcfs"}, "--scheduler='fcfs' is not a scheduler; use 'dynasor'"),
         ({"dynasor_max_branches": 0}, r"--dynasor-max-branches=0 is outside \[1, 256\]"),
         ({"dynasor_max_branches": 257}, r"--dynasor-max-branches=257 is outside"),
+        ({"dynasor_level": "quick"}, "--dynasor-level='quick' is not known; use one of careful, balanced, fast"),
+        ({"dynasor_level": "predictive:0.1"}, "--dynasor-level='predictive:0.1' is not known"),
         ({"dynasor_patience_tokens": -2}, "--dynasor-patience-tokens=-2 is below -1; choose -1"),
         ({"dynasor_reward_url": "host:1"}, "--dynasor-reward-url='host:1' is no address; write http://"),
         ({"dynasor_reward_timeout_s": 0}, r"--dynasor-reward-timeout-s=0 is outside \(0, 600\]"),
@@ -46,6 +48,7 @@ def test_a_wrong_setting_is_refused_by_name(settings: dict[str, Any], message: s
     [
         {},
         {"dynasor_max_branches": 256, "dynasor_width": 256},
+        {"dynasor_level": "fast"},
         {"dynasor_patience_tokens": 0},
         {"dynasor_patience_tokens": 10**12},
     ],

@@ -153,7 +153,7 @@ def test_what_a_deadline_ends_is_no_failure() -> None:
 def test_a_reward_may_ask_by_a_program_of_its_own() -> None:
     """However few rows there are: who waits for it holds none."""
     driver = Driver(Script(lambda data: SOLUTION), rows=2)
-    own = parse_plan({"answer": "hash", "branches": 4}, has_reward=False)
+    own = parse_plan({"answer": "hash", "branches": 4, "stop": "margin"}, has_reward=False)
     plan = parse_plan({"algorithm": "best_of_n", "answer": "hash", "branches": 6, "stop": "never"}, has_reward=True)
 
     def reward(question: str, text: str) -> float:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from sglang_dynasor.policy.certaindex import PRIOR
 from sglang_dynasor.policy.evidence import Evidence
-from sglang_dynasor.policy.forecast import MEMORY, Forecast, Mean, leader_drift
+from sglang_dynasor.policy.forecast import Forecast, leader_drift
+from sglang_dynasor.policy.mean import MEMORY, Mean
 from sglang_dynasor.policy.program import BranchState, Program, StopReason
 from sglang_dynasor.policy.spec import parse_field
 

@@ -89,7 +89,7 @@ def test_a_record_has_other_defaults(author: dict[str, Any]) -> None:
     """Those of the class hold where none is given."""
     mine, plain = (parse_plan({"algorithm": author[name]}, has_reward=False) for name in ("rounds", "Rounds"))
     assert (mine.about.name, mine.spec.branches, mine.spec.stop.text) == ("rounds", 8, "beta")
-    assert (plain.about.name, plain.spec.branches, plain.spec.stop.text) == ("Rounds", 16, "predictive")
+    assert (plain.about.name, plain.spec.branches, plain.spec.stop.text) == ("Rounds", 16, "careful")
     assert mine.about.search_keys == plain.about.search_keys == ("round_size",)
 
 

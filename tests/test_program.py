@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.ledger import Owners, RecordBook, Totals
 from sglang_dynasor.policy import program as program_module
+from sglang_dynasor.policy.certaindex import overtake_risk
+from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.program import BranchState, Program, StopReason
 from sglang_dynasor.policy.spec import FIELD_HELP, parse_field
 
 
-def program(**field: object) -> Program:
-    return Program("p", parse_field({"answer": "hash", **field}, 64))
+def program(usual_tokens: Mean | None = None, **field: object) -> Program:
+    return Program("p", parse_field({"answer": "hash", **field}, 64), usual_tokens=usual_tokens)
 
 
 def start_all(p: Program, width: int = 64) -> list[int]:
@@ -340,7 +342,7 @@ def test_a_wrong_field_is_refused_by_name(field: object, message: str) -> None:
 def test_defaults_fit_any_limit() -> None:
     """The smallest useful field works, also where the operator allows little."""
     spec = parse_field("self_consistency", 64)
-    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, None, "predictive", "auto")
+    assert (spec.branches, spec.width, spec.stop.text, spec.answer) == (16, None, "careful", "auto")
     assert (spec.program, spec.deadline_s, spec.tenant) == (None, None, "")
     assert parse_field({}, 3).branches == 3
     assert parse_field({"width": 2}, 3).width == 2
@@ -615,6 +617,79 @@ def test_owners_keep_programs_apart() -> None:
     send(program="q", tenant="b")
     send(program="r", tenant="b")
     send(tenant="b")  # by now nobody's
+
+
+@pytest.mark.parametrize(
+    ("field", "level", "rule", "at"),
+    [
+        ({}, "careful", "careful", 0.05),
+        ({}, "fast", "fast", 0.2),
+        ({"stop": "balanced"}, "fast", "balanced", 0.1),  # the client said how
+        ({"stop": "predictive"}, "fast", "predictive", 0.05),
+        ({"algorithm": "best_of_n", "judge": "model"}, "fast", "best", 0.95),  # no rule with such levels
+    ],
+)
+def test_the_operator_s_level_is_for_who_does_not_say(field: dict[str, Any], level: str, rule: str, at: float) -> None:
+    """As the record tells it."""
+    stop = parse_field(field, 64, level).stop
+    assert stop.text == rule
+    assert [found for _, found in stop.parts] == [at]
+
+
+def test_votes_count_for_less_while_branches_are_in_flight() -> None:
+    """Three of sixteen agree: enough one by one, not with the others in flight; the fourth is."""
+    one_by_one, wide = program(), program()
+    for _ in range(16):
+        wide.start_branch()
+    for index in range(3):
+        one_by_one.finish(one_by_one.start_branch(), "#### 4", 10)
+        wide.finish(index, "#### 4", 10)
+    assert one_by_one.reason is StopReason.CERTAIN
+    assert one_by_one.risk == pytest.approx(0.020563, abs=1e-6)
+    assert wide.reason is None
+    assert wide.risk > 0.05
+    wide.finish(3, "#### 4", 10)
+    assert wide.reason is StopReason.CERTAIN
+
+
+def test_the_record_tells_the_risk_that_ended_it() -> None:
+    """Not what it would be once the branches in flight have been ended."""
+    p = program()
+    for _ in range(16):
+        p.start_branch()
+    for index in range(4):
+        p.finish(index, "#### 4", 10)
+    risk = p.risk
+    for index in range(4, 16):
+        p.end(index, 3)
+    assert p.risk == risk == pytest.approx(overtake_risk((4,), 0, 12, 0.5))
+    assert p.record()["risk"] == round(risk, 6)
+
+
+def test_long_branches_are_worth_less_risk() -> None:
+    """2-0 of sixteen has a risk of 0.06. Of branches longer than the server's it is enough, of short ones 3-0 still is."""
+
+    def ends_after(num_tokens: int) -> int:
+        p = program(usual_tokens=Mean(100.0))
+        while p.reason is None:
+            p.finish(p.start_branch(), "#### 4", num_tokens)
+        return len(p.branches)
+
+    assert [ends_after(num_tokens) for num_tokens in (1000, 200, 100, 50, 1)] == [2, 2, 3, 3, 3]
+
+
+def test_a_closed_program_keeps_what_it_was_ended_by() -> None:
+    """Where the engine gave a branch up, those in flight are all that may still come."""
+    p = program(stop="margin")
+    for _ in range(8):
+        p.start_branch()
+    p.fail(7, 1, closes=True)
+    for index in range(4):
+        p.finish(index, "#### 4", 10)
+    assert p.reason is StopReason.CERTAIN
+    for index in range(4, 7):
+        p.end(index, 3)
+    assert p.evidence.num_left == 3
 
 
 def test_votes_needed_are_counted_once_per_change(monkeypatch: pytest.MonkeyPatch) -> None:

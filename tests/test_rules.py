@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, entropy_certaindex, overtake_risk
+from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, entropy_certaindex, overtake_risk, trust
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import RULES, parse_stop
 
@@ -95,10 +95,17 @@ def test_beta_certainty_is_exact(first: int, second: int) -> None:
         ("margin", (5, 1), 3, True),
         ("margin", (5, 1), 4, False),
         ("margin", (5, 5), 0, False),
-        ("predictive", (2,), 14, False),
-        ("predictive", (6,), 10, True),
-        ("predictive", (4, 1), 11, False),
-        ("predictive", (6, 1), 9, True),
+        ("predictive", (1,), 1, False),  # one vote is none, whatever it leaves
+        ("predictive:0.5", (1,), 4, False),
+        ("predictive", (2,), 14, False),  # 0.05995
+        ("balanced", (2,), 14, True),
+        ("predictive", (3,), 13, True),  # 0.02056
+        ("predictive:0.02", (3,), 13, False),
+        ("careful", (3, 1), 12, False),  # 0.1352
+        ("balanced", (3, 1), 12, False),
+        ("fast", (3, 1), 12, True),
+        ("fast", (2, 1), 13, False),
+        ("predictive", (5, 1), 10, True),  # 0.01705
         ("predictive", (5, 2), 9, False),
         ("predictive", (8, 8), 0, False),
         ("predictive", (5, 5), 6, False),
@@ -141,6 +148,8 @@ def test_rules_join_by_and_or() -> None:
     ("text", "parts"),
     [
         ("beta:0.9 or beta:0.8 or predictive:0.1 or predictive:0.2", (("beta", 0.8), ("predictive", 0.2))),
+        ("careful or fast", (("predictive", 0.2),)),
+        ("balanced and predictive:0.2", (("predictive", 0.1),)),
         ("beta:0.9 and beta:0.8 and predictive:0.1 and predictive:0.2", (("beta", 0.9), ("predictive", 0.1))),
         (
             "window:3 or window:5 or window:3",
@@ -171,6 +180,8 @@ def test_of_many_levels_one_decides(text: str, parts: tuple[tuple[str, float], .
         "window:2.5",
         "window:inf",
         "predictive:-0.1",
+        "fast:0.3",
+        "quick",
         "margin:1",
     ],
 )
@@ -206,8 +217,9 @@ def test_predictive_risk_matches_simulation() -> None:
     assert overtake_risk(counts, abstentions, num_left) == pytest.approx(total / draws, abs=0.01)
 
 
-def exact_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> Fraction:
+def exact_risk(counts: tuple[int, ...], abstentions: int, num_left: int, trust: float = 1.0) -> Fraction:
     """The union bound by its definition: every way in which the votes left may go to a rival and to the leader."""
+    each = Fraction(trust)
 
     def ways(alpha: Fraction) -> list[Fraction]:
         found = [Fraction(1)]
@@ -216,11 +228,11 @@ def exact_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> Frac
         return found
 
     half = Fraction(1, 2)
-    total = sum(counts) + abstentions + half * (len(counts) + 2)
-    leader, all_ways = ways(counts[0] + half), ways(total)[num_left]
+    total = each * (sum(counts) + abstentions) + half * (len(counts) + 2)
+    leader, all_ways = ways(each * counts[0] + half), ways(total)[num_left]
     risk = Fraction(0)
     for votes in (*counts[1:], 0):
-        rival, others = ways(votes + half), ways(total - counts[0] - votes - 1)
+        rival, others = ways(each * votes + half), ways(total - each * (counts[0] + votes) - 1)
         for mine in range(num_left + 1):
             for its in range(max(0, mine + counts[0] - votes), num_left - mine + 1):
                 part = leader[mine] * rival[its] * others[num_left - mine - its] / all_ways
@@ -228,22 +240,100 @@ def exact_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> Frac
     return min(Fraction(1), risk)
 
 
-@given(VOTES, st.integers(0, 5), st.integers(0, 16))
-def test_risk_is_what_its_definition_says(counts: tuple[int, ...], abstentions: int, num_left: int) -> None:
+TRUSTS = st.integers(1, 8).map(lambda eighths: eighths / 8)
+
+
+@given(VOTES, st.integers(0, 5), st.integers(0, 16), TRUSTS)
+def test_risk_is_what_its_definition_says(
+    counts: tuple[int, ...], abstentions: int, num_left: int, trust: float
+) -> None:
     """To 1e-12, against fractions."""
-    assert overtake_risk(counts, abstentions, num_left) == pytest.approx(
-        float(exact_risk(counts, abstentions, num_left)), abs=1e-12
+    assert overtake_risk(counts, abstentions, num_left, trust) == pytest.approx(
+        float(exact_risk(counts, abstentions, num_left, trust)), abs=1e-12
     )
 
 
+@pytest.mark.parametrize("trust", [1.0, 0.625])
 @pytest.mark.parametrize(
     ("counts", "abstentions", "num_left"),
     [((40, 38, 9), 3, 90), ((1,) * 30, 0, 98), ((70, 2), 56, 128), ((3, 3, 2), 0, 120), ((90, 89), 0, 77)],
 )
-def test_risk_of_large_programs(counts: tuple[int, ...], abstentions: int, num_left: int) -> None:
+def test_risk_of_large_programs(counts: tuple[int, ...], abstentions: int, num_left: int, trust: float) -> None:
     """The same where many branches are left, and of unlikely ends."""
-    exact = float(exact_risk(counts, abstentions, num_left))
-    assert overtake_risk(counts, abstentions, num_left) == pytest.approx(exact, abs=1e-12, rel=1e-12)
+    exact = float(exact_risk(counts, abstentions, num_left, trust))
+    assert overtake_risk(counts, abstentions, num_left, trust) == pytest.approx(exact, abs=1e-12, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("counts", "abstentions", "num_left", "trust", "risk"),
+    [
+        ((2,), 0, 14, 1, 0.059954),
+        ((3,), 0, 13, 1, 0.020563),
+        ((3,), 0, 13, 1 / 2, 0.070706),
+        ((4,), 0, 12, 1, 0.006443),
+        ((4,), 0, 12, 5 / 8, 0.020929),
+        ((3, 1), 0, 12, 1, 0.135205),
+        ((5, 1), 0, 10, 1, 0.017053),
+        ((5, 2), 1, 8, 3 / 4, 0.063151),
+        ((8, 3), 0, 21, 1, 0.029024),
+        ((4,), 2, 26, 1 / 2, 0.044209),
+    ],
+)
+def test_known_risks(counts: tuple[int, ...], abstentions: int, num_left: int, trust: float, risk: float) -> None:
+    """Found apart from this code, when the rule was replayed first."""
+    assert overtake_risk(counts, abstentions, num_left, trust) == pytest.approx(risk, abs=5e-7)
+
+
+@pytest.mark.parametrize(
+    ("num_finished", "num_in_flight", "expected"),
+    [
+        (0, 0, 1 / 8),
+        (0, 16, 1 / 8),
+        (1, 255, 1 / 8),
+        (3, 0, 1),
+        (3, 13, 3 / 8),
+        (4, 4, 6 / 8),
+        (15, 1, 1),
+        (8, 4, 7 / 8),
+    ],
+)
+def test_votes_count_for_less_while_others_are_in_flight(
+    num_finished: int, num_in_flight: int, expected: float
+) -> None:
+    """Eight times the root of the finished share, rounded to eighths."""
+    assert trust(num_finished, num_in_flight) == expected
+
+
+def test_at_full_width_three_votes_are_not_enough() -> None:
+    """Of sixteen: one after the other three agree and the program ends; with the rest in flight four have to."""
+    assert stops("predictive", (3,), 13)
+    assert not stops("predictive", (3,), 13, num_in_flight=13)
+    assert stops("predictive", (4,), 12, num_in_flight=12)
+
+
+def test_dear_branches_stop_sooner() -> None:
+    """2-0 of sixteen has a risk of 0.06: enough where branches are dear, not where they are cheap."""
+    assert not stops("predictive", (2,), 14)
+    assert stops("predictive", (2,), 14, cheapness=0.8)
+    assert stops("predictive", (3,), 13)
+    assert stops("predictive", (3,), 13, cheapness=2.0)
+    assert not stops("predictive:0.03", (3,), 13, cheapness=2.0)
+
+
+@pytest.mark.parametrize(
+    ("level", "cap", "votes"),
+    [
+        ("careful", 8, 2),
+        ("careful", 16, 3),
+        ("careful", 32, 3),
+        ("balanced", 8, 2),
+        ("balanced", 16, 2),
+        ("balanced", 32, 2),
+    ],
+)
+def test_how_many_agreeing_votes_are_enough(level: str, cap: int, votes: int) -> None:
+    """One after the other, of branches as long as others'."""
+    assert next(num for num in range(1, cap) if stops(level, (num,), cap - num)) == votes
 
 
 @given(VOTES, st.integers(0, 5), st.integers(0, 40))

@@ -68,7 +68,8 @@ class Beam:
 
     @property
     def _evidence(self) -> Evidence:
-        return self._solutions.evidence(self.beams - len(self._solutions))
+        num_left = self.beams - len(self._solutions)
+        return self._solutions.evidence(num_left, num_left)
 
     def expand(self, room: int) -> list[Expansion]:
         """A whole depth at once, whatever `room`: which nodes go on is known only when all have their reward."""
@@ -105,7 +106,7 @@ class Beam:
         for node in best:
             if self.state[node].is_terminal and self.reason is None:
                 self._solutions.add(node)
-                if self.stop.stops(self._evidence):
+                if self._solutions.is_decided(self.stop, self._evidence):
                     self.reason = Reason.CERTAIN
         if self.reason is not None:
             return

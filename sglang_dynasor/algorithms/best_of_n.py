@@ -62,7 +62,8 @@ class BestOfN:
 
     @property
     def _evidence(self) -> Evidence:
-        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions))
+        num_left = self.cap - self._num_failed - len(self._solutions)
+        return self._solutions.evidence(num_left, self._num_in_flight)
 
     def expand(self, room: int) -> list[Expansion]:
         if self.reason is not None:
@@ -77,7 +78,7 @@ class BestOfN:
         if self.reason is not None:
             return
         self._solutions.add(self.state.add(node, sample._replace(is_terminal=True)))
-        if self.stop.stops(self._evidence):
+        if self._solutions.is_decided(self.stop, self._evidence):
             self.reason = Reason.CERTAIN
         elif self._solutions.is_hopeless(self.hopeless, self._solutions.rewards):
             self.reason = Reason.HOPELESS

@@ -92,7 +92,8 @@ class Mcts:
 
     @property
     def _evidence(self) -> Evidence:
-        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions))
+        num_left = self.cap - self._num_failed - len(self._solutions)
+        return self._solutions.evidence(num_left, self._num_in_flight)
 
     def expand(self, room: int) -> list[Expansion]:
         if self.reason is not None:
@@ -159,7 +160,7 @@ class Mcts:
             self.visits[above].num += 1
             self.visits[above].value += sample.reward or 0.0
         self._solutions.add(node)
-        if self.stop.stops(self._evidence):
+        if self._solutions.is_decided(self.stop, self._evidence):
             self.reason = Reason.CERTAIN
         elif self._solutions.is_hopeless(self.hopeless, self._solutions.rewards):
             self.reason = Reason.HOPELESS

@@ -107,7 +107,7 @@ class Rebase:
 
     @property
     def _evidence(self) -> Evidence:
-        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions))
+        return self._solutions.evidence(self.cap - self._num_failed - len(self._solutions), self._left)
 
     def expand(self, room: int) -> list[Expansion]:
         """A whole depth at once, whatever `room`: shares are known only when every node of a depth has its reward."""
@@ -134,7 +134,7 @@ class Rebase:
         if is_terminal:
             self._left -= 1
             self._solutions.add(index)
-            if self.stop.stops(self._evidence):
+            if self._solutions.is_decided(self.stop, self._evidence):
                 self.reason = Reason.CERTAIN
         else:
             self._frontier.append(index)

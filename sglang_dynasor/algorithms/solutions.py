@@ -27,6 +27,7 @@ class Solutions:
     vote: str = "reward"
     nodes: list[int] = field(default_factory=list[int])
     votes: Votes = field(init=False)
+    decided: Evidence | None = None  # that the rule ended the search by
 
     def __post_init__(self) -> None:
         self.votes = Votes(self.vote)
@@ -57,9 +58,15 @@ class Solutions:
         rewards = self.rewards
         return sum(rewards) / len(rewards) if rewards else 0.0
 
-    def evidence(self, num_left: int) -> Evidence:
-        """What a rule may look at, where `num_left` solutions may still come."""
-        return self.votes.evidence(num_left)
+    def evidence(self, num_left: int, num_in_flight: int = 0) -> Evidence:
+        """What a rule may look at, where `num_left` solutions may still come, `num_in_flight` of them under way."""
+        return self.votes.evidence(num_left, num_in_flight=min(num_left, num_in_flight))
+
+    def is_decided(self, stop: StopRule, evidence: Evidence) -> bool:
+        """Whether the rule ends the search now; what it was ended by is told in the record."""
+        if stop.stops(evidence):
+            self.decided = evidence
+        return self.decided is not None
 
     def answer(self) -> Choice:
         """The leading answer and the node that speaks for it: its most rewarded, of equals the earliest.
@@ -76,8 +83,9 @@ class Solutions:
 
     def record(self, evidence: Evidence, reason: Reason | None, stop: StopRule) -> dict[str, Any]:
         """The keys that all searches' records share."""
+        evidence = self.decided or evidence
         num_left = len(self.nodes) if reason is Reason.CAP else evidence.num_left  # of all used: of as many again
-        risk = overtake_risk(evidence.counts, evidence.abstentions, num_left)
+        risk = overtake_risk(evidence.counts, evidence.abstentions, num_left, evidence.trust)
         choice = self.answer()
         return {
             "answer": choice.answer,

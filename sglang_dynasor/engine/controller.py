@@ -68,7 +68,7 @@ class Controller:
         self.branches = Branches(scheduler, self.inside, self.ends, voting, watch, rewards, findings)
         self.intake = Intake(
             self.room, self.inside, self.ends, self.branches, SentBranches(self.ends, voting, self.branches.readings), teller,
-            config.dynasor_max_branches,
+            config.dynasor_max_branches, config.dynasor_level,
         )  # fmt: skip
 
     @property

@@ -30,7 +30,7 @@ class Intake:
 
     def __init__(
         self, room: SchedulerRoom, inside: Inside, ends: Ends, branches: Branches, sent: SentBranches,
-        teller: Teller | None, max_branches: int,
+        teller: Teller | None, max_branches: int, level: str,
     ):  # fmt: skip
         self.scheduler = room.scheduler
         self.room = room
@@ -42,6 +42,7 @@ class Intake:
         self.sent = sent
         self.teller = teller
         self.max_branches = max_branches
+        self.level = level
 
     def take(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
         """Take in a request. `enqueue` is SGLang's own queueing of it."""
@@ -56,7 +57,7 @@ class Intake:
             enqueue(req, is_retracted)
             return
         try:
-            spec = parse_field(field, self.max_branches)
+            spec = parse_field(field, self.max_branches, self.level)
             if spec.program is not None:
                 live = self._join(req, spec.program, spec)
             elif self._is_queue_full():
@@ -97,7 +98,7 @@ class Intake:
     def _hold(self, req: Req, spec: ProgramSpec) -> LiveProgram:
         if (old := self.programs.held.get(req.rid)) is not None:
             self.ends.replace(old)
-        program = Program(req.rid, spec, constraint=constraint_of(req.sampling_params))
+        program = self._program(req.rid, spec, req)
         live = self.programs.number(program, req)
         live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live)
         req.time_stats.set_wait_queue_entry_time()
@@ -107,9 +108,12 @@ class Intake:
             self.teller.date(live.number, spec.deadline_s)
         return live
 
+    def _program(self, program_id: str, spec: ProgramSpec, req: Req) -> Program:
+        usual_tokens = self.admission.forecast.branch_tokens
+        return Program(program_id, spec, usual_tokens=usual_tokens, constraint=constraint_of(req.sampling_params))
+
     def _join(self, req: Req, program_id: str, spec: ProgramSpec) -> LiveProgram:
-        fresh = Program(program_id, spec, constraint=constraint_of(req.sampling_params))
-        live = self.programs.join(program_id, fresh)
+        live = self.programs.join(program_id, self._program(program_id, spec, req))
         program = live.program
         if program.reason is None and len(program.branches) < program.spec.branches:
             set_tag(req, SentTag(live, program.start_branch(), self.sent))

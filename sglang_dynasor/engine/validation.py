@@ -66,7 +66,7 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     config = config_of(tokenizer_manager.server_args)
     if not config.is_on or not isinstance(obj, GenerateReqInput):
         return
-    spec = parse_field(custom["dynasor"], config.dynasor_max_branches)
+    spec = parse_field(custom["dynasor"], config.dynasor_max_branches, config.dynasor_level)
     if (params.get("beam_width") or 1) != 1:
         raise FieldError(f"beam_width={params['beam_width']!r} with dynasor is not supported; leave out one of the two")
     if spec.judge is not None:

@@ -10,6 +10,8 @@ from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
+from sglang_dynasor.config import CAREFUL
+
 DEFAULT_BRANCHES = 16
 # What a plan can give to a constructor besides cap, rule and the algorithm's own keys.
 GIVEN_KEYS = ("width", "vote", "has_rewards")
@@ -27,7 +29,7 @@ class AlgorithmRecord:
     needs_rewards: bool = False
     is_sure_by_reward: bool = False  # its certaindex is the best reward (arXiv 2412.20993, section B.1), else 1 - risk
     vote: str = "majority"  # by default
-    stop: str = "predictive"  # by default
+    stop: str = CAREFUL  # by default; of this one the operator may choose another level
     branches: int = DEFAULT_BRANCHES  # by default
     engine_keys: tuple[str, ...] = ()  # of the engine's field, for this algorithm only
 

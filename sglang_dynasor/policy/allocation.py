@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from itertools import takewhile
 from math import lcm
 
@@ -25,14 +24,15 @@ def votes_needed(evidence: Evidence, rule: StopRule) -> int:
     """
     if evidence.is_contested:
         return 0
+    leader = _leader(evidence)
     if rule.function is not None:
         each = range(1, evidence.num_left + 1)
-        return next((num for num in each if rule.stops(agreed(evidence, num))), 0)
+        return next((num for num in each if rule.stops(agreed(evidence, num, leader))), 0)
     groups = [rule.parts] if rule.needs_all else [(part,) for part in rule.parts]
-    return min(filter(None, (_all_hold_after(evidence, parts) for parts in groups)), default=0)
+    return min(filter(None, (_all_hold_after(evidence, parts, leader) for parts in groups)), default=0)
 
 
-def _all_hold_after(evidence: Evidence, parts: Iterable[tuple[str, float]]) -> int:
+def _all_hold_after(evidence: Evidence, parts: Iterable[tuple[str, float]], leader: str) -> int:
     """The fewest after which all these rules hold; 0: never.
 
     Every rule but `window` goes on holding while votes agree, so that where it begins is found by halving. `window` holds
@@ -42,30 +42,36 @@ def _all_hold_after(evidence: Evidence, parts: Iterable[tuple[str, float]]) -> i
     for name, level in parts:
         if name == "window":
             size = int(level)
-            num, period = max(num, size - _num_alike(evidence)), lcm(period, size)
+            num, period = max(num, size - _num_alike(evidence, leader)), lcm(period, size)
         else:
             tried = range(num, evidence.num_left + 1)
             stops = RULES[name].stops
-            num += bisect_left(tried, True, key=lambda more: stops(agreed(evidence, more), level))  # at once
+            num += bisect_left(tried, True, key=lambda more: stops(agreed(evidence, more, leader), level))  # at once
     num += -(len(evidence.recent) + num) % period
     return num if num <= evidence.num_left else 0
 
 
-def agreed(evidence: Evidence, num_more: int) -> Evidence:
-    """The evidence if `num_more` of the branches left, 1 or more, vote for the leader with the best of rewards."""
+def agreed(evidence: Evidence, num_more: int, leader: str) -> Evidence:
+    """The evidence if `num_more` of the branches left, 1 or more, vote for `leader`, which leads, with the best of rewards.
+
+    Those in flight finish first, and no other starts.
+    """
     first, *others = evidence.counts or (0,)
     weights = evidence.weights
     if weights:
         mean_weight = sum(weights) / max(1, evidence.num_votes)
         weights = (weights[0] + num_more * mean_weight, *weights[1:])
-    return replace(
-        evidence,
-        counts=(first + num_more, *others),
-        num_left=evidence.num_left - num_more,
-        recent=(*evidence.recent, *[_leader(evidence)] * num_more),
-        rewards=(*evidence.rewards, *[1.0] * num_more),
-        weights=weights,
-        mixture=evidence.mixture.agreed(num_more),
+    return Evidence(  # not `replace`, which takes twice as long
+        (first + num_more, *others),
+        evidence.abstentions,
+        evidence.num_left - num_more,
+        (*evidence.recent, *[leader] * num_more),
+        (*evidence.rewards, *[1.0] * num_more),
+        weights,
+        evidence.is_contested,
+        evidence.mixture.agreed(num_more),
+        max(0, evidence.num_in_flight - num_more),
+        evidence.cheapness,
     )
 
 
@@ -75,9 +81,8 @@ def _leader(evidence: Evidence) -> str:
     return max(voted, key=voted.__getitem__, default="?")
 
 
-def _num_alike(evidence: Evidence) -> int:
+def _num_alike(evidence: Evidence, leader: str) -> int:
     """Branches that finished last, one after another, with the leader's answer."""
-    leader = _leader(evidence)
     return sum(1 for _ in takewhile(lambda key: key == leader, reversed(evidence.recent)))
 
 

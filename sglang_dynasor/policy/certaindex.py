@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from math import log, prod
+from math import log, prod, sqrt
 
+TRUST_STEPS = 8
 PRIOR = 0.5  # Jeffreys' Dirichlet prior on each answer seen, on one unseen answer, and on abstention
 
 
@@ -42,14 +43,26 @@ def beta_certainty(first: int, second: int) -> float:
     return (2**n - against) / 2**n
 
 
+@lru_cache(maxsize=4096)
+def trust(num_finished: int, num_in_flight: int) -> float:
+    """What each finished branch counts for as evidence, in eighths: 1 where none is in flight, the less the more are.
+
+    Of branches that started together the first to finish are the short ones, which agree more often than all will.
+    Source: docs/architecture.md, "Predictive stopping".
+    """
+    share = num_finished / max(1, num_finished + num_in_flight)
+    return max(1, round(TRUST_STEPS * sqrt(share))) / TRUST_STEPS
+
+
 @lru_cache(maxsize=1024)
-def overtake_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> float:
+def overtake_risk(counts: tuple[int, ...], abstentions: int, num_left: int, trust: float = 1.0) -> float:
     """The chance that the leading answer is not the leader once the branches still left have voted.
 
     Args:
         counts: votes per answer, descending.
         abstentions: branches that gave no answer.
         num_left: branches the program may still finish.
+        trust: what each branch that finished counts for as evidence of the votes to come; leads are whole all the same.
 
     Returns:
         A union bound in [0, 1] over every other answer j and one answer not seen yet, of
@@ -61,38 +74,52 @@ def overtake_risk(counts: tuple[int, ...], abstentions: int, num_left: int) -> f
     """
     if not counts:
         return 1.0
-    total_alpha = sum(counts) + abstentions + PRIOR * (len(counts) + 2)
+    total = trust * (sum(counts) + abstentions) + PRIOR * (len(counts) + 2)
     rivals = Counter(counts[1:])
     rivals[0] += 1  # the answer nobody gave yet
-    return min(1.0, sum(num * _overtaken(counts[0], votes, total_alpha, num_left) for votes, num in rivals.items()))
+    first = counts[0]
+    leader = trust * first + PRIOR
+    return min(
+        1.0,
+        sum(
+            num * _overtaken(first - votes, leader, trust * votes + PRIOR, total, num_left)
+            for votes, num in rivals.items()
+        ),
+    )
 
 
-def _overtaken(first: int, second: int, total_alpha: float, num_left: int) -> float:
-    """One term of the union bound: half the chance that the rival with `second` votes is ever level with the leader.
+def _overtaken(lead: int, leader: float, rival: float, total: float, num_left: int) -> float:
+    """One term of the union bound: the chance that one rival is ahead at the end, a tie counted half.
 
-    Once they are level the future is the same for both, so of the ways in which they come level the rival stays ahead at
-    the end in half (a tie counted half): the reflection principle, which holds for these votes as they are exchangeable.
-    The two are level for the first time after m votes of theirs with chance lead / m times that they are level then, as in
-    the ballot theorem; and how many of the votes left are theirs is beta-binomial.
+    `leader`, `rival` and `total` are the prior's and the votes' evidence together; how many of the votes left are the two's is
+    beta-binomial. Of m votes of theirs the chance changes with m in two ways only:
+
+    - They may be level for the first time after m votes: with chance lead / m times that they are level then, as in the
+      ballot theorem. From there on the rival is ahead in half of the ways, had both the same evidence (the reflection
+      principle).
+    - Where trust is below 1 the rival has the more evidence once they are level, as votes to come count in full. So it is
+      likelier to take the next vote from there, by half of the difference.
     """
-    lead = first - second
     if lead == 0:
         return 0.5
     if lead > num_left:
         return 0.0
-    both, others = first + second + 2 * PRIOR, total_alpha - first - second - 2 * PRIOR
-    share = total = 1.0  # in proportion to the chance that m of the votes left are theirs; the sum of those
-    level = prod((second + PRIOR + i) / (both + i) for i in range(lead))  # the chance that m of theirs bring them level
-    met = overtaken = 0.0  # the chance that they have been level by m votes of theirs; the sum of share * met
+    both, others = leader + rival, total - leader - rival
+    share = mass = 1.0  # in proportion to the chance that m of the votes left are theirs; the sum of those
+    level = prod((rival + i) / (both + i) for i in range(lead))  # the chance that m of theirs bring them level
+    bias = (rival + lead - leader) / 2  # half the difference of their evidence when level
+    ahead = overtaken = 0.0  # the chance that m of theirs put the rival ahead; the sum of share * ahead
     for m in range(1, num_left + 1):
         share *= (num_left - m + 1) * (both + m - 1) / (m * (others + num_left - m))
-        total += share
+        mass += share
         if m < lead:
             continue
         if not (m - lead) % 2:
-            met += level * lead / m
-            up, down = (m + lead) // 2, (m - lead) // 2  # votes left of the rival's and of the leader's
-            level *= (m + 1) * (m + 2) * (second + PRIOR + up) * (first + PRIOR + down)
-            level /= (up + 1) * (down + 1) * (both + m) * (both + m + 1)
-        overtaken += share * met
-    return overtaken / total / 2
+            ahead += level * lead / (2 * m)
+        else:
+            ahead += level * bias / (both + m - 1)
+            up, down = (m - 1 + lead) // 2, (m - 1 - lead) // 2  # votes left of the rival's and of the leader's
+            level *= m * (m + 1) * (rival + up) * (leader + down)
+            level /= (up + 1) * (down + 1) * (both + m - 1) * (both + m)
+        overtaken += share * ahead
+    return overtaken / mass

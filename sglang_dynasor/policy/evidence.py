@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_dynasor.policy.certaindex import overtake_risk, trust
 from sglang_dynasor.policy.mixture import Mixture, mix
 
 NO_MIXTURE = mix(())
@@ -21,10 +22,26 @@ class Evidence:
     weights: tuple[float, ...] = ()  # of each answer's votes together, descending; empty: every vote weighs the same
     is_contested: bool = False  # by weight another answer leads than by number
     mixture: Mixture = NO_MIXTURE  # of the branches that have come to their answer, running ones too
+    num_in_flight: int = 0  # branches that have started, of those that may still finish
+    cheapness: float = 1.0  # of the program's branches (mean.py), 1/2 to 2
 
     @property
     def num_votes(self) -> int:
         return sum(self.counts)
+
+    @property
+    def num_finished(self) -> int:
+        return self.num_votes + self.abstentions
+
+    @property
+    def trust(self) -> float:
+        """What each finished branch counts for as evidence, in (0, 1] (certaindex.py)."""
+        return trust(self.num_finished, self.num_in_flight)
+
+    @property
+    def risk(self) -> float:
+        """The chance that the branches left change the answer (certaindex.py), in [0, 1]."""
+        return overtake_risk(self.counts, self.abstentions, self.num_left, self.trust)
 
     @property
     def leader_share(self) -> float:

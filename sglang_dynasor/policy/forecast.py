@@ -5,34 +5,10 @@ Learned per server, from tokens and counts only, so that every rank forecasts th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sglang_dynasor.policy.certaindex import PRIOR
 from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.mean import Mean, expected_tokens
 from sglang_dynasor.policy.program import Program
-
-MEMORY = 256  # observations after which a running mean forgets as fast as it learns
-STEP_FRAC = 0.2  # by which a mean must have moved before forecasts do
-PRIOR_BRANCHES = 2  # a program's own mean length is trusted like the server's after this many branches
-
-
-@dataclass(slots=True)
-class Mean:
-    """A running mean that starts from a guess and follows a changing load.
-
-    `value` follows it in steps: were it to move with every observation, programs that are alike would be forecast apart by
-    noise, and go in any order instead of in order of arrival.
-    """
-
-    value: float
-    mean: float = 0.0
-    num: int = 0
-
-    def learn(self, x: float) -> None:
-        self.num = min(self.num + 1, MEMORY)
-        self.mean += (x - self.mean) / self.num
-        if abs(self.mean - self.value) > STEP_FRAC * self.value:
-            self.value = self.mean
 
 
 class Forecast:
@@ -61,8 +37,7 @@ class Forecast:
 
     def length_tokens(self, program: Program) -> float:
         """Expected tokens of one of the program's branches: its own mean, shrunk to the server's."""
-        lengths = program.finished_tokens
-        return (sum(lengths) + PRIOR_BRANCHES * self.branch_tokens.value) / (len(lengths) + PRIOR_BRANCHES)
+        return expected_tokens(program.finished_tokens, self.branch_tokens.value)
 
     def remaining_tokens(self, program: Program, progress_tokens: int) -> float:
         """Expected tokens until the program is decided, at least 0.
@@ -77,8 +52,7 @@ def leader_drift(evidence: Evidence) -> float:
     """Expected change of the lead by one more branch, in (-1, 1): posterior share of the leader minus the runner-up's.
 
     The lead is a random walk; by Wald's identity a further lead of v takes v / drift branches. The posterior is the
-    stopping rule's (certaindex.py): PRIOR on each answer seen, on one not seen, and on abstention.
+    stopping rule's (certaindex.py): PRIOR on each answer seen, on one not seen, and on abstention, and votes tempered.
     """
-    first, second = (*evidence.counts, 0, 0)[:2]
-    total = evidence.num_votes + evidence.abstentions + PRIOR * (len(evidence.counts) + 2)
-    return (first - second) / total
+    total = evidence.trust * evidence.num_finished + PRIOR * (len(evidence.counts) + 2)
+    return evidence.trust * evidence.lead / total

@@ -17,6 +17,7 @@ from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
+from sglang_dynasor.policy.mean import Mean, cheapness
 from sglang_dynasor.policy.mixture import Distribution, Mixture, Part, mix, part_of
 from sglang_dynasor.policy.record import record_of
 from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
@@ -51,6 +52,7 @@ class Program:
     num_judge_tokens: int = 0  # that its judges computed
     num_probes: int = 0
     num_probe_tokens: int = 0  # that its probes computed
+    usual_tokens: Mean | None = None  # the server's mean length of a branch; None: not known
     constraint: str = ""  # the grammar of its texts, as the sampling parameter is called
     speaker: int | None = None  # the branch whose thought was closed to give the program's answer
     is_closed: bool = False  # no branch is started any more: the engine gave one up
@@ -59,7 +61,7 @@ class Program:
     reason: StopReason | None = None
     _mixture: Mixture | None = None  # of `answering`, until that changes
     _num_seen: int = 0  # changes of `answering`
-    _gathered: tuple[tuple[int, ...], Evidence] | None = None  # the evidence, and what it was gathered of
+    _gathered: tuple[tuple[float, ...], Evidence] | None = None  # the evidence, and what it was gathered of
     _needed: tuple[Evidence, int] | None = None  # the votes needed, and the evidence that says so
 
     def __post_init__(self) -> None:
@@ -108,18 +110,31 @@ class Program:
     @property
     def evidence(self) -> Evidence:
         """What the rule may look at. Gathered once per change: order, width and gang ask for it many times."""
-        num_left = self.num_in_flight if self.is_closed else -1
-        key = (len(self.votes.recent), len(self.comparisons.merges), self.num_failed, num_left, self._num_seen)
+        usual_tokens = 0.0 if self.usual_tokens is None else self.usual_tokens.value
+        key = (
+            len(self.votes.recent), len(self.comparisons.merges), self.num_failed, len(self.branches), self.is_closed,
+            self._num_seen, usual_tokens,
+        )  # fmt: skip
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
         return self._gathered[1]
 
     def _gather(self) -> Evidence:
-        num_left = self.num_in_flight if self.is_closed else self._num_open
+        num_left = self._num_unheard if self.is_closed else self._num_open
         mixture = NO_MIXTURE
         if self.answering and self.votes.voters and any(i in self.answering for i in self.votes.ranking[0]):
             mixture = self.mixture
-        return self.votes.evidence(num_left, mixture)
+        return self.votes.evidence(num_left, mixture, num_in_flight=self._num_unheard, cheapness=self._cheapness)
+
+    @property
+    def _num_unheard(self) -> int:
+        """Branches started that have neither voted nor failed: in flight, or ended by the decision."""
+        return len(self.branches) - self.num_failed - len(self.votes.recent)
+
+    @property
+    def _cheapness(self) -> float:
+        """What its branches cost beside the server's (mean.py)."""
+        return 1.0 if self.usual_tokens is None else cheapness(self.finished_tokens, self.usual_tokens.value)
 
     @property
     def _num_open(self) -> int:
@@ -190,7 +205,7 @@ class Program:
         """Bound on the chance that the branches left would change the answer; once all are used, that as many again would."""
         evidence = self.evidence
         num_left = self.spec.branches if self.reason is StopReason.CAP else evidence.num_left
-        return overtake_risk(evidence.counts, evidence.abstentions, num_left)
+        return overtake_risk(evidence.counts, evidence.abstentions, num_left, evidence.trust)
 
     def finish(
         self, index: int, text: str, num_tokens: int, reward: float | None = None, *, lead: str = "", ending: Ending | None = None
@@ -287,8 +302,11 @@ class Program:
         counts = tuple(sorted(votes.values(), reverse=True))
         if votes[leader] != counts[0]:
             return False
-        num_left = self._num_open - num_trials
-        return self.spec.stop.stops(Evidence(counts, self.votes.num_abstentions, num_left, tuple(self.votes.recent)))
+        evidence = Evidence(
+            counts, self.votes.num_abstentions, self._num_open - num_trials, tuple(self.votes.recent),
+            num_in_flight=self._num_unheard - num_trials, cheapness=self._cheapness,
+        )  # fmt: skip
+        return self.spec.stop.stops(evidence)
 
     def see_answer(self, index: int, distribution: Distribution) -> None:
         """Branch `index` stands at its answer, running still: what it would say, by likelihood."""

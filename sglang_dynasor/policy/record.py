@@ -30,7 +30,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "algorithm": (ALWAYS, "as asked for"),
     "answer": (ALWAYS, "the winning answer as written, up to 256 characters; null if no branch gave one"),
     "certaindex": (ALWAYS, "how sure the program is, in [0, 1]. Of votes 1 - `risk`; of `best_of_n` and searches the best reward, of `mcts` the mean; of a single thought the share of the last `agree` trials that say what the latest says"),
-    "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one; once the cap is used up, that as many branches again would"),
+    "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one and trusted the less the more were in flight when it ended; once the cap is used up, that as many branches again would"),
     "entropy_certaindex": (ALWAYS, "the paper's (log n - H) / log n over the votes"),
     "votes": (ALWAYS, "answers with their votes, the leading one first (by weight, if votes weigh)"),
     "leader_share": (ALWAYS, "the winning answer's share of all votes, by weight"),

@@ -1,6 +1,6 @@
 """When a program has seen enough: one pure function per rule, and rules joined by "and" / "or".
 
-A rule is written `name` or `name:level`, e.g. "predictive:0.05", "window:5 and margin".
+A rule is written `name` or `name:level`, e.g. "predictive:0.05", "window:5 and margin"; or as one of LEVELS, e.g. "fast".
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, overtake_risk
+from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty
 from sglang_dynasor.policy.confidence import warmup_branches
 from sglang_dynasor.policy.evidence import Evidence
 
@@ -21,10 +22,8 @@ MAX_STOP_CHARS = 256
 
 
 def predictive(evidence: Evidence, level: float) -> bool:
-    """The risk that the branches left change the answer is at most `level`, from three votes on."""
-    if evidence.num_votes < 3:
-        return False
-    return overtake_risk(evidence.counts, evidence.abstentions, evidence.num_left) <= level
+    """The risk that the branches left change the answer, times how cheap they are, is at most `level`; from two votes on."""
+    return evidence.num_votes >= 2 and evidence.risk * evidence.cheapness <= level
 
 
 def entropy(evidence: Evidence, level: float) -> bool:
@@ -100,7 +99,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "predictive": Rule(predictive, 0.02, 0.0, 0.5),
+    "predictive": Rule(predictive, LEVELS[CAREFUL], 0.0, 0.5),
     "entropy": Rule(entropy, 0.7, 0.0, 1.0),
     "window": Rule(window, 5, 2, 64),
     "beta": Rule(beta, 0.95, 0.5, 1.0),
@@ -191,9 +190,13 @@ def parse_stop(text: str) -> StopRule:
         )
     parts: list[tuple[str, float]] = []
     for word in words[::2]:
+        if word in LEVELS:
+            parts.append(("predictive", LEVELS[word]))
+            continue
         name, sep, level_text = word.partition(":")
         if name not in RULES:
-            raise FieldError(f"dynasor.stop={text!r}: {name!r} is not a rule; use one of {', '.join(RULES)}")
+            known = ", ".join((*LEVELS, *RULES))
+            raise FieldError(f"dynasor.stop={text!r}: {name!r} is not a rule; use one of {known}")
         rule = RULES[name]
         try:
             level = float(level_text) if sep else rule.default

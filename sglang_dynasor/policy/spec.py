@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, cast
 
+from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
@@ -46,7 +47,7 @@ _HELP = {
     "algorithm": (", ".join(ENGINE_ALGORITHMS), "; ".join(record.summary for record in _RECORDS)),
     "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use ({_default('branches')})"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
-    "stop": ("NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
+    "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
     "equal": ("math, text, symbolic, model[:PROBABILITY], embedding[:COSINE]", "which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; " + ", ".join(f"{kind}:{score:g}" for kind, score in SCORES.items()) + ")"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
@@ -148,12 +149,13 @@ class ProgramSpec:
         return self.statistics or self.vote == "confidence" or self.weak_frac > 0 or self.stop.needs_statistics
 
 
-def parse_field(field: Any, max_branches: int) -> ProgramSpec:
+def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramSpec:
     """The program that a request's `dynasor` field asks for.
 
     Args:
         field: an algorithm's name, or a flat mapping of the keys in FIELD_HELP.
         max_branches: the operator's limit on the cap.
+        level: one of LEVELS, by which programs stop that do not say how.
 
     Raises:
         FieldError: an unknown key, a wrong type or a value out of range; the message names the key and what is allowed.
@@ -176,7 +178,7 @@ def parse_field(field: Any, max_branches: int) -> ProgramSpec:
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
     equal = _equal(options, answer, about)
-    stop = parse_stop(_text(options, "stop", about.stop))
+    stop = parse_stop(_text(options, "stop", level if about.stop == CAREFUL else about.stop))
     program = _id(options, "program")
     deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
     tenant = _id(options, "tenant")

@@ -83,8 +83,10 @@ class Votes:
         """Voters by answer, the leading answer first; equal weights by number, then by the earliest voter."""
         return sorted(self.voters.values(), key=lambda who: (-self.weight(who), -len(who), min(who)))
 
-    def evidence(self, num_left: int, mixture: Mixture = NO_MIXTURE) -> Evidence:
-        """What a rule may look at, where `num_left` votes may still come."""
+    def evidence(
+        self, num_left: int, mixture: Mixture = NO_MIXTURE, *, num_in_flight: int = 0, cheapness: float = 1.0
+    ) -> Evidence:
+        """What a rule may look at, where `num_left` votes may still come, `num_in_flight` of them under way."""
         counts = self.counts
         weights: tuple[float, ...] = ()
         is_contested = False
@@ -94,5 +96,6 @@ class Votes:
             is_contested = len(ranking[0]) < counts[0]
         rewards = tuple(self.rewards[voter] for voter in sorted(self.rewards))
         return Evidence(
-            counts, self.num_abstentions, max(0, num_left), tuple(self.recent), rewards, weights, is_contested, mixture
-        )
+            counts, self.num_abstentions, max(0, num_left), tuple(self.recent), rewards, weights, is_contested, mixture,
+            num_in_flight, cheapness,
+        )  # fmt: skip
