@@ -37,7 +37,7 @@ class Costs:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "source" and not (isinstance(value, int | float) and 0 <= value and isfinite(value)):
+            if field.name != "source" and not (isinstance(value, int | float) and value >= 0 and isfinite(value)):
                 raise ConfigError(f"costs: {field.name}={value!r} is no time; give seconds, 0 or more")
         if not self.decode_s + self.row_s:
             raise ConfigError("costs: decode_s and row_s are both 0; a step must take time")

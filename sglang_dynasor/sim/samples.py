@@ -81,14 +81,19 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ConfigError(f"{path}, line {number} is no JSON object; write one object a line")
-                    yield number, cast("dict[str, Any]", row)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is no JSONL: {error}") from None
+                    yield number, _object(line, f"{path}, line {number}")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _object(line: str, place: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place}, column {error.colno} is no JSON: {error.msg}; write one object a line") from None
+    if not isinstance(row, dict):
+        raise ConfigError(f"{place} is no JSON object; write one object a line")
+    return cast("dict[str, Any]", row)
 
 
 @contextmanager
