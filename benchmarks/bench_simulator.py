@@ -39,13 +39,18 @@ from sglang_dynasor.sim.samples import Question, read_samples
 
 CAP, NUM_RECORDED = 16, 24
 SIZE = Size(rows=64, pool_tokens=65_536, pass_tokens=8192, max_new_tokens=200)
-ENGINE = {"max_running_requests": SIZE.rows, "max_total_tokens": SIZE.pool_tokens, "chunked_prefill_size": SIZE.pass_tokens}
+ENGINE = {
+    "max_running_requests": SIZE.rows,
+    "max_total_tokens": SIZE.pool_tokens,
+    "chunked_prefill_size": SIZE.pass_tokens,
+}
 WAYS = {
     "stock": None,
     "doubling": None,
     "program": {},
     "program stop=predictive:0.05 width=3": {"stop": "predictive:0.05", "width": 3},
 }
+OVERLAP = "host"  # the CPU platform runs SGLang's overlap schedule
 FITTED_AT = (1, 2, 4)  # questions at once when samples are recorded
 Send = Callable[[int, float], Awaitable[tuple[float, int, bool]]]  # latency, tokens, whether it is right
 
@@ -178,8 +183,8 @@ def main() -> None:
             flush(engine)
             ask(record(engine, questions, folder / "samples.jsonl"))
             seen = read_steps(steps)
-            costs = fit(seen, f"the tiny reasoner, {facts['machine']}, {len(seen)} steps of this run")
-            costs = fit(seen, costs.source, ask(request_s(engine, questions[:20], costs)))
+            costs = fit(seen, f"the tiny reasoner, {facts['machine']}, {len(seen)} steps of this run", OVERLAP)
+            costs = fit(seen, costs.source, OVERLAP, ask(request_s(engine, questions[:20], costs)))
             write_costs(costs, folder / "costs.json")
             print(costs, flush=True)
             samples = read_samples(folder / "samples.jsonl", None, 1)

@@ -13,40 +13,32 @@ from typing import Any
 def logged_steps(path: Path) -> Iterator[None]:
     """Engines forked meanwhile write a row per step: kind, rows, tokens, seconds (`sglang_dynasor.sim.costs.read_steps`).
 
-    A step lasts from the end of the one before, or from when work was found, to the end of its own results, so that the
-    scheduler's own work counts. For engines without overlap, as SGLang's are on a CPU.
+    A step is one iteration of the scheduler's loop that ran a batch, whatever else it did in that iteration.
     """
     from sglang.srt.managers.scheduler import Scheduler
 
-    choose, process = Scheduler.get_next_batch_to_run, Scheduler.process_batch_result
-    began = [0.0]  # of the step under way
-    sizes = [("", 0, 0)]
+    choose = Scheduler.get_next_batch_to_run
+    began = [0.0]  # of the iteration under way
+    sizes: list[tuple[str, int, int] | None] = [None]  # of its batch
 
     def choosing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not began[0]:
-            began[0] = time.perf_counter()
+        now = time.perf_counter()
+        if sizes[0] is not None:
+            with path.open("a") as file:  # the process may be killed at any time
+                print(*sizes[0], f"{now - began[0]:.7f}", sep=",", file=file)
+        began[0], sizes[0] = now, None
         plan = choose(self, *args, **kwargs)
         batch = plan.batch_to_run
-        if not batch:
-            began[0] = 0.0
-        elif batch.forward_mode.is_extend():
+        if batch and batch.forward_mode.is_extend():
             sizes[0] = ("prefill", len(batch.reqs), batch.extend_num_tokens)
-        else:
+        elif batch:
             read = sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
             sizes[0] = ("decode", len(batch.reqs), read)
         return plan
 
-    def processing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = process(self, *args, **kwargs)
-        now = time.perf_counter()
-        with path.open("a") as file:  # the process may be killed at any time
-            print(*sizes[0], f"{now - began[0]:.7f}", sep=",", file=file)
-        began[0] = now
-        return result
-
     path.write_text("kind,rows,tokens,seconds\n")
-    Scheduler.get_next_batch_to_run, Scheduler.process_batch_result = choosing, processing  # type: ignore[method-assign]
+    Scheduler.get_next_batch_to_run = choosing  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Scheduler.get_next_batch_to_run, Scheduler.process_batch_result = choose, process  # type: ignore[method-assign]
+        Scheduler.get_next_batch_to_run = choose  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sglang_dynasor.cli import main
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError
-from sglang_dynasor.sim.costs import CURVES, Costs, Step, fit, read_costs, read_steps, write_costs
+from sglang_dynasor.sim.costs import CURVES, OVERLAPS, Costs, Step, fit, read_costs, read_steps, write_costs
 from sglang_dynasor.sim.engine import Size
 from sglang_dynasor.sim.peers import PEERS
 from sglang_dynasor.sim.pool import Pool
@@ -25,7 +25,7 @@ from sglang_dynasor.sim.run import Load, Run, parse_way, simulate
 from sglang_dynasor.sim.samples import Question, Sample, read_samples
 
 CONFIG = DynasorConfig()
-COSTS = Costs(0.01, 0.001, 1e-6, 0.02, 0.002, 1e-4, 0.003, "made up")
+COSTS = Costs(0.01, 0.001, 1e-6, 0.02, 0.002, 1e-4, 0.003, "off", "made up")
 SIZE = Size(rows=8, pool_tokens=10_000, pass_tokens=512, max_new_tokens=200)
 WAYS = [*(name for name in PEERS if name != "greedy"), "program", "program stop=never", "program stop=margin width=2"]
 
@@ -35,11 +35,12 @@ def question(name: str, prompt_tokens: int, *samples: tuple[str | None, int]) ->
 
 
 def run(
-    way: str, *questions: Question, at_once: int = 0, size: Size = SIZE, config: DynasorConfig = CONFIG, **load: Any
-) -> Run:
+    way: str, *questions: Question, at_once: int = 0, size: Size = SIZE, costs: Costs = COSTS,
+    config: DynasorConfig = CONFIG, **load: Any,
+) -> Run:  # fmt: skip
     how = parse_way(way, len(questions[0].samples), config)
     when = Load(num_at_once=at_once) if at_once else Load(**load or {"times_s": (0.0,) * len(questions)})
-    return simulate(how, questions, when, size, COSTS, config)
+    return simulate(how, questions, when, size, costs, config)
 
 
 def decode_s(num_rows: int, kv_tokens: int, num_steps: int) -> float:
@@ -110,6 +111,18 @@ def test_ended_siblings_cost_one_step_more() -> None:
     assert done.num_generated == 41
 
 
+@pytest.mark.parametrize(("overlap", "num_late", "num_wasted"), [("off", 0, 1), ("device", 0, 2), ("host", 1, 2)])
+def test_with_overlap_the_scheduler_sees_a_step_late(overlap: str, num_late: int, num_wasted: int) -> None:
+    """What has ended rides along once more; on a CPU its client also waits for that. An ended sibling rides along twice."""
+    costs = replace(COSTS, overlap=overlap)
+    alone = run("single", question("q", 100, ("1", 50)), costs=costs)
+    seconds = COSTS.prefill(1, 100) + decode_s(1, 100, 49 + num_late) + 2 * COSTS.request_s
+    assert alone.solved[0].latency_s == pytest.approx(seconds)
+    assert alone.num_wasted == (overlap != "off")
+    gang = run("beta", question("q", 10, *[("1", 20)] * 4, ("2", 150)), costs=replace(costs, request_s=0))
+    assert gang.num_wasted == num_wasted + 4 * (overlap != "off")
+
+
 # Nothing is lost, and the same is the same
 
 SAMPLES = st.tuples(st.sampled_from(["1", "1", "2", "3", None]), st.integers(1, 60))
@@ -124,6 +137,7 @@ QUESTIONS = st.lists(st.tuples(st.integers(1, 90), st.lists(SAMPLES, min_size=6,
     st.integers(160, 400),
     st.sampled_from([16, 64, 512]),
     st.booleans(),
+    st.sampled_from(OVERLAPS),
 )
 def test_tokens_are_conserved_and_the_pool_is_empty_at_the_end(
     made: list[tuple[int, list[tuple[str | None, int]]]],
@@ -132,14 +146,17 @@ def test_tokens_are_conserved_and_the_pool_is_empty_at_the_end(
     pool: int,
     chunk: int,
     is_open: bool,
+    overlap: str,
 ) -> None:
     """Whatever is generated is counted for a question, or came after an end; also where the pool is far too small."""
     questions = [question(f"q{number}", prompt, *samples) for number, (prompt, samples) in enumerate(made)]
-    size = Size(rows, pool, chunk, max_new_tokens=60)
+    size, costs = Size(rows, pool, chunk, max_new_tokens=60), replace(COSTS, overlap=overlap)
     if is_open:
-        done = run(way, *questions, size=size, times_s=tuple(0.2 * number for number in range(len(questions))))
+        done = run(
+            way, *questions, size=size, costs=costs, times_s=tuple(0.2 * number for number in range(len(questions)))
+        )
     else:
-        done = run(way, *questions, size=size, at_once=2)
+        done = run(way, *questions, size=size, costs=costs, at_once=2)
     assert done.num_generated - done.num_wasted == sum(solved.num_tokens for solved in done.solved)
     assert done.kv_left_tokens == 0
     assert done.most_kv_tokens <= pool
@@ -345,7 +362,9 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, name
         (["--dataset", "zz"], "contains 'zz'"),
     ],
 )
-def test_a_wrong_option_is_named(tmp_path: Path, options: list[str], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_option_is_named(
+    tmp_path: Path, options: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In one line, before anything is simulated."""
     monkeypatch.setattr(sys, "argv", ["sglang-dynasor", "simulate", "--samples", str(lines(tmp_path)), "--cap", "8", *options])  # fmt: skip
     with pytest.raises(SystemExit, match=named):
@@ -376,13 +395,13 @@ def test_a_curve_is_found_from_its_own_steps(tmp_path: Path) -> None:
     made += [Step(False, n % 5 + 1, 37 * n, COSTS.prefill(n % 5 + 1, 37 * n)) for n in range(1, 65)]
     made += [Step(True, 5, 500, 9.0)]
     path.write_text("kind,rows,tokens,seconds\n" + "\n".join(f"{'decode' if s.is_decode else 'prefill'},{s.num_rows},{s.num_tokens},{s.seconds}" for s in made))  # fmt: skip
-    found = fit(read_steps(path), "made up", COSTS.request_s)
+    found = fit(read_steps(path), "made up", "off", COSTS.request_s)
     for name in ("decode_s", "row_s", "kv_token_s", "prefill_s", "prefill_row_s", "prefill_token_s"):
         assert getattr(found, name) == pytest.approx(getattr(COSTS, name), rel=1e-3), name
     falling = [Step(kind, n, 7 * n, 1 - 0.001 * n) for kind in (True, False) for n in range(1, 65)]
-    assert fit(falling, "").row_s == 0
+    assert fit(falling, "", "off").row_s == 0
     with pytest.raises(ConfigError, match="too few"):
-        fit(falling[:70], "")
+        fit(falling[:70], "", "off")
     path.write_text("kind,rows\ndecode,3\n")
     with pytest.raises(ConfigError, match="no CSV of steps"):
         read_steps(path)
@@ -397,5 +416,7 @@ def test_a_curve_is_written_as_it_is_read(tmp_path: Path) -> None:
     path.write_text('{"decode_s": 1}')
     with pytest.raises(ConfigError, match="keys"):
         read_costs(str(path))
+    with pytest.raises(ConfigError, match="overlap='some'"):
+        replace(COSTS, overlap="some")
     with pytest.raises(ConfigError, match="row_s=-1"):
         replace(COSTS, row_s=-1)

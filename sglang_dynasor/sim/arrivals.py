@@ -51,7 +51,9 @@ def _read_times(trace: Path) -> list[float]:
                         f"{trace}, line {rows.line_num}: {COLUMN}={text!r} is no number; give seconds"
                     ) from None
                 if times[-1] != times[-1] or (len(times) > 1 and times[-1] < times[-2]):
-                    raise ConfigError(f"{trace}, line {rows.line_num}: {COLUMN}={text} comes after {times[-2]}; sort it")
+                    raise ConfigError(
+                        f"{trace}, line {rows.line_num}: {COLUMN}={text} comes after {times[-2]}; sort it"
+                    )
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{trace} cannot be read as CSV: {error}") from None
     return times

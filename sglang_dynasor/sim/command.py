@@ -33,7 +33,9 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
         help=f"{ways}; or '{PROGRAM} KEY=VALUE ...' with keys of the field, as in '{PROGRAM} stop=predictive:0.05 width=3'",
     )  # fmt: skip
     parser.add_argument("--cap", type=int, default=16, help="most branches or samples of a question (default 16)")
-    parser.add_argument("--num-questions", type=int, help="of one repeat, drawn in turn (default: each of the file once)")
+    parser.add_argument(
+        "--num-questions", type=int, help="of one repeat, drawn in turn (default: each of the file once)"
+    )
     parser.add_argument("--repeats", type=int, default=1, help="each with samples in another order (default 1)")
     parser.add_argument("--seed", type=int, default=0)
     load = parser.add_mutually_exclusive_group()
@@ -48,7 +50,9 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=256, help="of questions that do not say (default 256)")
     parser.add_argument("--patience-tokens", type=int, default=-1, help="as --dynasor-patience-tokens")
     parser.add_argument("--width", type=int, default=0, help="as --dynasor-width")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table as CSV, with the engine's counters")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="also write the table as CSV, with the engine's counters"
+    )
 
 
 def simulate_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -76,7 +80,9 @@ def simulate_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     questions = read_samples(args.samples, args.dataset, args.prompt_tokens)
     longest = max(sample.num_tokens for question in questions for sample in question.samples)
     if longest > size.max_new_tokens:
-        raise ConfigError(f"--max-new-tokens={size.max_new_tokens} is below the longest sample, {longest}; allow as many")
+        raise ConfigError(
+            f"--max-new-tokens={size.max_new_tokens} is below the longest sample, {longest}; allow as many"
+        )
     for load_name, loads in _loads(args, args.num_questions or len(questions)).items():
         for way in ways:
             runs = [

@@ -16,6 +16,9 @@ from sglang_dynasor.errors import ConfigError
 
 FEWEST_STEPS = 50  # of a kind, for a fit
 SHARE_FITTED = 0.98  # of a kind's steps, the fastest: what took much longer was something else
+# When the scheduler sees what a step has brought. With SGLang's overlap schedule it has chosen the next step by then: what has
+# ended rides along once more. On a device the results come while that step runs, on a CPU after it.
+OVERLAPS = ("off", "device", "host")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,17 @@ class Costs:
     prefill_row_s: float  # for each request in it
     prefill_token_s: float  # for each token computed
     request_s: float  # from a client to the scheduler, and once for the answer
+    overlap: str  # of OVERLAPS
     source: str
 
     def __post_init__(self) -> None:
+        if self.overlap not in OVERLAPS:
+            raise ConfigError(f"costs: overlap={self.overlap!r} is not known; use one of {', '.join(OVERLAPS)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name != "source" and not (isinstance(value, int | float) and value >= 0 and isfinite(value)):
+            if field.name not in ("source", "overlap") and not (
+                isinstance(value, int | float) and value >= 0 and isfinite(value)
+            ):
                 raise ConfigError(f"costs: {field.name}={value!r} is no time; give seconds, 0 or more")
         if not self.decode_s + self.row_s:
             raise ConfigError("costs: decode_s and row_s are both 0; a step must take time")
@@ -53,11 +61,11 @@ class Costs:
 
 CURVES = {
     "cpu": Costs(
-        0.0032, 0.0004, 0.0, 0.0045, 0.0004, 0.00006, 0.0,
+        0.0032, 0.0004, 0.0, 0.0045, 0.0004, 0.00006, 0.0, "host",
         "the tiny reasoner in SGLang on two CPU cores; decode as stated in this project's issue on width, prefill a guess in proportion",
     ),
     "gpu": Costs(
-        0.008, 0.00015, 0.0, 0.012, 0.0, 0.00007, 0.0,
+        0.008, 0.00015, 0.0, 0.012, 0.0, 0.00007, 0.0, "device",
         "an 8B model on one large GPU: the rounded curve that this project's first studies of width assumed; not measured",
     ),
 }  # fmt: skip
@@ -117,7 +125,7 @@ def read_steps(path: Path) -> list[Step]:
         raise ConfigError(f"{path} is no CSV of steps with kind, rows, tokens and seconds: {error!r}") from None
 
 
-def fit(steps: Iterable[Step], source: str, request_s: float = 0.0) -> Costs:
+def fit(steps: Iterable[Step], source: str, overlap: str, request_s: float = 0.0) -> Costs:
     """The curve of least squares, no coefficient below 0.
 
     Raises:
@@ -126,7 +134,7 @@ def fit(steps: Iterable[Step], source: str, request_s: float = 0.0) -> Costs:
     steps = list(steps)
     decode = _fit([s for s in steps if s.is_decode], "decode")
     prefill = _fit([s for s in steps if not s.is_decode], "prefill")
-    return Costs(*decode, *prefill, request_s, source)
+    return Costs(*decode, *prefill, request_s, overlap, source)
 
 
 def _fit(steps: list[Step], kind: str) -> tuple[float, float, float]:

@@ -68,7 +68,7 @@ class Request:
     charged_tokens: int = 0  # service charged for it so far
     is_running: bool = False
     is_over: bool = False
-    is_ending: bool = False  # it was told to end, and the step under way still carries it
+    is_ending: bool = False  # its last token is there, or it was told to end; a step may still carry it
     # What follows is of the moment when it began to run; `Engine.generated` and `Engine.own_tokens` say what is now.
     done: int = 0
     own: int = 0
@@ -114,7 +114,10 @@ class Engine:
         self._kv_read = 0  # tokens that a decode step reads
         self._is_full = False  # SGLang's batch_is_full: nobody is let in until something leaves
         self._is_new = False  # something was put in front since then
-        self._ends: list[tuple[int, int, int, Request]] = []  # heap: step, entry, turn, request
+        self._num_seen = 0  # decode steps of which the scheduler has seen the results
+        self._ends: list[tuple[int, int, Request]] = []  # heap: step, turn, request
+        self._begun: list[Request] = []  # whose first token the scheduler has not seen
+        self._ended: list[Request] = []  # whose end it has not seen
         self._entries = count()
 
     # What admission asks
@@ -167,8 +170,9 @@ class Engine:
     # Requests
 
     def generated(self, request: Request) -> int:
-        """Tokens that it has generated so far."""
-        return request.done + (self.num_steps - request.since if request.is_running else 0)
+        """Tokens of it that the scheduler has seen."""
+        seen = request.done + (max(0, self._num_seen - request.since) if request.is_running else 0)
+        return min(seen, request.length)
 
     def own_tokens(self, request: Request) -> int:
         """KV tokens that it shares with nobody."""
@@ -185,12 +189,16 @@ class Engine:
     def end(self, request: Request) -> int:
         """End it with what it has; return the tokens that it generated. The step under way still carries one that runs."""
         num_tokens = self.generated(request)
-        if request.is_over or request.is_ending:
+        if request.is_over:
             return num_tokens
         if request.is_running:
-            request.is_ending = True
             request.length = num_tokens
-            self._ends_at(request, self.num_steps + 1)
+            if not request.is_ending:
+                request.is_ending = True
+                if self.costs.overlap == "off":
+                    self._ends_at(request, self.num_steps + 1)
+                else:
+                    self._ended.append(request)
             return num_tokens
         if request is self.chunked:
             self.chunked = None
@@ -212,14 +220,36 @@ class Engine:
         if self._is_new:
             self._is_full = self._is_new = False
         batch = self._fill()
+        is_idle = not (batch or self.running)
+        if is_idle:
+            self._ratio = FIRST_RATIO
+        begun, ended, num_seen, began_s = self._begun, self._ended, self.num_steps, self.now_s
+        self._begun, self._ended = [], []
         if batch:
             self._prefill(batch)
-        elif self.running:
+        elif not is_idle:
             self._decode()
-        else:
-            self._ratio = FIRST_RATIO
-            return False
-        return True
+        if self.costs.overlap == "off":
+            begun, ended, num_seen = self._begun, self._ended, self.num_steps
+            self._begun, self._ended = [], []
+        ended_s = self.now_s
+        if self.costs.overlap == "device":
+            self.now_s = began_s
+        self._see(begun, ended, num_seen)
+        self.now_s = ended_s
+        return not is_idle or bool(begun or ended)
+
+    def _see(self, begun: list[Request], ended: list[Request], num_seen: int) -> None:
+        """The scheduler sees what a step has brought: KV is free, and owners are told."""
+        self._num_seen = num_seen
+        left = [request for request in ended if request.is_running]  # but for those retracted meanwhile
+        for request in left:
+            self._leave(request)
+        for request in left:
+            request.owner.has_ended(request)
+        for request in begun:
+            if request.is_running and not request.is_ending:
+                request.owner.has_output(request)
 
     def _fill(self) -> list[tuple[Request, int]]:
         """The next prefill pass: requests, and how many tokens of each are computed. As SGLang's PrefillAdder decides."""
@@ -286,8 +316,6 @@ class Engine:
         self.now_s += self.costs.prefill(len(batch), num_tokens)
         self.num_passes += 1
         self.num_computed += num_tokens
-        ended: list[Request] = []
-        going: list[Request] = []
         for request, num in batch:
             if request is self.chunked:
                 self.pool.take(num)
@@ -305,17 +333,12 @@ class Engine:
             request.is_running = True
             self.running[request] = None
             self._kv_read += request.prompt_tokens + request.own
+            self._begun.append(request)
             if request.done >= request.length:
-                ended.append(request)
-                self._leave(request)
+                request.is_ending = True
+                self._ended.append(request)
             else:
-                going.append(request)
                 self._ends_at(request, request.since + request.length - request.done)
-        for request in ended:
-            request.owner.has_ended(request)
-        for request in going:
-            if request.is_running and not request.is_ending:
-                request.owner.has_output(request)
 
     def _decode(self) -> None:
         if self.pool.available < len(self.running):
@@ -329,14 +352,11 @@ class Engine:
         self._kv_read += num_rows
         self._ratio = max(self._ratio - (FIRST_RATIO - LEAST_RATIO) / DECAY_STEPS, LEAST_RATIO)
         self._see_pace(num_rows, seconds)
-        ended: list[Request] = []
         while self._ends and self._ends[0][0] <= self.num_steps:
-            _, _, turn, request = heapq.heappop(self._ends)
+            _, turn, request = heapq.heappop(self._ends)
             if request.is_running and request.turn == turn:
-                ended.append(request)
-                self._leave(request)
-        for request in ended:
-            request.owner.has_ended(request)
+                request.is_ending = True
+                self._ended.append(request)
 
     def _see_pace(self, num_rows: int, seconds: float) -> None:
         self.pace.see(num_rows, seconds)
@@ -346,23 +366,25 @@ class Engine:
 
     def _ends_at(self, request: Request, step: int) -> None:
         request.turn = next(self._entries)
-        heapq.heappush(self._ends, (step, request.turn, request.turn, request))
+        heapq.heappush(self._ends, (step, request.turn, request))
 
     def _leave(self, request: Request) -> None:
         """It runs no more, and its KV stays as long as there is room."""
         own = self.own_tokens(request)
         self._stop_running(request)
-        if request.is_ending:
-            self.num_wasted += request.done - request.length
-            request.done = request.length
-        request.is_over = True
+        self._close(request)
         self._is_full = False
         self.pool.give_back(own, is_kept=True)
         self._let_go(request)
 
+    def _close(self, request: Request) -> None:
+        self.num_wasted += request.done - request.length
+        request.done = request.length
+        request.is_over = True
+
     def _stop_running(self, request: Request) -> None:
         self._kv_read -= request.prompt_tokens + self.own_tokens(request)
-        request.done = self.generated(request)
+        request.done += self.num_steps - request.since
         request.is_running = False
         del self.running[request]
 
@@ -391,8 +413,7 @@ class Engine:
         self.num_retracted += len(retracted)
         for request in retracted:
             if request.is_ending:
-                self.num_wasted += request.done - request.length
-                request.is_over, request.done = True, request.length
+                self._close(request)
                 request.owner.has_ended(request)
             elif request.gang is not None:
                 self.put(request)

@@ -6,7 +6,6 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import cast
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError, FieldError
@@ -123,7 +122,7 @@ def simulate(
         def tell(what: Solved) -> None:
             solved[index] = what
             if load.num_at_once:
-                ask_next(max(engine.now_s, what.answered_s))
+                ask_next(what.answered_s)
 
         if isinstance(way.how, Peer):
             if way.how.is_greedy:
@@ -165,12 +164,15 @@ def simulate(
 def _run(engine: Engine, agenda: _Agenda) -> None:
     entries = agenda.entries
     while True:
-        while entries and entries[0][0] <= engine.now_s:
-            heapq.heappop(entries)[2]()
+        between_s = engine.now_s  # what happened during the step is done as of when it happened
+        while entries and entries[0][0] <= between_s:
+            engine.now_s, _, action = heapq.heappop(entries)
+            action()
+        engine.now_s = between_s
         if not engine.step():
             if not entries:
                 return
-            engine.now_s = max(engine.now_s, cast("float", entries[0][0]))
+            engine.now_s = max(engine.now_s, entries[0][0])
 
 
 def _greedy(question: Question) -> Question:

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def _object(line: str, place: str) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
+def _opened(path: Path) -> Generator[IO[str]]:
     if path.suffix == ".zst":
         try:
             from zstandard import ZstdDecompressor
