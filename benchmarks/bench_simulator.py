@@ -120,13 +120,9 @@ async def loop(engine: Any, way: str, question: dict[str, Any]) -> list[dict[str
     return outs
 
 
-def loads(num: int, rate: float) -> dict[str, Load]:
-    return {
-        "1 at once": Load(num_at_once=1),
-        "8 at once": Load(num_at_once=8),
-        "24 at once": Load(num_at_once=24),
-        f"Poisson {rate:g}/s": Load(times_s=tuple(poisson(rate, num, seed=5))),
-    }
+def loads(at_once: list[int], rates: list[float], num: int) -> dict[str, Load]:
+    named = {f"{num_at_once} at once": Load(num_at_once=num_at_once) for num_at_once in at_once}
+    return named | {f"Poisson {rate:g}/s": Load(times_s=tuple(poisson(rate, num, seed=5))) for rate in rates}
 
 
 def figures(latencies: list[float], tokens: list[int], right: list[bool], wall_s: float) -> dict[str, float]:
@@ -163,9 +159,10 @@ def simulated(way: str, samples: list[Question], load: Load, costs: Costs, draws
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-questions", type=int, default=48)
+    parser.add_argument("--num-questions", type=int, default=40)
     parser.add_argument("--draws", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=1.2, help="questions per second of the Poisson stream")
+    parser.add_argument("--at-once", type=int, nargs="*", default=[3, 12])
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.9], help="questions per second of Poisson streams")
     parser.add_argument("--save", type=Path, metavar="FOLDER")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
@@ -188,7 +185,7 @@ def main() -> None:
             write_costs(costs, folder / "costs.json")
             print(costs, flush=True)
             samples = read_samples(folder / "samples.jsonl", None, 1)
-            for name, load in loads(len(questions), args.rate).items():
+            for name, load in loads(args.at_once, args.rates, len(questions)).items():
                 for way in WAYS:
                     flush(engine)
                     real = ask(measured(sender(engine, way, questions), load, len(questions)))

@@ -62,11 +62,18 @@ class Costs:
 CURVES = {
     "cpu": Costs(
         0.0032, 0.0004, 0.0, 0.0045, 0.0004, 0.00006, 0.0, "host",
-        "the tiny reasoner in SGLang on two CPU cores; decode as stated in this project's issue on width, prefill a guess in proportion",
+        "the tiny reasoner on two CPU cores: a rounded curve that studies of width assumed, its passes a guess in proportion",
     ),
     "gpu": Costs(
         0.008, 0.00015, 0.0, 0.012, 0.0, 0.00007, 0.0, "device",
-        "an 8B model on one large GPU: the rounded curve that this project's first studies of width assumed; not measured",
+        "an 8B model on one large GPU: a rounded curve that studies of width assumed, not measured",
+    ),
+    # Of the medians with one worker, 32 layers: decode 1 to 128 tokens (within 0.6 ms), prefill 256 to 8192. Attention over the
+    # cache is not in that file: 131,072 bytes of KV a token at the card's 2.039 TB/s.
+    "a100": Costs(
+        0.0097, 0.000029, 6.4e-8, 0.0065, 0.0, 0.0000666, 0.0, "device",
+        "Llama-3-8B on one A100, kernels only: microsoft/vidur 7d47513 (MIT), data/profiling/compute/a100/meta-llama/"
+        "Meta-Llama-3-8B/mlp.csv; KV reads from the card's data sheet",
     ),
 }  # fmt: skip
 
