@@ -5,7 +5,8 @@
 One engine on the tiny reasoner. First stock samples of some questions at several loads: their steps give the costs, their
 answers and lengths the samples. Then other loads and ways, the same in both; the engine samples anew, so that equal
 questions do not have equal branches, and the simulator is the mean of --draws orders of the recorded samples. `--save` keeps
-samples.jsonl, steps.csv and costs.json for `sglang-dynasor simulate`.
+samples.jsonl, steps.csv and costs.json for `sglang-dynasor simulate`. "steps slower" is how many times as long the engine's steps
+took as the fitted costs say: on a machine that others use too, that part of an error is not the model's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from sglang_dynasor.demo import program_params, read_questions, read_record, sho
 from sglang_dynasor.policy.answers import extract_answer
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.sim.arrivals import poisson
-from sglang_dynasor.sim.costs import Costs, fit, read_steps, write_costs
+from sglang_dynasor.sim.costs import Costs, Step, fit, read_steps, write_costs
 from sglang_dynasor.sim.engine import Size
 from sglang_dynasor.sim.peers import PEERS
 from sglang_dynasor.sim.run import Load, parse_way, simulate
@@ -157,6 +158,17 @@ def simulated(way: str, samples: list[Question], load: Load, costs: Costs, draws
     return {key: mean(one[key] for one in all_figures) for key in all_figures[0]}
 
 
+def slower(steps: list[Step], costs: Costs) -> float:
+    """How many times as long steps took as the costs say: the machine's part of an error, where others use it too."""
+    expected_s = sum(
+        costs.decode(step.num_rows, step.num_tokens)
+        if step.is_decode
+        else costs.prefill(step.num_rows, step.num_tokens)
+        for step in steps
+    )
+    return sum(step.seconds for step in steps) / expected_s
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-questions", type=int, default=40)
@@ -188,9 +200,11 @@ def main() -> None:
             for name, load in loads(args.at_once, args.rates, len(questions)).items():
                 for way in WAYS:
                     flush(engine)
+                    num_before = len(read_steps(steps))
                     real = ask(measured(sender(engine, way, questions), load, len(questions)))
+                    factor = slower(read_steps(steps)[num_before:], costs)
                     model = simulated(way, samples, load, costs, args.draws)
-                    row: dict[str, Any] = {"load": name, "way": way}
+                    row: dict[str, Any] = {"load": name, "way": way, "steps slower": f"{factor:.2f}x"}
                     for key, value in real.items():
                         row |= {f"engine {key}": f"{value:.4g}", f"model {key}": f"{model[key]:.4g}"}
                         row[f"error {key}"] = f"{100 * (model[key] / value - 1):+.1f} %" if value else "-"
