@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from math import inf
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError, FieldError
@@ -169,7 +170,7 @@ def _run(engine: Engine, agenda: _Agenda) -> None:
             engine.now_s, _, action = heapq.heappop(entries)
             action()
         engine.now_s = between_s
-        if not engine.step():
+        if not engine.step(entries[0][0] if entries else inf):
             if not entries:
                 return
             engine.now_s = max(engine.now_s, entries[0][0])
