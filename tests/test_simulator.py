@@ -360,6 +360,7 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, name
         (["--rows", "0"], "rows=0"),
         (["--max-new-tokens", "10"], "below the longest sample"),
         (["--dataset", "zz"], "contains 'zz'"),
+        (["--plot", "out.xyz"], "out.xyz is no picture"),
     ],
 )
 def test_a_wrong_option_is_named(
@@ -375,14 +376,15 @@ def test_the_command_prints_a_table_and_writes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One row per load and way; the CSV has the engine's counters too."""
-    out = tmp_path / "out.csv"
-    options = ["--cap", "6", "--at-once", "1", "4", "--num-questions", "12", "--csv", str(out)]
+    out, picture = tmp_path / "out.csv", tmp_path / "out.png"
+    options = ["--cap", "6", "--at-once", "1", "4", "--num-questions", "12", "--csv", str(out), "--plot", str(picture)]
     monkeypatch.setattr(sys, "argv", ["sglang-dynasor", "simulate", "--samples", str(lines(tmp_path)), *options])
     main()
     assert len(capsys.readouterr().out.splitlines()) == 1 + 2 * 7
     header, *rows = out.read_text().splitlines()
     assert len(rows) == 2 * 7
     assert "most overtaken tokens" in header
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # Costs

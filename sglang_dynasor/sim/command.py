@@ -13,6 +13,7 @@ from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.sim.arrivals import poisson, recorded
 from sglang_dynasor.sim.costs import CURVES, read_costs
+from sglang_dynasor.sim.curves import check_picture, draw_curves
 from sglang_dynasor.sim.engine import Size
 from sglang_dynasor.sim.peers import PEERS
 from sglang_dynasor.sim.run import PROGRAM, Load, parse_way, simulate
@@ -20,6 +21,7 @@ from sglang_dynasor.sim.samples import Question, read_samples
 from sglang_dynasor.sim.table import counters, figures, write_rows
 
 SIZE = Size()  # where the command line does not say
+AT_ONCE = (1, 16)
 WAYS = ("single", "stock", "doubling", "beta", "adaptive", "windows", PROGRAM)
 
 
@@ -53,6 +55,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="also write the table as CSV, with the engine's counters"
     )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw latency against load")
 
 
 def simulate_rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -110,8 +113,13 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_simulate(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows, written to the CSV where one is asked for."""
+    """All rows; also the CSV and the picture where they are asked for."""
+    if args.plot is not None:
+        check_picture(args.plot)
     rows = list(simulate_rows(args))
+    if args.plot is not None:
+        about = "questions per second" if args.rates else "questions at once"
+        draw_curves(rows, args.rates or args.at_once or AT_ONCE, about, args.plot)
     if args.csv is not None:
         try:
             write_rows(args.csv, rows)
@@ -124,7 +132,7 @@ def _loads(args: argparse.Namespace, num_questions: int) -> dict[str, list[Load]
     """By name, a load for each repeat."""
     seeds = [args.seed + repeat for repeat in range(args.repeats)]
     if not args.rates:
-        return {f"{num} at once": [Load(num_at_once=num) for _ in seeds] for num in args.at_once or (1, 16)}
+        return {f"{num} at once": [Load(num_at_once=num) for _ in seeds] for num in args.at_once or AT_ONCE}
     loads: dict[str, list[Load]] = {}
     for rate in args.rates:
         times = (
