@@ -33,8 +33,8 @@ from sglang_dynasor.policy.answers import extract_answer
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.sim.arrivals import poisson
 from sglang_dynasor.sim.costs import Costs, Step, fit, read_steps, write_costs
-from sglang_dynasor.sim.engine import Size
 from sglang_dynasor.sim.peers import PEERS
+from sglang_dynasor.sim.request import Size
 from sglang_dynasor.sim.run import Load, parse_way, simulate
 from sglang_dynasor.sim.samples import Question, read_samples
 

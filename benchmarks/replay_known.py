@@ -15,7 +15,7 @@ from statistics import mean
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.demo import show
 from sglang_dynasor.sim.costs import CURVES
-from sglang_dynasor.sim.engine import Size
+from sglang_dynasor.sim.request import Size
 from sglang_dynasor.sim.run import Load, Run, parse_way, simulate
 from sglang_dynasor.sim.samples import read_samples
 

@@ -18,9 +18,9 @@ from sglang_dynasor.cli import main
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.sim.costs import CURVES, OVERLAPS, Costs, Step, fit, read_costs, read_steps, write_costs
-from sglang_dynasor.sim.engine import Size
 from sglang_dynasor.sim.peers import PEERS
 from sglang_dynasor.sim.pool import Pool
+from sglang_dynasor.sim.request import Size
 from sglang_dynasor.sim.run import Load, Run, parse_way, simulate
 from sglang_dynasor.sim.samples import Question, Sample, read_samples
 

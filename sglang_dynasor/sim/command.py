@@ -14,8 +14,8 @@ from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.sim.arrivals import poisson, recorded
 from sglang_dynasor.sim.costs import CURVES, read_costs
 from sglang_dynasor.sim.curves import check_picture, draw_curves
-from sglang_dynasor.sim.engine import Size
 from sglang_dynasor.sim.peers import PEERS
+from sglang_dynasor.sim.request import Size
 from sglang_dynasor.sim.run import PROGRAM, Load, parse_way, simulate
 from sglang_dynasor.sim.samples import Question, read_samples
 from sglang_dynasor.sim.table import counters, figures, write_rows

@@ -38,6 +38,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], loads: Sequence[float], axis_lab
         loads: numbers for the axis, in that order.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     ways = list(dict.fromkeys(row["way"] for row in rows))
     figure = Figure(figsize=(5.2 * len(PANELS), 4.2), layout="constrained")
@@ -45,6 +46,9 @@ def draw_curves(rows: Sequence[dict[str, Any]], loads: Sequence[float], axis_lab
         for way in ways:
             axis.plot(loads, [row[key] for row in rows if row["way"] == way], "o-", markersize=4, label=way)
         axis.set(title=f"{key.removesuffix(' s')} latency, s", xlabel=axis_label, yscale="log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].legend(frameon=False, fontsize=8)
     try:

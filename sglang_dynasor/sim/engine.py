@@ -6,11 +6,9 @@ It answers what `policy/admission.py` asks of an engine; what it decides itself 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import count
 from math import inf
-from typing import Protocol
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError
@@ -20,63 +18,11 @@ from sglang_dynasor.policy.pace import Pace
 from sglang_dynasor.policy.retraction import siblings, youngest_last
 from sglang_dynasor.sim.costs import Costs
 from sglang_dynasor.sim.pool import Pool
+from sglang_dynasor.sim.ratio import TokenRatio
+from sglang_dynasor.sim.request import Request, Size
 
-# SGLang's estimate of how much of its limit a request will generate (NewTokenRatioTracker), and what it clips that limit to.
-FIRST_RATIO, LEAST_RATIO, DECAY_STEPS, RETRACT_STEPS = 0.7, 0.7 * 0.14, 600, 20
-CLIP_MAX_NEW_TOKENS = 4096
+CLIP_MAX_NEW_TOKENS = 4096  # SGLang reserves no more for a request
 PAGE_TOKENS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """What an engine was given."""
-
-    rows: int = 64  # --max-running-requests
-    pool_tokens: int = 131_072  # --max-total-tokens
-    pass_tokens: int = 8192  # --chunked-prefill-size
-    max_new_tokens: int = 32_768  # that each request allows
-
-    def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("pool_tokens", 2), ("pass_tokens", 1), ("max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} is below {least}; choose {least} or more")
-
-
-class Owner(Protocol):
-    """Whose a request is."""
-
-    def has_output(self, request: Request) -> None:
-        """Its prompt has been computed, and it goes on."""
-        ...
-
-    def has_ended(self, request: Request) -> None:
-        """It has left the engine: by itself, or a step after it was told to."""
-        ...
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request: a branch, or a client's sample."""
-
-    prompt: Hashable
-    prompt_tokens: int
-    length: int  # tokens that it generates if nobody ends it; 0: it only computes its prompt
-    index: int  # of the sample
-    owner: Owner
-    gang: Gang | None = None  # of a program's branch
-    number: int = 0  # of the program, by arrival; 0: a plain request
-    arrival: int = 0  # of a plain request, as admission counts them
-    charged_tokens: int = 0  # service charged for it so far
-    is_running: bool = False
-    is_over: bool = False
-    is_ending: bool = False  # its last token is there, or it was told to end; a step may still carry it
-    # What follows is of the moment when it began to run; `Engine.generated` and `Engine.own_tokens` say what is now.
-    done: int = 0
-    own: int = 0
-    since: int = 0  # decode steps of the engine
-    computed: int = 0  # tokens of a prompt half computed
-    holds_prompt: bool = False
-    turn: int = 0  # of its newest entry among the ends; older ones are void
 
 
 class Engine:
@@ -111,7 +57,7 @@ class Engine:
         self.num_generated = 0  # tokens, those included that came after an end
         self.num_wasted = 0  # tokens that came after an end
         self.num_computed = 0  # tokens of prompts, and of what was generated before a retraction
-        self._ratio = FIRST_RATIO
+        self._ratio = TokenRatio()
         self._kv_read = 0  # tokens that a decode step reads
         self._is_full = False  # SGLang's batch_is_full: nobody is let in until something leaves
         self._is_new = False  # something was put in front since then
@@ -166,7 +112,7 @@ class Engine:
         return max(0, min(self.size.max_new_tokens - done, CLIP_MAX_NEW_TOKENS))
 
     def _reserved(self) -> float:
-        return self._ratio * sum(self._left(self.generated(request)) for request in self.running)
+        return self._ratio.value * sum(self._left(self.generated(request)) for request in self.running)
 
     # Requests
 
@@ -227,7 +173,7 @@ class Engine:
         batch = self._fill()
         is_idle = not (batch or self.running)
         if is_idle:
-            self._ratio = FIRST_RATIO
+            self._ratio.reset()
         begun, ended, num_seen, began_s = self._begun, self._ended, self.num_steps, self.now_s
         self._begun, self._ended = [], []
         if batch:
@@ -377,7 +323,7 @@ class Engine:
             seconds = costs.decode(num_rows, self._kv_read)
             self.now_s += seconds
             self._kv_read += num_rows
-            self._ratio = max(self._ratio - (FIRST_RATIO - LEAST_RATIO) / DECAY_STEPS, LEAST_RATIO)
+            self._ratio.decay()
             num_done += 1
             pace.see(num_rows, seconds)
             rows = pace.news(self.admission.cheap_rows, self.size.rows)
@@ -431,8 +377,8 @@ class Engine:
             raise ConfigError(
                 f"one request alone needs more than the pool of {self.size.pool_tokens} tokens; give the engine more"
             )
-        num_done = sum(self.generated(request) for request in self.running) + RETRACT_STEPS * len(self.running)
-        self._ratio = min(1.0, num_done / (self.size.max_new_tokens * len(self.running) + 1))
+        num_generated = sum(map(self.generated, self.running))
+        self._ratio.learn(num_generated, len(self.running), self.size.max_new_tokens)
         self.num_retracted += len(retracted)
         for request in retracted:
             if request.is_ending:

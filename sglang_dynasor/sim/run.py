@@ -12,8 +12,9 @@ from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError, FieldError
 from sglang_dynasor.policy.spec import ProgramSpec, parse_field
 from sglang_dynasor.sim.costs import Costs
-from sglang_dynasor.sim.engine import Engine, Size
+from sglang_dynasor.sim.engine import Engine
 from sglang_dynasor.sim.peers import PEERS, Peer
+from sglang_dynasor.sim.request import Size
 from sglang_dynasor.sim.samples import Question
 from sglang_dynasor.sim.solving import Client, Programs, Solved
 

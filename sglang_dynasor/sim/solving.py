@@ -12,8 +12,9 @@ from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.policy.votes import Votes
-from sglang_dynasor.sim.engine import Engine, Request
+from sglang_dynasor.sim.engine import Engine
 from sglang_dynasor.sim.peers import Peer
+from sglang_dynasor.sim.request import Request
 from sglang_dynasor.sim.samples import Question
 
 
