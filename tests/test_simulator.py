@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from sglang_dynasor.cli import main
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.sim.costs import CURVES, OVERLAPS, Costs, Step, fit, read_costs, read_steps, write_costs
+from sglang_dynasor.sim.engine import Engine
 from sglang_dynasor.sim.peers import PEERS
 from sglang_dynasor.sim.pool import Pool
 from sglang_dynasor.sim.request import Size
@@ -213,6 +215,20 @@ def test_the_same_seed_gives_the_same_table_in_every_process(tmp_path: Path) -> 
         return subprocess.run([*command, "--seed", str(seed)], env=environment, capture_output=True, text=True, check=True).stdout  # fmt: skip
 
     assert output(0, "1") == output(0, "2") != output(1, "1")
+
+
+@settings(suppress_health_check=list(HealthCheck))
+@given(QUESTIONS, st.sampled_from(WAYS), st.integers(1, 9), st.sampled_from(OVERLAPS), st.sampled_from([0.05, 0.2]))
+def test_steps_run_at_once_are_the_same_steps(
+    made: list[tuple[int, list[tuple[str | None, int]]]], way: str, rows: int, overlap: str, gap_s: float
+) -> None:
+    """To the last digit, whatever comes between."""
+    questions = [question(f"q{number}", prompt, *samples) for number, (prompt, samples) in enumerate(made)]
+    size, costs = Size(rows, 400, 64, max_new_tokens=60), replace(COSTS, overlap=overlap)
+    times_s = tuple(gap_s * number for number in range(len(questions)))
+    fast = run(way, *questions, size=size, costs=costs, times_s=times_s)
+    with patch.object(Engine, "_decode_on"):
+        assert run(way, *questions, size=size, costs=costs, times_s=times_s) == fast
 
 
 # The policy's own bound
