@@ -183,6 +183,13 @@ def test_a_pool_that_runs_out_takes_the_youngest_program_whole() -> None:
     assert done.solved[0].latency_s < plenty.solved[0].latency_s
 
 
+def test_a_gang_that_fills_the_pool_to_the_last_token_runs() -> None:
+    """Also when its prompt is in the cache and nothing else can be given up for it."""
+    size = Size(rows=2, pool_tokens=37 + 2 * 62, pass_tokens=16, max_new_tokens=60)
+    done = run("program", question("q", 37, *[(None, 2)] * 2, ("2", 3), ("1", 1), (None, 23), (None, 1)), size=size)
+    assert done.solved[0].num_branches == 6
+
+
 def test_a_request_that_never_fits_is_named() -> None:
     """Instead of waiting for ever."""
     with pytest.raises(ConfigError, match="100 prompt tokens"):

@@ -239,7 +239,8 @@ class Engine:
             available = self.pool.available
             if self.pool.holds(request.prompt):
                 self._hold(request)
-                tokens_left -= available - self.pool.available  # it cannot be given up any more
+                # It cannot be given up any more, but for its last token, which is not taken from the cache.
+                tokens_left -= max(0, available - self.pool.available - 1)
             if needed >= tokens_left:
                 self._let_go(request)
                 if batch or self.running:
