@@ -1,14 +1,16 @@
-"""Which replica a client's branches go to, and which branches are retracted first: our own choices, on stand-ins."""
+"""Which replica a client's branches go to, which are retracted first, which a promise holds back: on stand-ins."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, set_tag
 from sglang_dynasor.engine.retraction import youngest_last
+from sglang_dynasor.engine.room import adder_class
 from sglang_dynasor.engine.routing import route_program
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.retraction import siblings
@@ -79,3 +81,24 @@ def test_siblings_follow_unless_nothing_else_would_run(
 ) -> None:
     """Programs are retracted whole; plain requests never follow."""
     assert siblings(left, retracted) == expected
+
+
+@pytest.mark.parametrize(("num_running", "num_admitted", "seen"), [(0, 0, 10), (1, 0, 110), (0, 1, 110)])
+def test_a_promise_holds_no_branch_back_where_nothing_runs(num_running: int, num_admitted: int, seen: int) -> None:
+    """Nothing would ever leave. Where something runs, or has just been let in, promised tokens are not there for others."""
+
+    class Adder:
+        def __init__(self) -> None:
+            self.memory_budget = SimpleNamespace(total_offset=10)
+            self.running_batch = SimpleNamespace(reqs=[None] * num_running)
+            self.can_run_list = [None] * num_admitted
+
+        def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> int:
+            return self.memory_budget.total_offset
+
+    admission, room = Mock(plain_rows=None, latest_plain=9, promised_tokens=100), Mock()
+    kind: Any = Adder
+    adder: Any = adder_class(kind, room, admission)()  # type: ignore[arg-type]
+    assert adder.add_one_req(branch(1), False, None) == seen
+    assert adder.memory_budget.total_offset == 110
+    assert adder.add_one_req(branch(None), False, None) == 110

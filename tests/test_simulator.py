@@ -190,6 +190,24 @@ def test_a_gang_that_fills_the_pool_to_the_last_token_runs() -> None:
     assert done.solved[0].num_branches == 6
 
 
+def test_a_promise_does_not_hold_back_who_is_before_it_on_an_empty_engine() -> None:
+    """A branch whose prompt was given up needs more than was set aside for it; the gang behind it has not begun: nothing runs,
+    and nothing would leave. Found by random loads."""
+    made = [
+        (66, "1 52, 1 23, 3 1, 1 2, 3 51, 2 1"), (84, "3 1, 2 1, 3 1, 2 3, - 1, 3 1"), (11, "1 3, - 2, 3 3, 1 1, 3 3, 3 1"),
+        (33, "- 3, 1 1, 1 2, 1 6, 1 3, - 1"), (70, "2 3, 2 1, 1 1, 2 39, 1 3, - 42"), (66, "1 1, 1 2, - 3, 3 3, - 59, 1 1"),
+        (84, "1 1, 1 3, 2 1, 2 1, 1 2, 1 5"),
+    ]  # fmt: skip
+    pairs = [(prompt, [sample.split() for sample in samples.split(", ")]) for prompt, samples in made]
+    questions = [
+        question(f"q{number}", prompt, *((None if answer == "-" else answer, int(num)) for answer, num in samples))
+        for number, (prompt, samples) in enumerate(pairs)
+    ]
+    size, costs = Size(6, 268, 64, max_new_tokens=60), replace(COSTS, overlap="device")
+    done = run("program", *questions, size=size, costs=costs, times_s=tuple(0.2 * number for number in range(7)))
+    assert len(done.solved) == 7
+
+
 def test_a_request_that_never_fits_is_named() -> None:
     """Instead of waiting for ever."""
     with pytest.raises(ConfigError, match="100 prompt tokens"):

@@ -130,7 +130,13 @@ def adder_class(base: type[PrefillAdder], room: SchedulerRoom, admission: Admiss
 
         def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
             if internal_tag_of(req) is not None:
-                return super().add_one_req(req, has_chunked_req, truncation_align_size)
+                # Where nothing runs, a promise to those behind it must not hold it back: nothing would leave, ever.
+                lifted = 0 if self.running_batch.reqs or self.can_run_list else admission.promised_tokens
+                self.memory_budget.total_offset -= lifted
+                try:
+                    return super().add_one_req(req, has_chunked_req, truncation_align_size)
+                finally:
+                    self.memory_budget.total_offset += lifted
             if self.num_plain_left == 0 or arrival_of(req) > self.latest_plain:
                 return AddReqResult.OTHER
             num_before = len(self.can_run_list)

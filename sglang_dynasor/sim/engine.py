@@ -241,7 +241,9 @@ class Engine:
                 self._hold(request)
                 # It cannot be given up any more, but for its last token, which is not taken from the cache.
                 tokens_left -= max(0, available - self.pool.available - 1)
-            if needed >= tokens_left:
+            # As in engine/room.py: where nothing runs, what is promised to those behind it does not hold a branch back.
+            lifted = 0 if self.running or batch or request.gang is None else self.admission.promised_tokens
+            if needed >= tokens_left + lifted:
                 self._let_go(request)
                 if batch or self.running:
                     self._is_full = True
