@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sglang_dynasor.errors import ConfigError
 
 FEWEST_STEPS = 50  # of a kind, for a fit
-SHARE_FITTED = 0.98  # of a kind's steps, the fastest: what took much longer was something else
+SHARE_FITTED = 0.98  # of a kind's steps: those that took longest for what was in them were something else
+ROUNDS, SMALLEST_DEVIATION = 30, 1e-3  # of a fit
 # When the scheduler sees what a step has brought. With SGLang's overlap schedule it has chosen the next step by then: what has
 # ended rides along once more. On a device the results come while that step runs, on a CPU after it.
 OVERLAPS = ("off", "device", "host")
@@ -133,7 +135,9 @@ def read_steps(path: Path) -> list[Step]:
 
 
 def fit(steps: Iterable[Step], source: str, overlap: str, request_s: float = 0.0) -> Costs:
-    """The curve of least squares, no coefficient below 0.
+    """The curve of the least relative deviations, no coefficient below 0, scaled so that the steps take as long together.
+
+    A machine that others use makes some steps longer and none shorter: deviations, not squares, find the shape beneath that.
 
     Raises:
         ConfigError: fewer than FEWEST_STEPS of a kind.
@@ -148,22 +152,25 @@ def _fit(steps: list[Step], kind: str) -> tuple[float, float, float]:
     """Seconds of a step, of each row and of each token."""
     if len(steps) < FEWEST_STEPS:
         raise ConfigError(f"{len(steps)} {kind} steps are too few for a fit; record at least {FEWEST_STEPS}")
-    kept = _without_outliers(steps)
-    columns = np.array([(1.0, s.num_rows, s.num_tokens) for s in kept])
-    seconds = np.array([s.seconds for s in kept])
+    columns = np.array([(1.0, s.num_rows, s.num_tokens) for s in steps])
+    seconds = np.array([s.seconds for s in steps])
     used = [0, 1, 2]
-    while True:
-        found = np.linalg.lstsq(columns[:, used], seconds, rcond=None)[0]
-        if (found >= 0).all() or len(used) == 1:
-            break
+    while (found := _least_deviations(columns[:, used], seconds)).min() < 0 and len(used) > 1:
         used = [column for column, value in zip(used, found, strict=True) if value >= 0] or [0]
-    values = [0.0, 0.0, 0.0]
-    for column, value in zip(used, found, strict=True):
-        values[column] = max(0.0, float(value))
-    return values[0], values[1], values[2]
+    values = np.zeros(3)
+    values[used] = np.maximum(found, 0.0)
+    expected = columns @ values
+    kept = np.argsort(seconds / expected)[: round(SHARE_FITTED * len(steps))]
+    values *= seconds[kept].sum() / expected[kept].sum()
+    return float(values[0]), float(values[1]), float(values[2])
 
 
-def _without_outliers(steps: list[Step]) -> list[Step]:
-    """The steps but those that took longest for their size."""
-    per_row: Callable[[Step], float] = lambda step: step.seconds / (1 + step.num_rows)  # noqa: E731
-    return sorted(steps, key=per_row)[: max(1, round(SHARE_FITTED * len(steps)))]
+def _least_deviations(columns: NDArray[Any], seconds: NDArray[Any]) -> NDArray[Any]:
+    """Coefficients with the least sum of |expected / measured - 1|, by reweighted least squares."""
+    relative, ones = columns / seconds[:, None], np.ones(len(seconds))
+    weights = ones
+    found = np.zeros(columns.shape[1])
+    for _ in range(ROUNDS):
+        found = np.linalg.lstsq(relative * weights[:, None], weights, rcond=None)[0]
+        weights = np.maximum(np.abs(relative @ found - ones), SMALLEST_DEVIATION) ** -0.5
+    return found
