@@ -59,6 +59,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2 --csv benchmarks/results/long_cot.csv
 	$(BIN)/python benchmarks/bench_algorithms.py --num-questions 48 --csv benchmarks/results/algorithms.csv
 	$(BIN)/python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv
+	$(BIN)/python benchmarks/bench_simulator.py --csv benchmarks/results/simulator.csv
 	$(BIN)/python benchmarks/bench_policy_overhead.py --csv benchmarks/results/policy_overhead.csv
 
 soak: install

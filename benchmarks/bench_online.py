@@ -24,10 +24,11 @@ from typing import Any
 
 from forked import REASONER, flush, forked_engine
 from machine import machine
-from open_loop import TRACE, in_turn, play, poisson, recorded
+from open_loop import TRACE, in_turn, play
 from rows import percentile, spread, write_rows
 
 from sglang_dynasor.demo import Solved, program_params, read_questions, read_record, show, stock_params, vote
+from sglang_dynasor.sim.arrivals import poisson, recorded
 
 # As in the recorded MATH-500 samples that the goal was set on (docs/results.md): cap 32, a single sample right in three of
 # four cases (here 76 %). The reasoner's long mode: like a reasoning model's, the lengths of one question's branches

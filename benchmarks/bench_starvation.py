@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from bench_online import ENGINE, SAMPLING, WAYS, Way, draw, solve
 from forked import REASONER, flush, forked_engine
 from machine import machine
-from open_loop import in_turn, play, poisson
+from open_loop import in_turn, play
 from rows import percentile, spread, write_rows
 
 from sglang_dynasor.demo import Solved, program_params, read_questions, show
+from sglang_dynasor.sim.arrivals import poisson
 
 POOL_TOKENS = 24_576  # holds 64 rows of a prompt and 200 tokens with room to spare
 CAP, HARD_CAP = 16, 32

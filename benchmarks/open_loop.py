@@ -1,39 +1,14 @@
-"""Open-loop streams: when requests arrive, whatever the server does, and sending them at those times."""
+"""Sending requests at the times of a stream, whatever the server does, or so many at once."""
 
 from __future__ import annotations
 
 import asyncio
-import csv
-import gzip
-import io
-import random
 import time
 from collections.abc import Awaitable, Callable
-from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 TRACE = "arrivals_azure2023_code.csv.gz"  # the gaps between its arrivals vary 13 times as much as their mean
-
-
-def poisson(rate: float, num: int, seed: int) -> list[float]:
-    """Times of `num` arrivals in seconds, the first at 0, stretched so that their own mean rate is `rate`."""
-    rng = random.Random(seed)
-    return _stretched([rng.expovariate(1) for _ in range(num - 1)], rate)
-
-
-def recorded(rate: float, num: int, seed: int, trace: Path) -> list[float]:
-    """A piece of a recorded stream, stretched so that its own mean rate is `rate`."""
-    with gzip.open(trace) as raw:
-        times = [float(row["t_s"]) for row in csv.DictReader(io.TextIOWrapper(raw))]
-    first = random.Random(seed).randrange(len(times) - num + 1)
-    return _stretched([later - earlier for earlier, later in pairwise(times[first : first + num])], rate)
-
-
-def _stretched(gaps: list[float], rate: float) -> list[float]:
-    stretch = len(gaps) / rate / sum(gaps) if gaps else 0.0
-    return [0.0, *accumulate(gap * stretch for gap in gaps)]
 
 
 async def play(times_s: list[float], send: Callable[[int, float], Awaitable[T]]) -> list[T]:

@@ -1,4 +1,4 @@
-"""`sglang-dynasor`: check this installation, or see it work."""
+"""`sglang-dynasor`: check this installation, see it work, or simulate what it would do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from sglang_dynasor import __version__
 from sglang_dynasor.check import run_check
 from sglang_dynasor.errors import DynasorError
+from sglang_dynasor.outcome import show
+from sglang_dynasor.sim.command import add_simulate_options, run_simulate, shown
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -26,7 +28,16 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--branches", type=int, default=16, help="samples per question, and the programs' cap")
     demo.add_argument("--picture", type=Path, default=Path("demo.png"), help="where the picture goes")
     demo.add_argument("--csv", type=Path, help="also write the table as CSV")
+    simulate = commands.add_parser("simulate", help="ways of solving questions, side by side on a modelled engine")
+    add_simulate_options(simulate)
     return parser
+
+
+def _run_demo(args: argparse.Namespace) -> None:
+    from sglang_dynasor.demo import Demo, run_demo
+
+    demo = Demo(args.reasoner, args.num_questions, args.branches, args.picture, args.csv)
+    run_demo(demo, shutil.get_terminal_size().columns)
 
 
 def main() -> None:
@@ -34,11 +45,11 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.command == "check":
         raise SystemExit(run_check(args.json))
-    from sglang_dynasor.demo import Demo, run_demo
-
-    demo = Demo(args.reasoner, args.num_questions, args.branches, args.picture, args.csv)
     try:
-        run_demo(demo, shutil.get_terminal_size().columns)
+        if args.command == "demo":
+            _run_demo(args)
+        else:
+            show([shown(row) for row in run_simulate(args)])
     except DynasorError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from bench_online import WAYS, Point, Run, highest_rate
-from open_loop import poisson, recorded
 from rows import percentile
 
 from sglang_dynasor.demo import Solved
+from sglang_dynasor.errors import ConfigError
+from sglang_dynasor.sim.arrivals import poisson, recorded
 
 
 def point(rate: float, latency_s: float) -> Point:
@@ -31,6 +32,23 @@ def test_a_recorded_stream_keeps_its_shape_at_any_rate(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv.gz"
     trace.write_bytes(gzip.compress(b"t_s,input_tokens,output_tokens\n0,1,1\n1,1,1\n4,1,1\n5,1,1\n"))
     assert recorded(2, 4, 0, trace) == pytest.approx([0, 0.3, 1.2, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("seconds\n1\n", "no column t_s"),
+        ("t_s\n1\nsoon\n", "line 3: t_s='soon' is no number"),
+        ("t_s\n2\n1\n", "line 3: t_s=1 comes after 2.0"),
+        ("t_s\n1\n", "has 1 arrivals"),
+    ],
+)
+def test_a_stream_that_is_none_is_named(tmp_path: Path, text: str, named: str) -> None:
+    """With its line."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        recorded(1, 2, 0, trace)
 
 
 def test_the_highest_rate_is_where_the_curve_leaves_the_slo() -> None:

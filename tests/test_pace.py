@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sglang_dynasor.policy.pace import FEWEST_STEPS, Pace
+from sglang_dynasor.policy.pace import CHANGE_TOLD, FEWEST_STEPS, TOLD_EVERY, Pace
 
 
 def seen(base_s: float, row_s: float, rows: range, num_steps: int = 2000, noise: float = 0.0) -> Pace:
@@ -48,3 +48,17 @@ def test_a_hiccup_does_not_count_and_a_new_speed_does() -> None:
         num_rows = draw.randint(1, 64)
         pace.see(num_rows, 0.005 + 0.0006 * num_rows)
     assert pace.cheap_rows(64) == pytest.approx(25, abs=3)
+
+
+def test_it_is_told_now_and_then_and_where_it_has_changed() -> None:
+    """Not in between, nor a small change, nor before it can be said."""
+    pace = seen(0.005, 0.0003, range(1, 65), 31 * TOLD_EVERY)
+    rows = pace.cheap_rows(64)
+    assert rows == 50
+    assert pace.news(100, 100) == rows
+    assert pace.news(64, 64) is None  # a small change
+    assert pace.news(rows, 64) is None
+    assert pace.news(round(rows / (1 + CHANGE_TOLD)), 64) is None
+    pace.see(30, 0.014)
+    assert pace.news(100, 100) is None
+    assert seen(0.005, 0.0003, range(1, 65), TOLD_EVERY).news(100, 100) is None

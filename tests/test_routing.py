@@ -13,6 +13,7 @@ from sglang_dynasor.engine.retraction import youngest_last
 from sglang_dynasor.engine.room import adder_class
 from sglang_dynasor.engine.routing import route_program
 from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.retraction import siblings
 from sglang_dynasor.policy.spec import parse_field
 
 
@@ -64,6 +65,22 @@ def test_without_programs_the_order_is_sglang_s() -> None:
     """The very list."""
     order = [2, 0, 1]
     assert youngest_last(order, [branch(None), branch(None), branch(3, kind=SentTag)]) is order
+
+
+@pytest.mark.parametrize(
+    ("left", "retracted", "expected"),
+    [
+        (["a", None, "b", "a"], {"a"}, [0, 3]),
+        (["a", "a"], {"a"}, []),  # nothing else would run
+        ([None, "b"], {"a"}, []),
+        ([None], set[str](), []),
+    ],
+)
+def test_siblings_follow_unless_nothing_else_would_run(
+    left: list[str | None], retracted: set[str], expected: list[int]
+) -> None:
+    """Programs are retracted whole; plain requests never follow."""
+    assert siblings(left, retracted) == expected
 
 
 @pytest.mark.parametrize(("num_running", "num_admitted", "seen"), [(0, 0, 10), (1, 0, 110), (0, 1, 110)])

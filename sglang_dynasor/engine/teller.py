@@ -19,7 +19,6 @@ from sglang_dynasor.engine.reward_model import RewardModel
 from sglang_dynasor.policy.pace import Pace
 
 TOLD_RID = "\0dynasor-told-"  # then what is told, and of what, parted by colons
-CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 
 
 def told(*parts: object) -> AbortReq:
@@ -68,16 +67,15 @@ class Teller:
         for (number, index), finding in self.findings.given():
             into, score = finding or Finding(None)
             yield told("same", number, index, "" if into is None else into, "" if score is None else score.hex())
-        rows = self._cheap_rows(now, most_rows)
-        if rows is not None and abs(rows - cheap_rows) > CHANGE_TOLD * cheap_rows:
+        if self._see_step(now) and (rows := self._pace.news(cheap_rows, most_rows)) is not None:
             yield told("cheap-rows", rows)
 
-    def _cheap_rows(self, now: float, most_rows: int) -> int | None:
-        """Time the step that has just been run; now and then, the rows that are cheap."""
+    def _see_step(self, now: float) -> bool:
+        """Time the step that has just been run. Returns whether there was one."""
         scheduler, (last_step, last_time) = self.scheduler, self._last_step
         self._last_step = scheduler.forward_ct, now
         batch = scheduler.last_batch
         if batch is None or not batch.forward_mode.is_decode() or scheduler.forward_ct != last_step + 1:
-            return None
+            return False
         self._pace.see(len(batch.reqs), now - last_time)
-        return None if self._pace.num_steps % 64 else self._pace.cheap_rows(most_rows)
+        return True

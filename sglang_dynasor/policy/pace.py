@@ -16,6 +16,8 @@ FORGET_FRAC = 0.005  # of the past, per step
 FEWEST_STEPS = 100
 FEWEST_VARIANCE = 4.0  # of the rows: steps that are all alike tell nothing
 OUTLIER = 20.0  # times the usual step: something else happened
+TOLD_EVERY = 64  # steps
+CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
 
 
 @dataclass(slots=True)
@@ -49,3 +51,8 @@ class Pace:
             return most
         fixed_s = self.step_s - row_s * self.rows
         return max(1, min(most, round(fixed_s / row_s * PEAK_FRAC / (1 - PEAK_FRAC))))
+
+    def news(self, told: int, most: int) -> int | None:
+        """The cheap rows, where it is time to tell them and they differ from those `told` last; None: nothing to tell."""
+        rows = None if self.num_steps % TOLD_EVERY else self.cheap_rows(most)
+        return None if rows is None or abs(rows - told) <= CHANGE_TOLD * told else rows
