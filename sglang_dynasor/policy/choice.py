@@ -26,6 +26,7 @@ _MARKED = re.compile(
 _LINE = re.compile(r"^[ \t>*_#`$\"(\[（【•-]*+([A-J])[ \t*_`$)\].:\"）】]*$", re.M)
 _ONLY = re.compile(r"[\s>*_#`$\"(\[-]*+([A-Ja-j])[\s*_`$)\].:\"]*")
 _OPENING = re.compile(r"^[ \t>*_#-]*+[(\[]?([A-J])(?:[)\]:]|\. )(?=[ \t]*\S)", re.M)
+_NAMED = re.compile(r"(?<![\w)\]}\\(])([A-J])\)(?![\w(])")
 _BOX = re.compile(
     r"(?:\\(?:text|textbf|textrm|textit|mathrm|mathbf|bf|rm)\b\s*\{?|[\s({\[*$\\\"])*+([A-Za-z])(?![A-Za-z0-9])"
 )
@@ -56,7 +57,7 @@ def find_choice(text: str) -> Found | None:
     """The letter that the text settles on, as a capital. Of the ways to say it the first that is there counts.
 
     In a box; in `<answer>`; after "answer", "correct option" and the like; "Option B"; alone on a line; in `**`, `( )` or `[ ]`;
-    at the start of a line where no other letter stands so. None where several are the answer.
+    at the start of a line, or anywhere as `B)`, where no other letter stands so. None where several are the answer.
     """
     try:
         for letter, is_marked in _candidates(text):
@@ -91,6 +92,9 @@ def _candidates(text: str) -> Iterator[tuple[str, bool]]:
     opening = {found[1] for found in _OPENING.finditer(text)}
     if len(opening) == 1:
         yield opening.pop(), False
+    named = {found[1]: found.end() for found in _NAMED.finditer(text)}
+    if len(named) == 1 and not _DENIED.match(text, *named.values()):
+        yield next(iter(named)), False
 
 
 def _stands(text: str, end: int, letter: str, *, is_alone: bool = False) -> bool:
