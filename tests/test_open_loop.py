@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from bench_online import BLOCK, WAYS, Bench, Point, Run, against, highest_rate, picks_of
 from rows import percentile
+from simulate_online import highest_rate as found_rate
 
 from sglang_dynasor.demo import Solved
 from sglang_dynasor.errors import ConfigError
@@ -74,11 +75,24 @@ def test_blocks_drawn_anew_give_an_interval_around_p90() -> None:
     one = point(1, *latencies_s)
     twice = point(2, *(2 * value for value in latencies_s))
     picks = picks_of(200, 1)
-    draws = one.drawn_p90(picks)
+    draws = one.drawn_needs(picks)
     assert draws.min() < one.p90 < draws.max()
-    assert twice.drawn_p90(picks) == pytest.approx(2 * draws)
-    assert point(3, *[7.0] * BLOCK).drawn_p90(picks) == pytest.approx(7)
-    assert point(3, 7.0).drawn_p90(picks_of(1, 1)) == pytest.approx(7)
+    assert twice.drawn_needs(picks) == pytest.approx(2 * draws)
+    assert point(3, *[7.0] * BLOCK).drawn_needs(picks) == pytest.approx(7)
+    assert point(3, 7.0).drawn_needs(picks_of(1, 1)) == pytest.approx(7)
+
+
+def test_a_way_that_leaves_some_behind_is_not_inside() -> None:
+    """Nine of ten are answered at once, and the last one long after the stream is over."""
+    made = Run(point(1, *[1.0] * 19, 40.0).runs[0].solved, 50.0, drain_s=30.0)
+    assert (Point(WAYS[0], "poisson", 1, [made]).p90, Point(WAYS[0], "poisson", 1, [made]).needs_s) == (1, 15)
+    assert Point(WAYS[0], "poisson", 1, [made]).drawn_needs(picks_of(20, 1)).min() >= 15
+
+
+def test_the_simulators_rate_is_found_by_halving() -> None:
+    """Wherever the search begins."""
+    for start in (0.01, 3.0, 700.0):
+        assert found_rate(lambda rate: rate <= 3.7, start) == pytest.approx(3.7, rel=0.03)
 
 
 def test_the_gain_over_stock_has_the_interval_of_both() -> None:
