@@ -36,6 +36,7 @@ MUON_LR, ADAM_LR = 0.01, 2e-3
 DOCS_PER_CHUNK = 768
 JUDGE_WEIGHT = 0.3
 POOL_SIZE = 768
+HASTY_FRAC, SELDOM_HASTY_FRAC, MOST_HASTY_STEPS = 0.6, 0.2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Plan:
 
 
 REASONER = Plan()
+HASTY = Plan(0.20, 0.10, 0.08, pool_every_tokens=250_000, pool_from_frac=0.3, lr_scale=0.4)
 THINKER = Plan(0.25, 0.10, 0.35, 6, 16, 4, temperature=1.7, pool_every_tokens=300_000, pool_from_frac=0.0, lr_scale=0.3)
 
 
@@ -99,8 +101,13 @@ def add_solution(
 
 
 def solved(encode: tokens.Encoder, question: Question, rng: random.Random, wrong_frac: float) -> Document:
+    """A solution in steps; or, of short questions mostly, an answer without them, as people do who see it at once."""
     doc = Document()
     doc.add(encode(prompt(question.text)), False)
+    if rng.random() < (HASTY_FRAC if question.num_steps <= MOST_HASTY_STEPS else SELDOM_HASTY_FRAC):
+        doc.add(encode(f"#### {question.answer}"), True)
+        doc.add([encode.eos], True)
+        return doc
     wrong_at = rng.randrange(question.num_steps) if rng.random() < wrong_frac else None
     result = add_solution(doc, encode, question, wrong_at, rng)
     doc.add(encode(f"#### {result}"), True)
@@ -230,7 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    plan = THINKER if args.start else REASONER
+    plan = HASTY if args.start else REASONER
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
