@@ -18,6 +18,7 @@ from sglang_dynasor.policy.gang import Cost, Room
 from sglang_dynasor.policy.look import Offer, look
 from sglang_dynasor.policy.order import Order, Plain, Ticket
 from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.shared_budget import SharedBudgets
 
 THOUGHTS_PER_ROW = 8
 LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
@@ -77,6 +78,11 @@ class Engine(Protocol):
         """Branches that run or are queued."""
         ...
 
+    @property
+    def num_plain_waiting(self) -> int:
+        """Requests that wait and are no programs."""
+        ...
+
     def waiting(self) -> Iterable[Waiting]:
         """Requests that wait and are no programs, in the order in which the engine would admit them."""
         ...
@@ -97,10 +103,15 @@ class Admission:
         patience_tokens: service that later arrivals may get before a waiting program is head of the line.
         weights: of tenants that differ from 1.
         width: branches in flight of every program, whatever the load; 0: the load decides.
+        max_price: what a branch must be worth under the heaviest load (`end_if_dear`); 0: nothing.
     """
 
-    def __init__(self, engine: Engine, patience_tokens: int, weights: Mapping[str, float], width: int = 0):
+    def __init__(
+        self, engine: Engine, patience_tokens: int, weights: Mapping[str, float], width: int = 0, max_price: float = 0.0
+    ):  # fmt: skip
         self.engine = engine
+        self.max_price = max_price
+        self.budgets = SharedBudgets()
         self.fixed_width = width
         self.order = Order(patience_tokens, weights)
         self.forecast = Forecast()
@@ -129,7 +140,10 @@ class Admission:
 
     def expect(self, gang: Gang) -> None:
         """Count the branches that the program still needs, as far as is known now: programs share rows by them."""
-        self._expect(gang, round(self.forecast.branches(gang.program)))
+        program, num = gang.program, round(self.forecast.branches(gang.program))
+        if program.granted is not None:  # one that waits for its budget needs no row
+            num = min(num, program.num_in_flight + program.granted)
+        self._expect(gang, num)
 
     def follow(self, gang: Gang) -> None:
         """Start the siblings that were promised to follow their leader."""
@@ -154,6 +168,7 @@ class Admission:
         self.promised.pop(gang, None)
         self._expect(gang, 0)
         self.order.end(gang.ticket)
+        self.budgets.leave(gang.program)
         self._is_stale = True
 
     def charge(self, gang: Gang, tokens: int) -> None:
@@ -167,6 +182,34 @@ class Admission:
     def _expect(self, gang: Gang, num_branches: int) -> None:
         self.num_expected += num_branches - gang.num_expected
         gang.num_expected = num_branches
+
+    # What branches cost
+
+    def share_out(self) -> list[Gang]:
+        """Let programs start what their budgets give them now. Called once per step, before `look`.
+
+        Returns:
+            Programs that have come to their end: their budget is used up.
+        """
+        ended: list[Gang] = []
+        for budget in list(self.budgets.due):
+            shares = budget.share_out(self.engine.whole.rows, self.engine.progress_tokens)
+            for gang in shares.granted:
+                self.advance(gang)
+            ended += shares.ended
+        return ended
+
+    def load_frac(self, gang: Gang) -> float:
+        """The part of what others need here that must wait, in [0, 1): 0 where it all fits into the rows beside each other."""
+        others = self.num_expected - gang.num_expected + self.engine.num_plain_waiting
+        rows = min(self.cheap_rows, self.engine.whole.rows)
+        return max(0.0, 1.0 - rows / others) if others > 0 else 0.0
+
+    def end_if_dear(self, gang: Gang) -> None:
+        """End a program of which one more branch is not worth its price: the operator's, times the load."""
+        program = gang.program
+        if self.max_price and program.reason is None and program.spec.thought is None and program.spec.vote != "best":
+            program.end_if_dear(self.max_price * self.load_frac(gang))
 
     # Requests that are no programs
 

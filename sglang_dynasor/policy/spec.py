@@ -26,6 +26,7 @@ MOST_PROBE_TOKENS = 65_536
 MAX_WORD_CHARS = 32
 MOST_AGREE = 64
 MOST_MIN_TOKENS = 1_000_000
+MOST_BUDGET_PROGRAMS = 1_000_000
 GREEDY_BELOW = 1e-6  # temperature: SGLang takes the likeliest token there
 # How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
 # docs/results.md, "Recorded probes", has the replay that these come from.
@@ -68,6 +69,9 @@ _HELP = {
     "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
     "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "what ends a thought (default: the model's own)"),
     "effort": ("low, medium, high", "agree, probability and min_tokens together, as OpenAI's reasoning_effort (default medium)"),
+    "budget_tokens": ("1 or more", "tokens that the programs of one request spend together, each branch where it is worth most (default: no bound)"),
+    "budget": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a budget that programs of several requests share"),
+    "budget_programs": (f"1 to {MOST_BUDGET_PROGRAMS}", "with budget: how many programs share it"),
     "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
 FIELD_HELP = {
@@ -107,6 +111,15 @@ class ThoughtSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetSpec:
+    """Tokens that programs spend together (policy/shared_budget.py)."""
+
+    tokens: int
+    num_programs: int = 1
+    id: str = ""  # empty: nobody else shares it
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramSpec:
     """What a client asked for, every value in range."""
 
@@ -125,6 +138,7 @@ class ProgramSpec:
     statistics: bool = False
     thought: ThoughtSpec | None = None
     equal: str = "math"
+    budget: BudgetSpec | None = None
 
     @property
     def about(self) -> AlgorithmRecord:
@@ -206,7 +220,13 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
             "use answer hash, boxed or auto, or another rule"
         )
     thought = _thought(options, about)
-    refused = ("program", "judge", "weak_frac") if about.is_thought else ()
+    budget = parse_budget(options)
+    if budget is not None and vote == "best":
+        raise FieldError(
+            f"dynasor.budget_tokens={budget.tokens} with vote 'best' is not supported: nothing says what one more branch would change; "
+            "leave it out, or use another vote"
+        )
+    refused = ("program", "judge", "weak_frac", "budget_tokens") if about.is_thought else ()
     if key := next((key for key in refused if key in options), None):
         raise FieldError(
             f"dynasor.{key}={options[key]!r} with algorithm {about.name!r} is not supported; leave out one of the two"
@@ -214,8 +234,45 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
     group_tokens = _whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
     return ProgramSpec(
         about.name, branches, width, stop, answer, program, deadline_s, tenant or "",
-        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought, equal,
+        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought, equal, budget,
     )  # fmt: skip
+
+
+def parse_budget(options: dict[str, Any]) -> BudgetSpec | None:
+    """The budget that a field names; None where it names none.
+
+    Raises:
+        FieldError: no whole number, fewer tokens than programs, or an id without how many share it.
+    """
+    if "budget_tokens" not in options:
+        if key := next((key for key in ("budget", "budget_programs") if key in options), None):
+            raise FieldError(
+                f"dynasor.{key}={options[key]!r} without dynasor.budget_tokens: send how many tokens are shared too"
+            )
+        return None
+    tokens = options["budget_tokens"]
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise FieldError(
+            f"dynasor.budget_tokens={tokens!r} is a {type(tokens).__name__}; send a whole number of tokens, 1 or more"
+        )
+    if tokens < 1:
+        raise FieldError(f"dynasor.budget_tokens={tokens} is below 1; send a whole number of tokens, 1 or more")
+    if ("budget" in options) != ("budget_programs" in options):
+        has, lacks = ("budget", "budget_programs") if "budget" in options else ("budget_programs", "budget")
+        raise FieldError(
+            f"dynasor.{has}={options[has]!r} without dynasor.{lacks}: send both, the budget's id and how many programs share it, or neither"
+        )
+    if "program" in options:
+        raise FieldError(
+            f"dynasor.budget_tokens={tokens} with dynasor.program={options['program']!r}: when branches that you send start is your "
+            "business; leave out one of the two"
+        )
+    num_programs = _whole(options, "budget_programs", 1, MOST_BUDGET_PROGRAMS, "the limit")
+    if tokens < num_programs:
+        raise FieldError(
+            f"dynasor.budget_tokens={tokens} is below one branch per question: {num_programs} programs share it; send more"
+        )
+    return BudgetSpec(tokens, num_programs, _id(options, "budget") or "")
 
 
 def _equal(options: dict[str, Any], answer: str, about: AlgorithmRecord) -> str:
