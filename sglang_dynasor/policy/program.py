@@ -377,11 +377,16 @@ class Program:
         self.reason = reason if self.votes.recent else StopReason.FAILED
         return True
 
+    @property
+    def has_price(self) -> bool:
+        """Whether it may end because its next branch is not worth a price: somebody has voted, and votes decide."""
+        is_judgeable = self.reason is None and bool(self.votes.voters) and not self._is_open
+        return is_judgeable and self.spec.thought is None and self.spec.vote != "best"
+
     def end_if_dear(self, price: float) -> None:
-        """End where the next branch to finish is worth less than `price` (budget.py), as soon as somebody has voted."""
+        """End where the next branch to finish is worth less than `price` (budget.py)."""
         self.price = price
-        is_judgeable = self.reason is None and self.votes.voters and not self._is_open
-        if is_judgeable and branch_worth(self.evidence) < price:
+        if branch_worth(self.evidence) < price:
             self.reason = StopReason.PRICE
 
     @property
