@@ -16,7 +16,7 @@ from sglang_dynasor.policy.mean import Mean, expected_tokens
 from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.spec import BudgetSpec
 
-# Replayed on recorded samples with programs side by side (docs/results.md, "A budget for many questions"): with more at once
+# Replayed on recorded samples with programs side by side (docs/results.md, "A budget over many questions"): with more at once
 # branches go to whoever is asked first, and with less held the budget is overdrawn.
 AT_ONCE_FRAC = 0.25  # of the programs that go on: those that have a branch in flight, beyond first branches
 HOLD = 2.0  # times what a branch is expected to take
