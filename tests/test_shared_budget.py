@@ -124,6 +124,16 @@ def test_a_budget_that_is_large_ends_nobody() -> None:
     assert [one.program.reason for one in jobs] == [StopReason.CERTAIN, StopReason.CAP] * 4
 
 
+def test_what_could_change_nothing_is_not_bought() -> None:
+    """Though there is enough, and its rule would go on to the cap: five of eight agree."""
+    table = Table(SharedBudget(10**6, 2))
+    table.come(sure := job([("7", 40)] * 8, stop="never"))
+    table.come(unsure := job([(str(i), 40) for i in range(8)], stop="never"))
+    table.run()
+    assert (sure.program.reason, len(sure.program.branches)) == (StopReason.BUDGET, 5)
+    assert (unsure.program.reason, len(unsure.program.branches)) == (StopReason.CAP, 8)
+
+
 def test_every_question_has_a_branch_whatever_is_left() -> None:
     """Also where first branches alone take more than there is; then nobody gets a second one."""
     table = Table(SharedBudget(40, 16))

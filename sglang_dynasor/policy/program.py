@@ -33,7 +33,7 @@ class StopReason(StrEnum):
     CERTAIN = "certain"  # the stopping rule fired before every branch was used
     CAP = "cap"  # every branch allowed has finished
     DEADLINE = "deadline"  # its time is up: the best so far
-    BUDGET = "budget"  # the tokens that it shares with others are used up: the best so far
+    BUDGET = "budget"  # the tokens that it shares are used up, or worth nothing to it: the best so far
     PRICE = "price"  # under the load one more branch was not worth its price: the best so far
     FAILED = "failed"  # no branch is left that could finish
 

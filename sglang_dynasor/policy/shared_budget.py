@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sglang_dynasor.policy.budget import Budget
+from sglang_dynasor.policy.budget import Budget, branch_worth
 from sglang_dynasor.policy.mean import Mean, expected_tokens
 from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.spec import BudgetSpec
@@ -29,7 +29,7 @@ class Shares(NamedTuple):
     """What one look at a budget has brought, by the owners of the programs."""
 
     granted: list[Any]  # may start one branch each
-    ended: list[Any]  # have come to their end: nothing is left for them
+    ended: list[Any]  # have come to their end: nothing is left for them, or nothing could change
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +58,8 @@ class SharedBudget:
     """Tokens of `num_programs` programs together. Each brings its even share when it comes, and spends what all have brought.
 
     Every program's first branch starts whatever is left. Further ones go, one at a time of each program, to the program whose next
-    branch is worth most. The budget is used up when nothing is in flight and no branch can be paid for: then programs end.
+    branch is worth most. The budget is used up when nothing is in flight and no branch can be paid for: then programs end. So does a
+    program whose answer no branch can change.
 
     Args:
         due: where the budget enters itself when it is to be looked at.
@@ -130,20 +131,23 @@ class SharedBudget:
             member = self.members[number]
             if member.program.num_in_flight:
                 self.budget.hold(number, progress_tokens(member.owner) + member.expected_tokens)
+        granted: list[Any] = []
+        ended: list[Any] = []
         for number in self._changed:
             member = self.members.get(number)
-            if member is not None and member.may_start:
-                self.budget.offer(number, member.program.evidence, HOLD * member.expected_tokens)
-            else:
+            if member is None or not member.may_start:
                 self.budget.withdraw(number)
+            elif branch_worth(member.program.evidence) > 0:
+                self.budget.offer(number, member.program.evidence, HOLD * member.expected_tokens)
+            elif member.program.give_up(StopReason.BUDGET):
+                ended.append(member.owner)
         self._changed.clear()
-        granted: list[Any] = []
         most = min(most_at_once, max(1, int(AT_ONCE_FRAC * len(self.members))))
         while len(self.budget.held_tokens) < most and (number := self.budget.take()) is not None:
             member = self.members[number]
             member.program.granted = 1
             granted.append(member.owner)
-        return Shares(granted, [] if self.budget.held_tokens else self._end())
+        return Shares(granted, ended if self.budget.held_tokens else ended + self._end())
 
     def _end(self) -> list[Any]:
         """End programs that wait, as many as a look may end; their owners."""
