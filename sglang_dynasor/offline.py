@@ -25,9 +25,10 @@ from sglang_dynasor.frontend.locked_budget import LockedBudget
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.seat import check_seed
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
+from sglang_dynasor.policy.budget_spec import BudgetSpec, parse_budget
 from sglang_dynasor.policy.hint import name_default
 from sglang_dynasor.policy.program import StopReason
-from sglang_dynasor.policy.spec import BudgetSpec, parse_budget, parse_field
+from sglang_dynasor.policy.spec import parse_field
 
 MOST_AT_ONCE = 1024  # questions of one budget
 _SHOWN_CHARS = 40  # of a question in the table

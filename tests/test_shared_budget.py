@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.ledger import FEWEST_BRANCHES, BudgetBook
 from sglang_dynasor.policy.budget import branch_worth
+from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.shared_budget import HOLD, MOST_ENDED, SharedBudget, SharedBudgets
-from sglang_dynasor.policy.spec import BudgetSpec, parse_field
+from sglang_dynasor.policy.spec import parse_field
 
 MOST_TOKENS = 200
 

@@ -8,8 +8,9 @@ from math import ceil
 from typing import Any
 
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean
-from sglang_dynasor.policy.spec import BudgetSpec, ProgramSpec
+from sglang_dynasor.policy.spec import ProgramSpec
 
 FEWEST_BRANCHES = 16  # after which it is known how long branches are
 # Of `/dynasor/status`, by key; docs/reference.md is made from this, and a test compares it with a server's.

@@ -12,9 +12,9 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from sglang_dynasor.policy.budget import Budget, branch_worth
+from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean, expected_tokens
 from sglang_dynasor.policy.program import Program, StopReason
-from sglang_dynasor.policy.spec import BudgetSpec
 
 # Replayed on recorded samples with programs side by side (docs/results.md, "A budget over many questions"): with more at once
 # branches go to whoever is asked first, and with less held the budget is overdrawn.
