@@ -55,6 +55,7 @@ class Controller:
             self.room.whole.tokens if patience_tokens < 0 else patience_tokens,
             config.tenant_weights,
             config.dynasor_width,
+            config.dynasor_max_price,
         )
         self.inside = Inside(scheduler, self.front, self.admission)
         voting = Voting(scheduler.tokenizer, self.admission.forecast, self.faults)
@@ -84,6 +85,7 @@ class Controller:
             "num_policy_errors": self.faults.num,
             "num_held_programs": len(self.programs.held),
             "num_waiting_programs": self.admission.order.num_waiting,
+            "num_budgets": len(self.admission.budgets.by_id),
             "num_client_programs": len(self.programs.sent),
             "num_branches_inside": self.inside.num_reqs,
             "num_branches_queued": len(self.front),
@@ -120,6 +122,8 @@ class Controller:
         self.branches.readings.open_step(has_bound=self.scheduler.idle_sleeper is None or not running_batch.is_empty())
         thoughts.make_due()
         try:
+            for gang in self.admission.share_out():
+                self.ends.guarded(gang.owner, self.ends.answer)
             head = self.admission.look()
             if head is not None:  # its prompt is used next: the radix cache evicts others first
                 touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
@@ -133,6 +137,7 @@ class Controller:
         """As stock would: everything waits in SGLang's queue, in order of arrival."""
         self.admission.is_plain_due = True
         for live in list(self.programs.held.values()):
+            live.program.granted = None  # nobody could grant it more
             if not any(live.in_flight()):
                 self.admission.stop_waiting(live.gang)
                 self._start(live, live.program.num_unused)
