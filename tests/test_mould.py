@@ -26,7 +26,13 @@ DIFFERENT = {"rid", "cache_request_handle", "time_stats", "sampling_params", "dy
 def parent_of(**fields: Any) -> Req:
     params = SamplingParams(max_new_tokens=24, temperature=1.0, custom_params={"dynasor": {}}, sampling_seed=5)
     params.normalize(None)
-    given: dict[str, Any] = {"eos_token_ids": {0, 7}, "vocab_size": 100, "priority": 3, "extra_key": "key", "cache_salt": "salt"}
+    given: dict[str, Any] = {
+        "eos_token_ids": {0, 7},
+        "vocab_size": 100,
+        "priority": 3,
+        "extra_key": "key",
+        "cache_salt": "salt",
+    }
     req = Req("parent", "", array("q", range(9)), params, **{**given, **fields})
     req.tokenizer = SimpleNamespace()  # type: ignore[assignment]
     req.logprob_start_len = 4
