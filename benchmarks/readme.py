@@ -22,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "python benchmarks/bench_self_consistency.py --num-questions 128",
+    "peers": "make peers",
+    "peers_pairs": "make peers",
+    "simulate_online": "python benchmarks/simulate_online.py --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys_x32 --costs cpu gpu "
+    "--csv benchmarks/results/simulate_online.csv",
     "passthrough": "make bench",
     "statistics": "python benchmarks/bench_statistics.py --num-questions 128",
     "statistics_overhead": "make bench",
@@ -59,6 +63,9 @@ CLOSING = (
     "programs",
     "hard programs",
     "at a time",
+    "cap",
+    "temperature",
+    "samples",
     "seconds",
     "steps",
     "SLO s",
