@@ -152,6 +152,14 @@ class Controller:
         visible: list[Req] = []
         for req in reqs:
             tag = tag_of(req)
+            # Runs for every branch in every step, and for most there is nothing to do.
+            if (
+                req.finished_reason is None
+                and type(tag) is BranchTag
+                and tag.asking is None
+                and tag.live.gang.is_prompt_cached
+            ):
+                continue
             if tag is None or isinstance(tag, SentTag):
                 visible.append(req)
                 if req.finished_reason is not None and not req.finished_output:
@@ -161,9 +169,7 @@ class Controller:
                 continue
             try:
                 if not req.finished():
-                    # Runs for every branch in every step, and for most there is nothing to do.
-                    if type(tag) is not BranchTag or tag.asking is not None or not tag.live.gang.is_prompt_cached:
-                        tag.keeper.has_output(req, tag)
+                    tag.keeper.has_output(req, tag)
                 elif not req.finished_output:  # with overlap a finished request comes by twice
                     self.inside.leave(req, tag)
                     tag.keeper.has_ended(req, tag)

@@ -53,6 +53,7 @@ class Program:
     comparisons: Comparisons = field(init=False)  # of its answers
     answering: dict[int, Part] = field(default_factory=dict[int, Part])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
+    finished_tokens: list[int] = field(default_factory=list[int])  # lengths of the branches that came to their own end
     num_in_flight: int = 0
     num_failed: int = 0
     num_judge_tokens: int = 0  # that its judges computed
@@ -104,7 +105,8 @@ class Program:
         """The fewest votes that could decide; 0 if none short of the cap could (allocation.py)."""
         evidence = self.evidence
         if self._needed is None or self._needed[0] is not evidence:
-            self._needed = evidence, votes_needed(evidence, self.spec.stop)
+            near = 1 if self._needed is None else self._needed[1] - 1  # one more has agreed, mostly
+            self._needed = evidence, votes_needed(evidence, self.spec.stop, near)
         return self._needed[1]
 
     @property
@@ -179,11 +181,6 @@ class Program:
         if len(self.warmup) < warmup_branches(self.spec.branches):
             return None
         return weak_level(self.warmup, self.spec.weak_frac)
-
-    @property
-    def finished_tokens(self) -> list[int]:
-        """Lengths of the branches that came to their own end."""
-        return [branch.num_tokens for branch in self.branches if branch.state is BranchState.FINISHED]
 
     @property
     def winner(self) -> int | None:
@@ -363,6 +360,8 @@ class Program:
         if branch.state is not BranchState.IN_FLIGHT:
             raise ValueError(f"branch {index} of program {self.id} is already {branch.state}")
         branch.state, branch.num_tokens = state, num_tokens
+        if state is BranchState.FINISHED:
+            self.finished_tokens.append(num_tokens)
         if branch.confidence is not None:
             branch.confidence.close()
         self.num_in_flight -= 1
