@@ -5,6 +5,7 @@ tests/test_http.py and tests/test_chat_model.py run it against SGLang.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
@@ -20,10 +21,11 @@ from typing import Any
 
 import httpx
 import pytest
+from engines import ROOT
 
 from sglang_dynasor.bench import chat, run
 from sglang_dynasor.bench.chat import Chat, read_reply, shared
-from sglang_dynasor.bench.command import EARLY, Report, run_bench
+from sglang_dynasor.bench.command import EARLY, Report, add_bench_options, run_bench
 from sglang_dynasor.bench.intervals import percent, points, share
 from sglang_dynasor.bench.questions import Question, read_questions
 from sglang_dynasor.bench.replay import replay, replayed
@@ -432,8 +434,8 @@ class Model(BaseHTTPRequestHandler):
     """A chat endpoint that adds two numbers, rightly in some of its samples."""
 
     def do_GET(self) -> None:
-        answers = {"/v1/models": {"data": [{"id": "adder", "owned_by": self.server.owner}]}}  # type: ignore[attr-defined]
-        self.answer(200 if self.path in answers else 404, answers.get(self.path, {"error": "no such path"}))
+        is_there = self.path == "/v1/models" and self.server.models is not None  # type: ignore[attr-defined]
+        self.answer(*((200, self.server.models) if is_there else (404, {"error": "no such path"})))  # type: ignore[attr-defined]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -468,9 +470,10 @@ def adds(body: dict[str, Any], *, right: float = 0.7, n: int | None = None) -> t
 
 
 @contextmanager
-def serving(reply: Any, owner: str = "somebody") -> Iterator[ThreadingHTTPServer]:
+def serving(reply: Any) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
-    server.reply, server.bodies, server.owner = reply, [], owner  # type: ignore[attr-defined]
+    server.reply, server.bodies = reply, []  # type: ignore[attr-defined]
+    server.models = {"data": [{"id": "adder", "owned_by": "somebody"}]}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -667,6 +670,15 @@ def test_what_cannot_be_measured_is_said_first(tmp_path: Path) -> None:
         bench(tmp_path, gone, questions)
 
 
+def test_a_server_that_lists_no_models(tmp_path: Path) -> None:
+    """It is measured where the name is given; else it is said that this is missing."""
+    with serving(lambda number, body: adds(body)) as server:
+        server.models = None  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match="its /v1/models says HTTP 404, .*; if it is one, give --model"):
+            bench(tmp_path, server, sums(tmp_path, 5))
+        assert bench(tmp_path, server, sums(tmp_path, 5), "--model", "adder").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -721,3 +733,13 @@ def test_what_is_sent() -> None:
     assert program["messages"][0]["content"].startswith("Which?\n\nA) x\nB) y\n\nThink")
     assert read_answer("", "The answer is \\boxed{B}", asking.extractor(choice)) == "B"
     assert Asking(instruction="").body(GREEDY, Question("1", "Q?"))["messages"][0]["content"] == "Q?"
+
+
+def test_every_option_is_explained() -> None:
+    """In docs/bench.md; and nothing is explained that is not there."""
+    parser = argparse.ArgumentParser()
+    add_bench_options(parser)
+    options = {option for action in parser._actions for option in action.option_strings} - {"-h", "--help"}
+    text = (ROOT / "docs" / "bench.md").read_text()
+    table = text.partition("## Options")[2].partition("## How")[0]
+    assert set(re.findall(r"`(--[a-z-]+)`", table.replace(" simulate", ""))) == options

@@ -4,68 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from math import ceil, floor, log10
 from statistics import mean
 
-from sglang_dynasor.bench.table import Line, Table
+from sglang_dynasor.bench.table import WIDE, Line, Table
+from sglang_dynasor.bench.ways import STOCK
 
 WIDTH, HEIGHT = 460, 280
+LETTER = 5.9  # width of one, about
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 14, 40
-SHARES = ((0.0, 0.5, "below half"), (0.5, 0.75, "half"), (0.75, 1.0, "three quarters"), (1.0, 2.0, "all"))
+SHARES = ((0.0, 0.5, "below 50 %"), (0.5, 0.75, "50 to 74 %"), (0.75, 1.0, "75 to 99 %"), (1.0, 2.0, "all"))
 
 
 def charts(table: Table) -> list[tuple[str, str]]:
     """Titles and pictures."""
-    drawn = [("Right answers, by tokens" if table.has_gold else "Agreement, by tokens", scatter(table))]
+    drawn = [
+        (
+            "Right answers in percent, by tokens of a question"
+            if table.has_gold
+            else "Agreement in percent, by tokens of a question",
+            scatter(table),
+        )
+    ]
     drawn.append(("Seconds until the answer: mean, and p90 as a line", bars(table)))
-    if table.vote_shares and table.programs:
-        drawn.append(("Tokens, by how much of the full vote agrees", by_vote(table)))
+    program = next((line for line in table.programs if line.way.width != WIDE), None)
+    stock = table.line(STOCK)
+    if stock is not None and program is not None:
+        title = f"Tokens of a question, {stock.way.name} and {program.way.name}: by how many samples agree (number of questions)"
+        drawn.append((title, by_vote(table, stock, program)))
     return [(title, svg) for title, svg in drawn if svg]
 
 
-def ticks(highest: float) -> list[float]:
-    """Round values from 0 to a little above."""
-    step = 1.0
-    while step * 5 < highest:
-        step *= 10
-    while step * 5 >= highest * 2.5 and step > 1e-9:
-        step /= 2
-    num = 1
-    while step * num < highest:
-        num += 1
-    return [step * i for i in range(num + 1)]
+def ticks(low: float, high: float) -> list[float]:
+    """Three to six round values, the first not above `low`, the last not below `high`."""
+    rough = max(high - low, 1e-9) / 4
+    size = 10 ** floor(log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    first, last = floor(low / step), ceil(high / step)
+    return [step * i for i in range(first, max(last, first + 1) + 1)]
 
 
 def scatter(table: Table) -> str:
     """Each way with its intervals: tokens to the right, right answers upwards."""
-    lines = [line for line in table.lines if line.hits is not None]
-    if not lines:
+    found = [(line, line.hits) for line in table.lines if line.hits is not None]
+    if not found:
         return ""
-    across = ticks(max(line.tokens for line in lines) * 1.05)
-    low = max(0.0, min(line.hits.low for line in lines if line.hits) - 2)
-    high = min(100.0, max(line.hits.high for line in lines if line.hits) + 2)
-    low, high = 5 * (low // 5), 5 * -(-high // 5)
-    steps = [low + (high - low) * i / 4 for i in range(5)]
+    across = ticks(0, max(line.tokens for line, _ in found))
+    up = ticks(max(0.0, min(hits.low for _, hits in found)), min(100.0, max(hits.high for _, hits in found)))
+
+    def height(value: float) -> float:
+        return _y(min(1.0, max(0.0, (value - up[0]) / (up[-1] - up[0]))))
+
     parts = _frame(
-        [(x / across[-1], f"{x:,.0f}") for x in across], [((y - low) / (high - low), f"{y:.0f}") for y in steps]
+        [(x / across[-1], f"{x:,.0f}") for x in across], [((y - up[0]) / (up[-1] - up[0]), f"{y:g}") for y in up]
     )
-    taken: list[float] = []
-    for line in sorted(lines, key=lambda line: -(line.hits.value if line.hits else 0)):
-        assert line.hits is not None
-        x, y = _x(line.tokens / across[-1]), _y((line.hits.value - low) / (high - low))
-        if line.hits.half is not None:
-            ends = [_y(min(1.0, max(0.0, (end - low) / (high - low)))) for end in (line.hits.low, line.hits.high)]
+    taken: list[tuple[float, float, float]] = []  # labels: from, to, and their line
+    for line, hits in sorted(found, key=lambda pair: -pair[1].value):
+        x, y, wide = _x(line.tokens / across[-1]), height(hits.value), LETTER * len(line.way.name)
+        if hits.half is not None:
             parts.append(
-                f'<line class="{kind(line)}" x1="{x:.1f}" x2="{x:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+                f'<line class="{kind(line)}" x1="{x:.1f}" x2="{x:.1f}" y1="{height(hits.low):.1f}" y2="{height(hits.high):.1f}"/>'
             )
+        left = x + 8 if x + 8 + wide < WIDTH else x - 8 - wide
         label_y = y + 4
-        while any(abs(label_y - other) < 12 for other in taken):
-            label_y += 3
-        taken.append(label_y)
-        side = (x + 8, "start") if x < WIDTH * 0.6 else (x - 8, "end")
+        while any(left < end and begin < left + wide and abs(label_y - at) < 11 for begin, end, at in taken):
+            label_y += 11
+        taken.append((left, left + wide, label_y))
         parts.append(f'<circle class="{kind(line)}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
-        parts.append(
-            f'<text x="{side[0]:.1f}" y="{label_y:.1f}" text-anchor="{side[1]}">{escape(line.way.name)}</text>'
-        )
+        if label_y > y + 4:
+            parts.append(
+                f'<line class="grid" x1="{x:.1f}" x2="{left + (0 if left > x else wide):.1f}" y1="{y:.1f}" y2="{label_y - 3:.1f}"/>'
+            )
+        parts.append(f'<text x="{left:.1f}" y="{label_y:.1f}">{escape(line.way.name)}</text>')
     return _svg(parts)
 
 
@@ -74,7 +84,7 @@ def bars(table: Table) -> str:
     lines = [line for line in table.lines if line.mean_s is not None and line.p90_s is not None]
     if not lines:
         return ""
-    up = ticks(max(max(line.p90_s or 0.0, line.mean_s or 0.0) for line in lines) * 1.05 or 1.0)
+    up = ticks(0, max(max(line.p90_s or 0.0, line.mean_s or 0.0) for line in lines))
     parts = _frame([], [(y / up[-1], f"{y:g}") for y in up])
     room = 1 / len(lines)
     for place, line in enumerate(lines):
@@ -88,18 +98,14 @@ def bars(table: Table) -> str:
     return _svg(parts)
 
 
-def by_vote(table: Table) -> str:
+def by_vote(table: Table, stock: Line, program: Line) -> str:
     """Stock's tokens and those of a program, for questions on which the samples agree more and less."""
-    stock = next((line for line in table.lines if not line.way.is_program and line.hits_change is None), None)
-    if stock is None:
-        return ""
-    program = table.programs[0]
     groups = [
         (name, [i for i, share in enumerate(table.vote_shares) if low <= share < high]) for low, high, name in SHARES
     ]
     groups = [(f"{name} ({len(who)})", who) for name, who in groups if who]
     means = [[mean(line.each_tokens[i] for i in who) for line in (stock, program)] for _, who in groups]
-    up = ticks(max(max(pair) for pair in means) * 1.1)
+    up = ticks(0, 1.05 * max(max(pair) for pair in means))
     parts = _frame([], [(y / up[-1], f"{y:,.0f}") for y in up])
     room = 1 / len(groups)
     for place, ((name, _), pair) in enumerate(zip(groups, means, strict=True)):

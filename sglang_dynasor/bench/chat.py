@@ -84,9 +84,9 @@ class Chat:
             raise ConfigError(f"--url={url} says HTTP {models.status_code}; give its key with --api-key")
         found = _json(models)
         listed = cast("list[dict[str, Any]]", found.get("data") or [])
-        if models.status_code != HTTPStatus.OK or not (model or listed):
+        if not model and (models.status_code != HTTPStatus.OK or not listed):
             raise ConfigError(
-                f"--url={url} is no OpenAI-compatible server: its /v1/models says HTTP {models.status_code}, {models.text[:80]!r}"
+                f"--url={url} is no OpenAI-compatible server: its /v1/models says HTTP {models.status_code}, {models.text[:80]!r}; if it is one, give --model"
             )
         is_sglang = any(one.get("owned_by") == "sglang" for one in listed)
         return cls(client, base, model or listed[0]["id"], is_sglang, is_sglang and status.status_code == HTTPStatus.OK)

@@ -129,7 +129,7 @@ async def _measure(
                 raise ConfigError(f"--stop {seeing[0]} reads logits, which this server does not show; leave it out")
         await check(chat, asking, questions[0], measured.ways)
         with Bar(measured, asking, found.replays, len(questions), 60 * args.minutes) as bar:
-            await measure(measured, chat, asking, questions, 60 * args.minutes, args.concurrency, bar.update)
+            await measure(measured, chat, asking, questions, 60 * args.minutes, args.concurrency, bar.update, bar.rest)
 
 
 def _checked(args: argparse.Namespace) -> Asking:

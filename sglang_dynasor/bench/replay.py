@@ -56,16 +56,18 @@ def replay(samples: Sequence[Sample], spec: ProgramSpec, width: int, usual_token
 
 
 def replayed(stock: Solved, spec: ProgramSpec, width: int, usual_tokens: float) -> Solved:
-    """What a program would have made of stock's samples, the mean over NUM_ORDERS of them.
+    """What a program would have made of stock's samples: the mean over NUM_ORDERS of them, where not all start at once.
 
     Its latency is stock's for as many of its steps as the program took, where all branches start at once; else it is not known,
     as steps with fewer rows are faster.
     """
     samples = stock.samples
+    is_wide = width >= len(samples)
+    turns = 1 if is_wide else NUM_ORDERS
     keys: list[str | None] = []
     tokens = steps = branches = 0
-    for turn in range(NUM_ORDERS):
-        first = turn * len(samples) // NUM_ORDERS
+    for turn in range(turns):
+        first = turn * len(samples) // turns
         run = replay([*samples[first:], *samples[:first]], spec, width, usual_tokens)
         program, winner = run.program, run.program.winner
         keys.append(None if winner is None else program.branches[winner].key)
@@ -73,6 +75,6 @@ def replayed(stock: Solved, spec: ProgramSpec, width: int, usual_tokens: float) 
         branches += len(program.branches)
         steps += run.num_steps
     latency_s = None
-    if width >= len(samples) and stock.latency_s is not None:
-        latency_s = stock.latency_s * steps / NUM_ORDERS / max(1, *(sample.num_tokens for sample in samples))
-    return Solved(tuple(keys), tokens / NUM_ORDERS, latency_s, branches / NUM_ORDERS)
+    if is_wide and stock.latency_s is not None:
+        latency_s = stock.latency_s * steps / max(1, *(sample.num_tokens for sample in samples))
+    return Solved(tuple(keys), tokens / turns, latency_s, branches / turns)

@@ -28,7 +28,6 @@ class Measured:
     refused: dict[str, str] = field(default_factory=dict[str, str])  # by question: what the server said
     elapsed_s: float = 0.0
     ended: str = ""  # why it ended before its time and questions did
-    is_out_of_time: bool = False
 
     def keep(self, question: Question, way: str, solved: Solved) -> None:
         self.questions[question.id] = question
@@ -81,6 +80,7 @@ async def measure(
     limit_s: float,
     concurrency: int,
     tell: Callable[[], None],
+    rest: Callable[[], None],
 ) -> None:
     """Ask until the questions or the time are used up, or the server is gone. What comes back is in `measured`.
 
@@ -91,6 +91,7 @@ async def measure(
         limit_s: seconds.
         concurrency: requests under way at once.
         tell: called after each answer.
+        rest: called where no request is under way.
     """
     began_s = time.monotonic()
     try:
@@ -98,13 +99,13 @@ async def measure(
             for number, block in enumerate(blocks(questions, concurrency)):
                 measured.elapsed_s = time.monotonic() - began_s
                 if number and measured.elapsed_s * (number + 1) / number > limit_s:
-                    measured.is_out_of_time = True
                     return
                 turn = number % len(measured.ways)
                 for way in (*measured.ways[turn:], *measured.ways[:turn]):
                     await _ask_all(measured, chat, asking, way, block, concurrency, tell)
+                    rest()
     except TimeoutError:
-        measured.is_out_of_time = True
+        pass  # with what there is
     except ExceptionGroup as group:  # of a task group: the first error ends the others
         error = group.exceptions[0]
         if not isinstance(error, GoneError | RefusedError | ConfigError):

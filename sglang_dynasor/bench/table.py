@@ -20,6 +20,9 @@ WIDE, NARROW = "wide", "narrow"
 NUM_VOTES = 100  # second votes that are drawn for each question
 
 
+Replays = dict[tuple[str, str, str], Solved]  # by question, rule and width
+
+
 class Way(NamedTuple):
     """A way as a line of the table."""
 
@@ -79,14 +82,16 @@ class Table:
 
 
 def make_table(
-    measured: Measured, asking: Asking, replays: Sequence[str], use_gold: bool, num_draws: int = NUM_DRAWS
-) -> Table | None:
+    measured: Measured, asking: Asking, replays: Sequence[str], use_gold: bool, num_draws: int = NUM_DRAWS,
+    made: Replays | None = None,
+) -> Table | None:  # fmt: skip
     """The table of what is there; None where nothing is.
 
     Args:
         replays: rules of which it is replayed what they would have made of stock's samples.
         use_gold: count right answers, where golds are given.
         num_draws: of each resampled interval.
+        made: replays that were made before, and are not made again though the server's mean length has moved since.
     """
     names, ids = measured.shared()
     if not ids:
@@ -94,7 +99,7 @@ def make_table(
     columns = {Way(way, _name(way, asking)): [measured.solved[id][way] for id in ids] for way in names}
     stock = [measured.solved[id][STOCK] for id in ids] if STOCK in names else None
     if stock is not None:
-        columns |= _replays(measured, asking, replays, ids, stock)
+        columns |= _replays(measured, asking, replays, ids, stock, {} if made is None else made)
     right = [asking.gold_key(measured.questions[id]) for id in ids]
     known = [place for place, key in enumerate(right) if key is not None] if use_gold else []
     has_gold = bool(known)
@@ -119,18 +124,24 @@ def _name(way: str, asking: Asking) -> str:
 
 
 def _replays(
-    measured: Measured, asking: Asking, rules: Sequence[str], ids: Sequence[str], stock: Sequence[Solved]
+    measured: Measured,
+    asking: Asking,
+    rules: Sequence[str],
+    ids: Sequence[str],
+    stock: Sequence[Solved],
+    made: Replays,
 ) -> dict[Way, list[Solved]]:
     """Each rule with all branches at once, and with as few as could decide: the scheduler goes between the two with the load."""
     usual_tokens = mean(sample.num_tokens for solved in stock for sample in solved.samples)
-    return {
-        Way(rule, f"{rule}, {width}, replayed", width): [
-            replayed(solved, asking.spec(measured.questions[id], rule), most, usual_tokens)
-            for id, solved in zip(ids, stock, strict=True)
-        ]
-        for width, most in ((WIDE, asking.cap), (NARROW, 1))
-        for rule in rules
-    }
+    columns: dict[Way, list[Solved]] = {}
+    for width, most in ((WIDE, asking.cap), (NARROW, 1)):
+        for rule in rules:
+            for id, solved in zip(ids, stock, strict=True):
+                if (id, rule, width) not in made:
+                    spec = asking.spec(measured.questions[id], rule)
+                    made[id, rule, width] = replayed(solved, spec, most, usual_tokens)
+            columns[Way(rule, f"{rule}, {width}, replayed", width)] = [made[id, rule, width] for id in ids]
+    return columns
 
 
 def _line(
