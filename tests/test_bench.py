@@ -674,7 +674,7 @@ def test_a_server_that_lists_no_models(tmp_path: Path) -> None:
     """It is measured where the name is given; else it is said that this is missing."""
     with serving(lambda number, body: adds(body)) as server:
         server.models = None  # type: ignore[attr-defined]
-        with pytest.raises(ConfigError, match="its /v1/models says HTTP 404, .*; if it is one, give --model"):
+        with pytest.raises(ConfigError, match=r"its /v1/models says HTTP 404, .*; if it is one, give --model"):
             bench(tmp_path, server, sums(tmp_path, 5))
         assert bench(tmp_path, server, sums(tmp_path, 5), "--model", "adder").exit_code == 0
 

@@ -266,17 +266,17 @@ def test_the_same_texts_are_the_same_votes_outside_the_engine(
 
 GSM8K = [
     {"question": f"Tom has {i} apples and buys {j} more. How many apples does he have now?", "answer": f"{i} + {j} = {i + j}\n#### {i + j}"}
-    for i, j in ((3, 4), (2, 6), (5, 1))
+    for i, j in ((3, 4), (2, 6))
 ]  # fmt: skip
 GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n" + "\n".join(
     f'"Which of these, if any, is {kind}?",{right},car,house,shoe'
-    for kind, right in (("a fruit", "apple"), ("an animal", "cow"), ("a colour", "red"), ("a city", "Rome"), ("a metal", "iron"))
+    for kind, right in (("a fruit", "apple"), ("an animal", "cow"), ("a city", "Rome"))
 )  # fmt: skip
 
 
 def bench(server: Server, page: Path, file: Path, text: str) -> Report:
     file.write_text(text)
-    options = ["--questions", str(file), "--html", str(page), "--cap", "4", "--max-tokens", "40", "--stop", "fast"]
+    options = ["--questions", str(file), "--html", str(page), "--cap", "4", "--max-tokens", "24", "--stop", "fast"]
     return run_bench(make_parser().parse_args(["bench", "--url", server.url, *options]))
 
 
@@ -287,7 +287,7 @@ def test_bench_measures_programs_with_the_flag(server: Server, tmp_path: Path) -
     assert report.exit_code == 0
     assert [row["way"] for row in report.rows] == ["greedy", "stock, n=4", "fast"]
     assert all(row["requests"] == "1" and float(row["branches"]) >= 1 for row in report.rows)
-    assert any("3 of 3 questions" in line for line in report.lines)
+    assert any("2 of 2 questions" in line for line in report.lines)
     assert not any("estimated" in line for line in report.lines)
     assert "line 1" in (tmp_path / "bench.html").read_text()
 
@@ -353,7 +353,7 @@ def test_plain_sglang_votes_alike(tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def replays_and_keeps(plain: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPQA as it is published, twice; the second time the server is killed after five answers."""
+    """GPQA as it is published, twice; the second time the server is killed after three answers."""
     report = bench(plain, folder / "whole.html", folder / "gpqa.csv", GPQA)
     assert report.exit_code == 0
     assert [row["way"] for row in report.rows] == [
@@ -369,13 +369,13 @@ def replays_and_keeps(plain: Server, folder: Path, monkeypatch: pytest.MonkeyPat
         nonlocal num
         kept(measured, *more)
         num += 1
-        if num == 5:
+        if num == 3:
             os.killpg(plain.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Measured, "keep", keep)
     report = bench(plain, folder / "part.html", folder / "gpqa.csv", GPQA)
     assert report.exit_code == EARLY
-    assert any("2 of 5 questions" in line for line in report.lines)
+    assert any("1 of 3 questions" in line for line in report.lines)
     assert any("ended early: the server is gone" in line for line in report.lines)
     assert len(report.rows) == 4
     assert (folder / "part.html").exists()
