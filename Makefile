@@ -1,5 +1,5 @@
 # Every command of the project. `make demo` and `make test` set up all they need.
-.PHONY: help install demo test test-deep lint bench soak reasoner thinker card readme docs clean
+.PHONY: help install demo test test-deep lint bench peers soak reasoner thinker card readme docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: on shared cores more of them decode many times slower.
@@ -13,6 +13,7 @@ help:
 	@echo "make test-deep 10,000 examples of every property, and more shapes of the kernels"
 	@echo "make lint      ruff, pyright, and who may import whom"
 	@echo "make bench     the benchmarks behind the tables of docs/results.md"
+	@echo "make peers     what users would pick instead of programs, and programs, on one server (hours; goes on where it was cut)"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
 	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
 	@echo "make thinker   train the tiny thinker, which goes on from the reasoner (about 15 minutes)"
@@ -49,9 +50,9 @@ bench: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench_self_consistency.py --num-questions 128 --csv benchmarks/results/self_consistency.csv
 	$(BIN)/python benchmarks/bench_passthrough.py --csv benchmarks/results/passthrough.csv
-	$(BIN)/python benchmarks/bench_online.py --processes poisson --rates 0.2 0.3 0.9 1.3 1.8 --csv benchmarks/results/online --plot docs/online.png
+	$(BIN)/python benchmarks/bench_online.py --processes poisson --csv benchmarks/results/online --plot docs/online.png
 	@# The recorded stream is not in this repository: without it this one fails, and the others go on.
-	-$(BIN)/python benchmarks/bench_online.py --processes bursty --rates 0.1 0.3 0.9 1.3 1.8 --ways "+gang +certainty" all \
+	-$(BIN)/python benchmarks/bench_online.py --processes bursty --rates 0.1 0.2 0.4 0.8 1.6 --ways all \
 		--csv benchmarks/results/online_bursty --plot docs/online_bursty.png
 	$(BIN)/python benchmarks/bench_statistics.py --num-questions 128 --csv benchmarks/results/statistics.csv
 	$(BIN)/python benchmarks/bench_statistics_overhead.py --csv benchmarks/results/statistics_overhead.csv
@@ -61,6 +62,10 @@ bench: install
 	$(BIN)/python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv
 	$(BIN)/python benchmarks/bench_simulator.py --csv benchmarks/results/simulator.csv
 	$(BIN)/python benchmarks/bench_policy_overhead.py --csv benchmarks/results/policy_overhead.csv
+
+peers: install
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
+	$(BIN)/python benchmarks/bench_peers.py --runs benchmarks/results/peers_runs.jsonl --csv benchmarks/results/peers
 
 soak: install
 	$(BIN)/python benchmarks/soak.py --csv benchmarks/results/soak.csv

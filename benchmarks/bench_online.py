@@ -2,10 +2,14 @@
 
     python benchmarks/bench_online.py --csv benchmarks/results/online --plot benchmarks/results/online.png
 
-Each way is an engine of its own, one alive at a time. In a repeat every way gets the same questions (1 to 4 steps, mixed)
-at the same times; the latency of a program counts from the time it was due to its answer, which stock clients vote for
-themselves. First, idle: one program at a time. The SLO is twice the p90 of stock then, of all its orders, which are one when
-idle. Rates rise until a way's p90 is far above it. `--csv PREFIX` writes PREFIX.csv (one row per way and process) and PREFIX_points.csv (one per rate, too).
+In a repeat each way has an engine of its own, one alive at a time, and gets the same questions (1 to 4 steps, mixed) with the
+same gaps between them, stretched to each rate. The latency of a program counts from the time it was due to its answer, which
+stock clients vote for themselves. First, idle: one program at a time. The SLO is twice the p90 of stock then, of all its orders,
+which are one when idle. A rate is kept where p90 is inside the SLO, and all is answered within two SLOs of the last arrival:
+shortest-first could leave a tenth of the programs behind for ever. Rates rise until a way is far above.
+
+Intervals (95 %) are of blocks of BLOCK programs in a row drawn anew, the same ones for every way: who waits behind whom stays
+together. `--csv PREFIX` writes PREFIX.csv (one row per way and process) and PREFIX_points.csv (one per rate, too).
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from forked import REASONER, flush, forked_engine
 from machine import machine
 from open_loop import TRACE, in_turn, play
 from rows import percentile, spread, write_rows
 
+from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.demo import Solved, program_params, read_questions, read_record, show, stock_params, vote
 from sglang_dynasor.sim.arrivals import poisson, recorded
 
@@ -37,9 +44,15 @@ CAP = 32
 MAX_STEPS, THINK = 4, "<think>"
 SAMPLING = {"temperature": 1.3, "max_new_tokens": 256}
 ENGINE: dict[str, Any] = {"max_running_requests": 64, "max_total_tokens": 131_072}
+BLOCK, NUM_DRAWS = 10, 1000  # programs drawn together, and how often
 UNBOUNDED_TOKENS = 10**12  # no program is ever overtaken by this much: pure shortest-first
 ROUGH_PER_S = 0.5, 1.8  # programs per second of stock and of ours on two cores: for the estimate of the time only
 ROUGH_IDLE_S = 1.5
+SLO_FACTOR = 2
+IDLE_PART = 4  # of a stream's programs run when idle
+
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +85,8 @@ WAYS = (
     _ours("+gang", UNIFORM, dynasor_patience_tokens=0, dynasor_width=CAP),
     _ours("+gang +SJF", UNIFORM, dynasor_patience_tokens=UNBOUNDED_TOKENS, dynasor_width=CAP),
     _ours("+gang +certainty", {}, dynasor_patience_tokens=0),
-    _ours("all", {}),
+    _ours("all", {"stop": CAREFUL}),
+    *(_ours(f"all, {level}", {"stop": level}) for level in LEVELS if level != CAREFUL),
     _ours("all, no bound", {}, dynasor_patience_tokens=UNBOUNDED_TOKENS),
 )
 
@@ -113,6 +127,7 @@ class Run:
 
     solved: list[Solved]
     wall_s: float
+    drain_s: float = 0.0  # from the last arrival to the last answer
 
     def latency(self, share: float) -> float:
         return percentile((s.latency_s for s in self.solved), share)
@@ -141,7 +156,36 @@ class Point:
 
     @property
     def p90(self) -> float:
-        return median(run.latency(0.9) for run in self.runs)
+        """Of the programs of all repeats."""
+        return percentile((s.latency_s for run in self.runs for s in run.solved), 0.9)
+
+    @property
+    def drain_s(self) -> float:
+        """Of the slowest repeat."""
+        return max(run.drain_s for run in self.runs)
+
+    @property
+    def needs_s(self) -> float:
+        """The shortest SLO that keeps this rate."""
+        return max(self.p90, self.drain_s / 2)
+
+    def drawn_needs(self, picks: Floats) -> Floats:
+        """`needs_s` where p90 is that of blocks drawn anew.
+
+        Args:
+            picks: draws x blocks, each in [0, 1): where in this point's blocks; the same picks for two points of the same
+                streams are the same programs.
+        """
+        size = min(BLOCK, len(self.runs[0].solved))
+        blocks = np.array(
+            [
+                [one.latency_s for one in run.solved[first : first + size]]
+                for run in self.runs
+                for first in range(0, len(run.solved) - size + 1, size)
+            ]
+        )
+        chosen = blocks[(picks * len(blocks)).astype(int)]
+        return np.maximum(np.quantile(chosen.reshape(len(picks), -1), 0.9, axis=1), self.drain_s / 2)
 
     def row(self, slo_s: float) -> dict[str, Any]:
         columns: dict[str, tuple[Callable[[Run], float], int]] = {
@@ -153,6 +197,7 @@ class Point:
             "accuracy %": (lambda run: run.accuracy, 1),
             "tokens per program": (lambda run: run.tokens, 0),
             "wall-clock s": (lambda run: run.wall_s, 1),
+            "after the last arrival s": (lambda run: run.drain_s, 1),
         }
         row: dict[str, Any] = {"way": self.way.name, "process": self.process, "rate": self.rate}
         row |= {
@@ -164,6 +209,12 @@ class Point:
             "programs": len(self.runs[0].solved) if self.runs else 0,
             "repeats": len(self.runs),
         }
+
+
+def picks_of(num_programs: int, num_repeats: int) -> Floats:
+    """For `Point.drawn_needs`: as many blocks as all repeats have."""
+    num_blocks = max(1, num_programs // BLOCK) * num_repeats
+    return np.random.default_rng(0).random((NUM_DRAWS, num_blocks))
 
 
 def draw(questions: list[dict[str, Any]], num: int, seed: int) -> list[dict[str, Any]]:
@@ -181,7 +232,8 @@ def stream(engine: Any, way: Way, questions: list[dict[str, Any]], times_s: list
 
     whole = in_turn(len(questions), 1, send) if times_s is None else play(times_s, send)
     solved = engine.loop.run_until_complete(whole)
-    return Run(solved, time.perf_counter() - started)
+    wall_s = time.perf_counter() - started
+    return Run(solved, wall_s, 0.0 if times_s is None else wall_s - times_s[-1])
 
 
 class Bench:
@@ -198,61 +250,49 @@ class Bench:
     def slo_s(self) -> float:
         """Of the stock ways measured so far."""
         idle = [p for p in self.points if p.process == "idle" and p.way.is_stock]
-        return 2 * median(run.latency(0.9) for p in idle for run in p.runs)
-
-    def num_programs(self, rate: float) -> int:
-        # A short stream hides an overload: at a high rate more programs, so that it lasts.
-        return max(self.args.num_programs, round(rate * self.args.seconds))
+        return SLO_FACTOR * percentile((s.latency_s for p in idle for run in p.runs for s in run.solved), 0.9)
 
     def estimate_s(self, ways: list[Way]) -> float:
         """Roughly how long it takes, if rates are skipped beyond half as much again as an engine sustains."""
         total_s = 0.0
         for way in ways:
             per_s = ROUGH_PER_S[0] if way.is_stock else ROUGH_PER_S[1]
-            total_s += 10 + self.args.repeats * ROUGH_IDLE_S * self.args.num_programs / 3
+            total_s += 10 + ROUGH_IDLE_S * self.args.num_programs / IDLE_PART
             for rate in self.args.rates:
-                is_last = rate > 1.5 * per_s
-                once_s = len(self.args.processes) * self.num_programs(rate) / min(rate, per_s)
-                total_s += once_s if is_last else self.args.repeats * once_s
-                if is_last:
+                total_s += len(self.args.processes) * self.args.num_programs / min(rate, per_s)
+                if rate > per_s:
                     break
-        return total_s
+        return self.args.repeats * total_s
 
     def times_s(self, process: str, rate: float, repeat: int) -> list[float]:
-        num = self.num_programs(rate)
+        num = self.args.num_programs
         if process == "poisson":
             return poisson(rate, num, repeat)
         return recorded(rate, num, repeat, self.args.traces / TRACE)
 
-    def measure(self, way: Way) -> None:
+    def measure(self, way: Way, repeat: int) -> None:
+        """One repeat of one way: idle, then each process until it is far over the SLO."""
         with forked_engine(**ENGINE, **way.options) as engine:
             stream(engine, way, draw(self.questions, 8, seed=-1), None)  # warm up
-            self.measure_idle(engine, way)
+            questions = draw(self.questions, self.args.num_programs, repeat)
+            idle = questions[: max(1, len(questions) // IDLE_PART)]
+            times_s = poisson(self.args.idle_rate, len(idle), repeat) if self.args.idle_rate else None
+            self.add(self.point(way, "idle", 0), stream(engine, way, idle, times_s))
             for process in self.args.processes:
-                points = [Point(way, process, rate) for rate in self.args.rates]
-                self.points += points
-                for point in points:
-                    for repeat in range(self.args.repeats):
-                        times_s = self.times_s(process, point.rate, repeat)
-                        questions = draw(self.questions, len(times_s), repeat)
-                        self.add(point, stream(engine, way, questions, times_s))
-                        if self.is_far_over(point):  # no repeat would bring it back
-                            break
-                    if self.is_far_over(point):
-                        break
+                is_over = False
+                for rate in self.args.rates:
+                    point = self.point(way, process, rate)
+                    if not is_over:
+                        run = stream(engine, way, questions, self.times_s(process, rate, repeat))
+                        self.add(point, run)
+                        is_over = max(run.latency(0.9), run.drain_s / 2) > self.args.drop_at * self.slo_s
 
-    def is_far_over(self, point: Point) -> bool:
-        return point.p90 > self.args.drop_at * self.slo_s
-
-    def measure_idle(self, engine: Any, way: Way) -> None:
-        """One program at a time: the limit of low rates, without the waiting."""
-        point = Point(way, "idle", 0)
-        self.points.append(point)
-        rate = self.args.idle_rate
-        for repeat in range(self.args.repeats):
-            questions = draw(self.questions, max(1, self.args.num_programs // 3), repeat)
-            times_s = poisson(rate, len(questions), repeat) if rate else None
-            self.add(point, stream(engine, way, questions, times_s))
+    def point(self, way: Way, process: str, rate: float) -> Point:
+        found = [p for p in self.points if (p.way, p.process, p.rate) == (way, process, rate)]
+        if not found:
+            found.append(Point(way, process, rate))
+            self.points += found
+        return found[0]
 
     def add(self, point: Point, run: Run) -> None:
         point.runs.append(run)
@@ -272,10 +312,26 @@ class Bench:
 
     def summary(self, ways: list[Way]) -> Iterator[dict[str, Any]]:
         base_s = median(run.mean_latency for way in ways if way.is_stock for run in self.idle(way).runs)
+        picks = picks_of(self.args.num_programs, self.args.repeats)
+        drawn = {id(point): point.drawn_needs(picks) for point in self.points if point.runs}
+        stock_idle = np.mean([drawn[id(self.idle(way))] for way in ways if way.is_stock], axis=0)
         for process in self.args.processes:
             curves = {way.name: self.curve(way, process) for way in ways}
-            highest = {way.name: highest_rate(curves[way.name], self.slo_s) for way in ways}
-            best_stock = max(highest[way.name][0] for way in ways if way.is_stock)
+            highest = {
+                way.name: highest_rate([(p.rate, p.needs_s) for p in curves[way.name]], self.slo_s) for way in ways
+            }
+            redrawn = {
+                way.name: np.array(
+                    [
+                        highest_rate([(p.rate, drawn[id(p)][i]) for p in curves[way.name]], SLO_FACTOR * stock_idle[i])[
+                            0
+                        ]
+                        for i in range(NUM_DRAWS)
+                    ]
+                )
+                for way in ways
+            }
+            best_stock = max((way.name for way in ways if way.is_stock), key=lambda name: highest[name][0])
             # The highest rate at which every way was measured: there the ways are compared.
             common = max(set.intersection(*({p.rate for p in curve} for curve in curves.values())))
             for way in ways:
@@ -286,8 +342,10 @@ class Bench:
                     "way": way.name,
                     "process": process,
                     "idle mean latency (stock 1)": spread([r.mean_latency / base_s for r in self.idle(way).runs], 2),
-                    "highest rate in the SLO": f"{more}{rate:.2f}/s",
-                    "against the best stock": f"{more}{rate / best_stock:.2f}x" if best_stock else "-",
+                    "highest rate in the SLO": f"{more}{spanned(rate, redrawn[way.name])}/s",
+                    "against the best stock": against(
+                        rate, highest[best_stock][0], redrawn[way.name], redrawn[best_stock], more
+                    ),
                     "at rate": f"{common:g}/s",
                     "slowest s": spread([r.latency(1) for r in at_common], 1),
                     "tokens per program": spread([r.tokens for r in at_common], 0),
@@ -296,18 +354,35 @@ class Bench:
                 }
 
 
-def highest_rate(curve: list[Point], slo_s: float) -> tuple[float, bool]:
-    """The rate at which p90 first leaves the SLO, and whether it was still inside at the highest measured.
+def spanned(value: float, draws: Floats) -> str:
+    """A value with its 95 % interval."""
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
-    Between two measured rates the logarithm of p90 is taken as linear: p90 itself bends upwards, and a straight line would understate
-    whoever leaves the SLO between two rates that are far apart. The first of the curve is idle, at rate 0.
+
+def against(rate: float, stock: float, rates: Floats, stocks: Floats, more: str) -> str:
+    """How many times the rate of stock; draws in which stock is never inside the SLO do not count."""
+    if not stock:
+        return "-"
+    inside = stocks > 0
+    return f"{more}{spanned(rate / stock, rates[inside] / stocks[inside])}x"
+
+
+def highest_rate(curve: list[tuple[float, float]], slo_s: float) -> tuple[float, bool]:
+    """The rate at which what a way needs first leaves the SLO, and whether it was still inside at the highest measured.
+
+    Between two measured rates the logarithm of it is taken as linear: it bends upwards, and a straight line would understate
+    whoever leaves the SLO between two rates that are far apart.
+
+    Args:
+        curve: rate and what it needs in seconds, by rising rate; the first is idle, at rate 0.
     """
-    if curve[0].p90 > slo_s:
+    if curve[0][1] > slo_s:
         return 0.0, False
-    for low, high in pairwise(curve):
-        if high.p90 > slo_s:
-            return low.rate + (high.rate - low.rate) * log(slo_s / low.p90) / log(high.p90 / low.p90), False
-    return curve[-1].rate, True
+    for (low, low_s), (high, high_s) in pairwise(curve):
+        if high_s > slo_s:
+            return low + (high - low) * log(slo_s / low_s) / log(high_s / low_s), False
+    return curve[-1][0], True
 
 
 def plot(bench: Bench, ways: list[Way], picture: Path) -> None:
@@ -344,13 +419,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join(f'"{way.name}"' for way in WAYS)
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[0.3, 0.5, 0.9, 1.3, 1.8, 2.5], help="programs per second"
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[0.15, 0.22, 0.33, 0.5, 0.75, 1.1, 1.6, 2.4],
+        help="programs per second",
     )
     parser.add_argument("--idle-rate", type=float, default=0, help="0: one program at a time")
-    parser.add_argument("--num-programs", type=int, default=24, help="of a stream, at least; a third of them for idle")
-    parser.add_argument("--seconds", type=float, default=60, help="a stream is at least this long")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--drop-at", type=float, default=1.5, help="SLOs of p90 beyond which higher rates are skipped")
+    parser.add_argument("--num-programs", type=int, default=200, help="of a stream; a quarter of them for idle")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--drop-at", type=float, default=1.5, help="SLOs needed beyond which higher rates are skipped")
     parser.add_argument("--ways", nargs="+", choices=[way.name for way in WAYS], metavar="WAY", help=f"some of {names}")
     parser.add_argument("--processes", nargs="+", choices=["poisson", "bursty"], default=["poisson"])
     parser.add_argument("--traces", type=Path, default=Path(__file__).parents[2] / "shared" / "traces")
@@ -364,8 +442,9 @@ def main() -> None:
     facts = machine()
     bench = Bench(args)
     print(f"about {bench.estimate_s(ways) / 60:.0f} min", flush=True)
-    for way in ways:
-        bench.measure(way)
+    for repeat in range(args.repeats):
+        for way in ways:
+            bench.measure(way, repeat)
     closing = {"programs": args.num_programs, "repeats": args.repeats, "model": "tiny reasoner", **facts}
     summary = [row | closing for row in bench.summary(ways)]
     print(f"\nSLO: p90 <= {bench.slo_s:.2f} s")

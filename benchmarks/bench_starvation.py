@@ -81,6 +81,12 @@ def overload(engine: Any, way: Way, arrivals: list[Arrival]) -> list[Ended]:
     return engine.loop.run_until_complete(play([arrival.at_s for arrival in arrivals], send))
 
 
+def bound_tokens(questions: list[dict[str, Any]]) -> int:
+    """What later arrivals may get at most while a program waits (docs/waiting.md): the patience, and all rows' longest branches."""
+    prompt_tokens = max(len(q["prompt"]) for q in questions)  # no token is shorter than a character
+    return POOL_TOKENS + ENGINE["max_running_requests"] * (prompt_tokens + SAMPLING["max_new_tokens"])
+
+
 def measure(way: Way, questions: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     """The row of one way: what its hard programs waited, over all repeats."""
     hard: list[list[Ended]] = []
@@ -101,7 +107,7 @@ def measure(way: Way, questions: list[dict[str, Any]], args: argparse.Namespace)
         "hard mean s": spread([mean(end.latency_s for end in run) for run in hard], 1),
         "easy p99 s": spread(easy_p99_s, 1),
         "most tokens overtaken": "-" if way.is_stock else max(end.overtaken_tokens for run in hard for end in run),
-        "patience": POOL_TOKENS if is_bounded else "-",
+        "bound tokens": bound_tokens(questions) if is_bounded else "-",
         "hard programs": len(hard[0]),
         "seconds": args.seconds,
         "repeats": args.repeats,

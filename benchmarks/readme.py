@@ -22,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "python benchmarks/bench_self_consistency.py --num-questions 128",
+    "peers": "make peers",
+    "peers_pairs": "make peers",
+    "simulate_online": "python benchmarks/simulate_online.py --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys_x32 --costs cpu gpu "
+    "--csv benchmarks/results/simulate_online.csv",
     "passthrough": "make bench",
     "statistics": "python benchmarks/bench_statistics.py --num-questions 128",
     "statistics_overhead": "make bench",
@@ -43,14 +47,25 @@ COMMANDS = {
     "votes": "python benchmarks/bench_votes.py --csv benchmarks/results/votes.csv",
     "neighbour": "python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
+    "simulated_cpu": "sglang-dynasor simulate --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys --costs cpu --at-once 1 16 32 64 "
+    '--repeats 5 --rows 128 --prompt-tokens 128 --ways single stock doubling beta adaptive windows "program stop=careful" '
+    '"program stop=balanced" "program stop=fast" --csv benchmarks/results/simulated_cpu.csv',
+    "simulated_gpu": "sglang-dynasor simulate --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys --costs gpu --at-once 1 16 32 64 "
+    '--repeats 5 --rows 128 --prompt-tokens 128 --ways single stock doubling beta adaptive windows "program stop=careful" '
+    '"program stop=balanced" "program stop=fast" --csv benchmarks/results/simulated_gpu.csv',
     "rules": "python benchmarks/replay_rules.py --traces DIR --csv benchmarks/results/rules.csv --sets-csv benchmarks/results/rules_sets.csv",
     "budget": "python benchmarks/replay_budget.py --traces DIR --csv benchmarks/results/budget.csv",
 }
+# Of files with more columns than a reader wants.
+SHOWN = ("load", "way", "accuracy %", "tokens", "branches", "mean s", "p50 s", "p90 s", "p99 s", "questions", "repeats")
 CLOSING = (
     "questions",
     "programs",
     "hard programs",
     "at a time",
+    "cap",
+    "temperature",
+    "samples",
     "seconds",
     "steps",
     "SLO s",
@@ -74,6 +89,8 @@ def table(name: str) -> str:
     """A CSV as Markdown; the columns that are the same in every row become the line below."""
     with (RESULTS / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
+    if name.startswith("simulated"):
+        rows = [{key: row[key] for key in SHOWN} for row in rows]
     same = [key for key in CLOSING if key in rows[0] and len({row[key] for row in rows}) == 1]
     keys = [key for key in rows[0] if key not in same]
     lines = ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys)]

@@ -10,7 +10,7 @@ from bench_votes import RULES as RULES_ASKED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.policy.allocation import fair_share, votes_needed
+from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
 from sglang_dynasor.policy.program import BranchState, Program
 from sglang_dynasor.policy.rules import RULES, parse_stop
@@ -158,30 +158,3 @@ def test_it_never_stalls_and_never_starts_too_many(answers: list[str], rule: str
         assert len(program.branches) <= 16
         index = next(i for i, b in enumerate(program.branches) if b.state is BranchState.IN_FLIGHT)
         program.finish(index, answer, 1)
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "expected", "all_expected", "share"),
-    [
-        (64, 8, 8, 64),  # alone
-        (64, 8, 16, 32),  # two alike
-        (64, 12, 16, 48),  # the uncertain one of two gets more
-        (64, 4, 16, 16),
-        (64, 8, 8 * 64, 1),
-        (64, 8, 10_000, 1),  # never below one
-        (0, 5, 5, 1),
-        (64, 0, 0, 1),
-    ],
-)
-def test_the_load_shares_the_rows(num_rows: int, expected: int, all_expected: int, share: int) -> None:
-    """Wide when idle, narrow when loaded, more to the uncertain, at least one."""
-    assert fair_share(num_rows, expected, all_expected) == share
-
-
-@given(st.integers(0, 4096), st.integers(0, 256), st.integers(0, 50_000), st.integers(0, 256))
-def test_the_share_falls_without_cliffs(num_rows: int, expected: int, others: int, newcomer: int) -> None:
-    """One more program never widens the others, and takes from each only its part of the share."""
-    share = fair_share(num_rows, expected, expected + others)
-    next_share = fair_share(num_rows, expected, expected + others + newcomer)
-    assert 0 <= share - next_share <= share * newcomer / max(1, expected + others + newcomer) + 1
-    assert share <= max(1, num_rows)

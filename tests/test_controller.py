@@ -417,19 +417,6 @@ def test_logprobs_of_a_prompt_are_no_cache_hit(return_logprob: bool, start: int,
     assert (cost.branch_tokens > 100, cost.prompt_tokens == 0) == (expected, expected)
 
 
-def test_a_program_that_has_started_all_needs_ever_less() -> None:
-    """Its share of the rows falls with every branch that ends, so that others get more."""
-    made, _ = admission()
-    live = live_program(branches=4, stop="never", answer="hash")
-    made.arrive(live.gang)
-    seen: list[int] = []
-    for index in [live.program.start_branch() for _ in range(4)]:
-        made.expect(live.gang)
-        seen.append(made.num_expected)
-        live.program.finish(index, f"#### {index}", 5)
-    assert seen == [4, 3, 2, 1]
-
-
 def test_who_leaves_unseen_is_charged_and_looked_after() -> None:
     """A plain request that SGLang gave up was served all the same, and has left room."""
     made, _ = admission()

@@ -10,7 +10,7 @@ from sglang_dynasor.policy.certaindex import PRIOR
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.forecast import Forecast, leader_drift
 from sglang_dynasor.policy.mean import MEMORY, Mean
-from sglang_dynasor.policy.program import BranchState, Program, StopReason
+from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.spec import parse_field
 
 ANSWERS = st.lists(st.sampled_from(["#### 1", "#### 2", "#### 3", "none"]), max_size=16)
@@ -25,9 +25,9 @@ def program(answers: list[str] | str = "", num_tokens: int = 100, **field: objec
     return p
 
 
-def forecast(branch_tokens: float = 200.0, used_frac: float = 0.5) -> Forecast:
+def forecast(branch_tokens: float = 200.0, agreement: float = 0.5) -> Forecast:
     made = Forecast()
-    made.branch_tokens.value, made.used_frac.value = branch_tokens, used_frac
+    made.branch_tokens.value, made.agreement.value = branch_tokens, agreement
     return made
 
 
@@ -76,18 +76,19 @@ def test_agreement_is_expected_to_end_soon_and_a_tie_is_not() -> None:
 
 
 def test_a_fresh_program_is_like_those_before_it() -> None:
-    """The server's share of the cap, less what finished; at least what could decide."""
-    assert forecast(used_frac=0.5).branches(program()) == 8
-    assert forecast(used_frac=0.5).branches(program("1")) == 7
-    assert forecast(used_frac=0.5).branches(program(["none"] * 3)) == 5
-    assert forecast(used_frac=0.1).branches(program()) == 4
-    assert forecast(used_frac=1.0).branches(program()) == 16
+    """The votes needed over what answers agreed before; at least what could decide. From two finished branches on its own count."""
+    assert forecast(agreement=0.5).branches(program()) == 8
+    assert forecast(agreement=0.8).branches(program()) == 5
+    assert forecast(agreement=0.5).branches(program("1")) == 6
+    assert forecast(agreement=0.5).branches(program(["none"] * 2)) == 14  # they agree on nothing
+    assert forecast(agreement=1.0).branches(program()) == 4
+    assert forecast(agreement=0.0).branches(program()) == 16
 
 
 def test_without_a_rule_the_whole_cap_is_left() -> None:
     """Nothing short of the cap decides, so nothing less is expected, whatever others used."""
-    assert forecast(used_frac=0.1).branches(program(stop="never")) == 16
-    assert forecast(used_frac=0.1).branches(program("111", stop="never")) == 13
+    assert forecast(agreement=0.1).branches(program(stop="never")) == 16
+    assert forecast(agreement=0.1).branches(program("111", stop="never")) == 13
 
 
 def test_a_branch_is_as_long_as_the_program_s_own_shrunk_to_the_server_s() -> None:
@@ -114,15 +115,15 @@ def test_progress_is_subtracted() -> None:
 
 
 @given(ANSWERS, st.sampled_from(["predictive", "beta", "window", "margin", "never"]), st.floats(0, 1))
-def test_it_expects_no_more_than_the_cap_leaves(answers: list[str], rule: str, used_frac: float) -> None:
+def test_it_expects_no_more_than_the_cap_leaves(answers: list[str], rule: str, agreement: float) -> None:
     """Nor fewer than could decide; and the same again from the same votes."""
     p, again = program(answers, stop=rule), program(answers, stop=rule)
-    num = forecast(used_frac=used_frac).branches(p)
+    num = forecast(agreement=agreement).branches(p)
     assert 0 <= num <= p.evidence.num_left
     if p.reason is None:
         assert num >= p.votes_needed
         assert num >= min(1, p.evidence.num_left)
-    assert forecast(used_frac=used_frac).remaining_tokens(again, 7) == forecast(used_frac=used_frac).remaining_tokens(
+    assert forecast(agreement=agreement).remaining_tokens(again, 7) == forecast(agreement=agreement).remaining_tokens(
         p, 7
     )
 
@@ -155,14 +156,13 @@ def test_noise_does_not_reorder_programs_that_are_alike() -> None:
     assert learned.remaining_tokens(program(), 0) > 2 * forecasts.pop()
 
 
-def test_it_learns_how_much_of_the_cap_programs_use() -> None:
-    """From programs that were answered: branches started, also those that were ended."""
+def test_it_learns_how_much_answers_agree() -> None:
+    """From programs that were answered: the lead's share of the finished branches. One that finished alone says nothing."""
     learned = Forecast()
-    p = program("11")
-    p.end(p.start_branch(), 3)
-    p.end(p.start_branch(), 3)
-    p.reason = StopReason.CERTAIN
-    assert [branch.state for branch in p.branches[2:]] == [BranchState.ENDED] * 2
-    learned.learn(p)
-    assert learned.used_frac.value == 0.25
-    assert learned.branches(program()) == 4
+    learned.learn(program("1"))
+    assert learned.agreement.value == 0.5
+    learned.learn(program("1112"))
+    assert learned.agreement.value == 0.5
+    learned = Forecast()
+    learned.learn(program(["#### 1", "#### 1", "#### 1", "#### 1"]))
+    assert learned.agreement.value == 1.0

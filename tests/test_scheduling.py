@@ -335,7 +335,7 @@ def test_a_deadline_is_told_until_it_is_heard(start_engine: Any) -> None:
 def test_a_client_cannot_speak_as_the_first_rank(start_engine: Any) -> None:
     """Rids like the server's own are refused, with and without the field; nothing is disturbed."""
     engine = start_engine(scheduler="dynasor", dynasor_strict=True)
-    for rid in ("\0", "\0dynasor-cheap-rows-x", "\0dynasor-deadline-1"):
+    for rid in ("\0", "\0dynasor-fixed-rows-x", "\0dynasor-deadline-1"):
         outs = run(engine, [(rid, params()), (rid + "2", {"temperature": 0, "max_new_tokens": 8})])
         assert all(isinstance(out, ValueError) and "NUL" in str(out) for out in outs), outs
     (out,) = run(engine, [("fine", params())])

@@ -88,7 +88,7 @@ class Controller:
             "num_branches_inside": self.inside.num_reqs,
             "num_branches_queued": len(self.front),
             "num_branches_promised": sum(self.admission.promised.values()),
-            "cheap_rows": self.admission.cheap_rows,
+            "fixed_rows": self.admission.fixed_rows,
             "max_overtaken_tokens": self.admission.max_overtaken_tokens,
             "num_branches_watched": self.inside.num_watched,
             "num_steps_watched": self.observer.num_steps,
@@ -198,11 +198,7 @@ class Controller:
 
     def due(self) -> list[AbortReq]:
         """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests."""
-        due = list(
-            self.teller.due(
-                self.programs.numbered.__contains__, self.admission.cheap_rows, self.room.whole.rows
-            )
-        )  # fmt: skip
+        due = list(self.teller.due(self.programs.numbered.__contains__, self.admission.fixed_rows))
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
             due += self._waited_too_long(time.perf_counter() - limit_s)
         return due
@@ -222,8 +218,8 @@ class Controller:
         """Act on what the first rank tells (teller.py)."""
         assert_same("dynasor hears %s", rid)
         what, *parts = rid.removeprefix(TOLD_RID).split(":")
-        if what == "cheap-rows":
-            self.admission.cheap_rows = int(parts[0])
+        if what == "fixed-rows":
+            self.admission.fixed_rows = int(parts[0])
             return
         live = self.programs.numbered.get(int(parts[0]))
         if what == "reward":

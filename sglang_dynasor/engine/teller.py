@@ -27,7 +27,7 @@ def told(*parts: object) -> AbortReq:
 
 
 class Teller:
-    """The first rank's clock: deadlines, rewards and findings that have come, and how many rows of a step are cheap."""
+    """The first rank's clock: deadlines, rewards and findings that have come, and what a row costs."""
 
     def __init__(self, scheduler: Any, config: DynasorConfig):
         self.scheduler = scheduler
@@ -42,13 +42,12 @@ class Teller:
         """Tell when program `number` has been there for so many seconds."""
         self._undated.append((number, deadline_s))
 
-    def due(self, is_held: Callable[[int], bool], cheap_rows: int, most_rows: int) -> Iterator[AbortReq]:
+    def due(self, is_held: Callable[[int], bool], fixed_rows: int) -> Iterator[AbortReq]:
         """What is to be told now. What has not been heard is told again: SGLang may drop what a poll returns.
 
         Args:
             is_held: whether a program is still there to hear of its deadline.
-            cheap_rows: as told last.
-            most_rows: of this engine.
+            fixed_rows: as told last.
         """
         now = time.monotonic()
         for number, deadline_s in self._undated:
@@ -67,8 +66,8 @@ class Teller:
         for (number, index), finding in self.findings.given():
             into, score = finding or Finding(None)
             yield told("same", number, index, "" if into is None else into, "" if score is None else score.hex())
-        if self._see_step(now) and (rows := self._pace.news(cheap_rows, most_rows)) is not None:
-            yield told("cheap-rows", rows)
+        if self._see_step(now) and (rows := self._pace.news(fixed_rows)) is not None:
+            yield told("fixed-rows", rows)
 
     def _see_step(self, now: float) -> bool:
         """Time the step that has just been run. Returns whether there was one."""

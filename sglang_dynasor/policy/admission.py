@@ -12,12 +12,12 @@ from itertools import islice
 from math import inf
 from typing import Any, NamedTuple, Protocol
 
-from sglang_dynasor.policy.allocation import fair_share
 from sglang_dynasor.policy.forecast import Forecast
 from sglang_dynasor.policy.gang import Cost, Room
 from sglang_dynasor.policy.look import Offer, look
 from sglang_dynasor.policy.order import Order, Plain, Ticket
 from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.width import Load, best_width
 
 THOUGHTS_PER_ROW = 8
 LOOK_EVERY = 16  # steps after which waiting programs are looked at though nothing finished: estimates of room change
@@ -32,7 +32,6 @@ class Gang:
     cost: Cost  # of a gang whose prompt nobody holds
     owner: Any  # what the engine knows it by
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
-    num_expected: int = 0  # branches it is expected to need still (forecast.py)
     ticket: Ticket = field(init=False)
 
 
@@ -104,15 +103,14 @@ class Admission:
         self.fixed_width = width
         self.order = Order(patience_tokens, weights)
         self.forecast = Forecast()
-        self.cheap_rows = engine.whole.rows  # that a step carries nearly for free (pace.py)
+        self.fixed_rows = engine.whole.rows  # that take as long as a step's fixed part (pace.py)
         self.promised: dict[Gang, int] = {}  # siblings that follow once their leader has cached the prompt
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
-        self.num_expected = 0  # branches, of all live programs
         self.num_thoughts = 0  # running branches that are asked for their answer now and then
         self.num_probes = 0  # that ask one now
         self.max_overtaken_tokens = 0
         self._is_stale = False
-        self._num_steps = 0
+        self._num_steps = 0  # since the last look
 
     # The line
 
@@ -127,10 +125,6 @@ class Admission:
         self.order.wait(gang.ticket, self.forecast.remaining_tokens(gang.program, progress))
         self._is_stale = True
 
-    def expect(self, gang: Gang) -> None:
-        """Count the branches that the program still needs, as far as is known now: programs share rows by them."""
-        self._expect(gang, round(self.forecast.branches(gang.program)))
-
     def follow(self, gang: Gang) -> None:
         """Start the siblings that were promised to follow their leader."""
         num_branches = min(self.promised.pop(gang, 0), gang.program.num_unused)
@@ -141,7 +135,6 @@ class Admission:
         """Something has changed about a program that goes on: its siblings follow, and it stands in line for more."""
         if gang.is_prompt_cached:
             self.follow(gang)
-        self.expect(gang)
         if gang.program.num_unused and gang not in self.promised:
             self.wait(gang)
 
@@ -152,7 +145,6 @@ class Admission:
     def leave(self, gang: Gang) -> None:
         """The program is over."""
         self.promised.pop(gang, None)
-        self._expect(gang, 0)
         self.order.end(gang.ticket)
         self._is_stale = True
 
@@ -163,10 +155,6 @@ class Admission:
     def note_change(self) -> None:
         """Something has left the engine: look at the line in the next step."""
         self._is_stale = True
-
-    def _expect(self, gang: Gang, num_branches: int) -> None:
-        self.num_expected += num_branches - gang.num_expected
-        gang.num_expected = num_branches
 
     # Requests that are no programs
 
@@ -235,22 +223,21 @@ class Admission:
         if rows <= 0:
             return None
         room = Room(rows, engine.free_tokens - self.promised_tokens)
-        num_rows = rows + engine.num_branches + self._num_promised
         self.is_plain_due, head = look(
             self.order,
             room,
             engine.whole,
             plain=self._plain(),
             is_empty=is_empty,
-            offer=lambda ticket: self._offer(ticket.owner, num_rows),
+            offer=lambda ticket: self._offer(ticket.owner),
             start=lambda ticket, num: self._admit(ticket.owner, num),
             set_aside_plain=self._set_aside_plain,
         )
         return None if head is None else head.owner
 
-    def _offer(self, gang: Gang, num_rows: int) -> Offer:
+    def _offer(self, gang: Gang) -> Offer:
         program = gang.program
-        wanted, least = program.num_to_start(self._width(gang, num_rows), is_fixed=self.fixed_width > 0)
+        wanted, least = program.num_to_start(self._width(gang), is_fixed=self.fixed_width > 0)
         if self._takes_all(program):
             wanted = self._all_wanted(gang)
         is_there = gang.is_prompt_cached and program.num_in_flight > 0
@@ -287,14 +274,20 @@ class Admission:
         """Branches that the program would start now if the load narrowed nothing, besides those promised to it."""
         return max(0, gang.program.num_to_start(gang.program.spec.branches)[0] - self.promised.get(gang, 0))
 
-    def _width(self, gang: Gang, num_rows: int) -> int:
+    def _width(self, gang: Gang) -> int:
         """Branches that one program may have in flight under the present load."""
         if self.fixed_width:
             return self.fixed_width
-        num_fitting = int(self.engine.whole.tokens / max(1.0, self.forecast.length_tokens(gang.program)))
-        if gang.program.spec.thought is not None:  # some are left for its probes
-            num_rows = num_rows * THOUGHTS_PER_ROW // (THOUGHTS_PER_ROW + 1)
-        return fair_share(min(num_rows, num_fitting, self.cheap_rows), gang.num_expected, self.num_expected)
+        engine, forecast, program = self.engine, self.forecast, gang.program
+        whole, evidence = engine.whole, program.evidence
+        num_rows = whole.rows - engine.free_rows
+        num_others = self.order.num_alive - 1 + max(0, num_rows - engine.num_branches)
+        load = Load(self.fixed_rows, max(0, num_rows - program.num_in_flight), num_others)
+        width = best_width(evidence, program.spec.stop, forecast.drift(evidence), load)
+        most = min(whole.rows, int(whole.tokens / max(1.0, forecast.length_tokens(program))))
+        if program.spec.thought is not None:  # some rows are left for its probes
+            most = most * THOUGHTS_PER_ROW // (THOUGHTS_PER_ROW + 1)
+        return max(1, min(width, most))
 
     def _plain(self) -> Plain | None:
         first = next(iter(self.engine.waiting()), None)

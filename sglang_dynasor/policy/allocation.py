@@ -1,4 +1,4 @@
-"""How many branches are worth running at once."""
+"""How many votes could decide."""
 
 from __future__ import annotations
 
@@ -84,13 +84,3 @@ def _leader(evidence: Evidence) -> str:
 def _num_alike(evidence: Evidence, leader: str) -> int:
     """Branches that finished last, one after another, with the leader's answer."""
     return sum(1 for _ in takewhile(lambda key: key == leader, reversed(evidence.recent)))
-
-
-def fair_share(num_rows: int, expected: int, all_expected: int) -> int:
-    """Rows of a program when live programs share them by the branches each still expects to need, at least 1.
-
-    This is the width that the load allows: an idle engine runs a program wide (latency), a loaded one narrow (compute),
-    and among programs the uncertain get more. It is proportional, so there is no threshold to oscillate around, and it
-    governs only how many branches start, never ends one.
-    """
-    return max(1, num_rows * expected // max(1, expected, all_expected))

@@ -10,18 +10,22 @@ from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.mean import Mean, expected_tokens
 from sglang_dynasor.policy.program import Program
 
+LEAST_DRIFT = 1 / 64  # or nothing would ever decide
+
 
 class Forecast:
-    """What this server has learned about branch lengths and about how much of their cap programs use."""
+    """What this server has learned about branch lengths and about how much branches agree."""
 
     def __init__(self) -> None:
         self.branch_tokens = Mean(256.0)
         self.plain_tokens = Mean(256.0)
-        self.used_frac = Mean(0.5)
+        self.agreement = Mean(0.5)  # the leader's share of the branches less the next answer's
 
     def learn(self, program: Program) -> None:
         """Take in a program that was answered."""
-        self.used_frac.learn(len(program.branches) / program.spec.branches)
+        evidence = program.evidence
+        if evidence.num_finished > 1:
+            self.agreement.learn(evidence.lead / evidence.num_finished)
 
     def branches(self, program: Program) -> float:
         """Expected branches that still have to finish, those in flight included; at most what the cap leaves."""
@@ -29,11 +33,12 @@ class Forecast:
         needed = program.votes_needed
         if not needed:  # nothing short of the cap decides
             return evidence.num_left
-        if evidence.num_votes < 2:  # no vote to speak of: like the programs before it
-            expected = self.used_frac.value * program.spec.branches - len(evidence.recent)
-        else:
-            expected = needed / max(leader_drift(evidence), 1e-9)
-        return min(evidence.num_left, max(needed, expected))
+        return min(evidence.num_left, needed / self.drift(evidence))
+
+    def drift(self, evidence: Evidence) -> float:
+        """Expected change of the lead by one more branch, above 0 to 1; as in programs before it where fewer than two finished."""
+        drift = self.agreement.value if evidence.num_finished < 2 else leader_drift(evidence)
+        return max(LEAST_DRIFT, drift)
 
     def length_tokens(self, program: Program) -> float:
         """Expected tokens of one of the program's branches: its own mean, shrunk to the server's."""

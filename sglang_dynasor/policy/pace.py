@@ -1,8 +1,7 @@
-"""How many rows a decode step carries cheaply on this machine: learned from the steps themselves.
+"""How many rows of a decode step take as long as its fixed part on this machine: learned from the steps themselves.
 
-A step takes a fixed time (weights read, kernels launched) plus some for each row, so throughput rises with the rows towards
-a peak that it never reaches. Until three quarters of it more branches of one program make it faster at little cost to
-others; beyond they mostly make everybody slower. On a GPU that is at many hundreds of rows, on a CPU at a few dozen.
+A step takes a fixed time (weights read, kernels launched) plus some for each row. On a large GPU the fixed part is as long as
+50 rows or more: one more costs next to nothing. On a CPU it is as long as a few. How wide a program runs follows (width.py).
 
 It reads times, so one rank alone measures, and tells the others.
 """
@@ -11,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PEAK_FRAC = 0.75
+MOST_ROWS = 1024  # told
 FORGET_FRAC = 0.005  # of the past, per step
 FEWEST_STEPS = 100
 FEWEST_VARIANCE = 4.0  # of the rows: steps that are all alike tell nothing
 OUTLIER = 20.0  # times the usual step: something else happened
 TOLD_EVERY = 64  # steps
-CHANGE_TOLD = 0.25  # of the rows that are cheap: smaller changes are not worth a message
+CHANGE_TOLD = 0.25  # of the rows: smaller changes are not worth a message
 
 
 @dataclass(slots=True)
@@ -42,17 +41,17 @@ class Pace:
         self.variance += share * (row_error * (rows - self.rows) - self.variance)
         self.covariance += share * (row_error * (step_s - self.step_s) - self.covariance)
 
-    def cheap_rows(self, most: int) -> int | None:
-        """Rows with which a step reaches PEAK_FRAC of the peak throughput, 1 to `most`; None: not enough seen to say."""
+    def fixed_rows(self) -> int | None:
+        """Rows that take as long as a step's fixed part, 1 to MOST_ROWS; None: not enough seen to say."""
         if self.num_steps < FEWEST_STEPS or self.variance < FEWEST_VARIANCE:
             return None
         row_s = self.covariance / self.variance
         if row_s <= 0:
-            return most
+            return MOST_ROWS
         fixed_s = self.step_s - row_s * self.rows
-        return max(1, min(most, round(fixed_s / row_s * PEAK_FRAC / (1 - PEAK_FRAC))))
+        return max(1, min(MOST_ROWS, round(fixed_s / row_s)))
 
-    def news(self, told: int, most: int) -> int | None:
-        """The cheap rows, where it is time to tell them and they differ from those `told` last; None: nothing to tell."""
-        rows = None if self.num_steps % TOLD_EVERY else self.cheap_rows(most)
+    def news(self, told: int) -> int | None:
+        """The fixed rows, where it is time to tell them and they differ from those `told` last; None: nothing to tell."""
+        rows = None if self.num_steps % TOLD_EVERY else self.fixed_rows()
         return None if rows is None or abs(rows - told) <= CHANGE_TOLD * told else rows

@@ -27,7 +27,7 @@ WAYS = ("single", "stock", "doubling", "beta", "adaptive", "windows", PROGRAM)
 
 def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `sglang-dynasor simulate`."""
-    ways = "; ".join(f"{name}: {peer.about}" for name, peer in PEERS.items())
+    ways = "; ".join(f"{name}: {peer.about}" for name, peer in PEERS.items()).replace("%", "%%")
     parser.add_argument("--samples", type=Path, required=True, metavar="FILE", help="recorded samples, JSONL (docs/simulator.md)")  # fmt: skip
     parser.add_argument("--dataset", metavar="TEXT", help="only questions whose dataset or model contains this")
     parser.add_argument(

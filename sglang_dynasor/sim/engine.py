@@ -329,9 +329,9 @@ class Engine:
             self._ratio.decay()
             num_done += 1
             pace.see(num_rows, seconds)
-            rows = pace.news(self.admission.cheap_rows, self.size.rows)
+            rows = pace.news(self.admission.fixed_rows)
             if rows is not None:
-                self.admission.cheap_rows = rows
+                self.admission.fixed_rows = rows
         self.num_steps += num_done
         self.num_generated += num_done * num_rows
         self.pool.take(num_done * num_rows)

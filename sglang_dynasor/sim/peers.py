@@ -51,8 +51,11 @@ def doubling(answers: Sequence[str | None], num_asked: int, cap: int) -> int | N
 
 
 def beta(answers: Sequence[str | None], num_asked: int, cap: int) -> int | None:
-    """All at once, until P(the leader has more than half) is BETA_LEVEL. Source: its_hub 1.2.0, BetaSelfConsistency."""
-    if len(answers) >= cap or _is_beta_sure(answers):
+    """All at once, until P(the leader has more than half) is BETA_LEVEL.
+
+    A sample without an answer votes for itself. Source: its_hub 1.2.0, BetaSelfConsistency.
+    """
+    if len(answers) >= cap or _is_beta_sure([place if one is None else one for place, one in enumerate(answers)]):
         return None
     return cap - num_asked
 
@@ -73,11 +76,11 @@ def windows(answers: Sequence[str | None], num_asked: int, cap: int) -> int | No
     return None if num_asked >= cap or is_unanimous else min(WINDOW, cap - num_asked)
 
 
-def _is_beta_sure(answers: Sequence[str | None]) -> bool:
+def _is_beta_sure(answers: Sequence[str | int | None]) -> bool:
     return len(answers) >= 2 and beta_certainty(*_votes(answers)) >= BETA_LEVEL
 
 
-def _votes(answers: Sequence[str | None]) -> tuple[int, int]:
+def _votes(answers: Sequence[str | int | None]) -> tuple[int, int]:
     """Of the leading answer, and of the next."""
     counts = sorted(Counter(answer for answer in answers if answer is not None).values(), reverse=True)
     first, second = (*counts, 0, 0)[:2]
