@@ -136,13 +136,13 @@ def test_a_gang_that_can_never_fit_shrinks(start_engine: Any, extra: dict[str, A
 
 
 def test_wide_when_idle_narrow_when_loaded(start_engine: Any) -> None:
-    """Alone a program gets its whole cap at once; among sixty only as many branches as could decide."""
+    """Alone a program starts nearly all at once on an engine whose rows are not known to be dear; among sixty few more than could decide."""
     engine = start_engine(scheduler="dynasor", dynasor_strict=True)
     (alone,) = run(engine, [("alone", params())])
-    assert alone["meta_info"]["dynasor"]["gang"] == 16
+    assert alone["meta_info"]["dynasor"]["gang"] >= 12
     crowd = run(engine, [(f"p{i}", params(stop="beta")) for i in range(60)])
     gangs = Counter(out["meta_info"]["dynasor"]["gang"] for out in crowd)
-    assert gangs[4] >= 40, gangs
+    assert sum(num for gang, num in gangs.items() if 4 <= gang <= 6) >= 40, gangs
     narrow = [out["meta_info"]["dynasor"] for out in run(engine, [("narrow", params(width=3))])]
     assert narrow[0]["gang"] == 3
 
@@ -302,7 +302,7 @@ def test_deadlines(start_engine: Any) -> None:
     assert out["meta_info"]["finish_reason"]["type"] == "stop"
 
     blocker = {**params(900, branches=8, stop="never", deadline_s=2.0), "ignore_eos": True}
-    outs = run(engine, [("blocker", blocker), ("waiting", params(deadline_s=0.5))])
+    outs = run(engine, [("blocker", blocker), ("waiting", params(branches=32, stop="never", deadline_s=0.5))])
     assert outs[1]["meta_info"]["dynasor"]["stop_reason"] == "deadline"
     assert outs[1]["meta_info"]["dynasor"]["num_branches"] == 0
     assert outs[1]["text"] == ""

@@ -25,7 +25,7 @@ STATUS_HELP = {
     "num_branches_inside": "branches, judges and probes that SGLang holds, queued or running",
     "num_branches_queued": "of those, queued by us and not yet in a batch",
     "num_branches_promised": "branches for which rows and tokens are kept until their leader's prompt is cached",
-    "fixed_rows": "rows that take as long as the fixed part of a step on this machine; as many as the engine has until that is known",
+    "fixed_rows": "rows that take as long as the fixed part of a step on this machine; 50, as on a large GPU, until that is known",
     "max_overtaken_tokens": "most service that later arrivals were given before a program that waited was started",
     "num_branches_watched": "branches whose logits somebody reads now",
     "num_steps_watched": "steps in which logits were read",

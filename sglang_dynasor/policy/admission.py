@@ -16,6 +16,7 @@ from sglang_dynasor.policy.forecast import Forecast
 from sglang_dynasor.policy.gang import Cost, Room
 from sglang_dynasor.policy.look import Offer, look
 from sglang_dynasor.policy.order import Order, Plain, Ticket
+from sglang_dynasor.policy.pace import USUAL_ROWS
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.width import Load, best_width
 
@@ -103,7 +104,7 @@ class Admission:
         self.fixed_width = width
         self.order = Order(patience_tokens, weights)
         self.forecast = Forecast()
-        self.fixed_rows = engine.whole.rows  # that take as long as a step's fixed part (pace.py)
+        self.fixed_rows = USUAL_ROWS  # that take as long as a step's fixed part (pace.py)
         self.promised: dict[Gang, int] = {}  # siblings that follow once their leader has cached the prompt
         self.is_plain_due = True  # whether plain requests may start as far as room goes, after the last look
         self.num_thoughts = 0  # running branches that are asked for their answer now and then

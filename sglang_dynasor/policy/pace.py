@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+USUAL_ROWS = 50  # on a large GPU; until the steps say
 MOST_ROWS = 1024  # told
 FORGET_FRAC = 0.005  # of the past, per step
 FEWEST_STEPS = 100
