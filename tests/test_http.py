@@ -107,11 +107,18 @@ def test_every_counter_is_explained(server: Server) -> None:
 
 def test_the_guide_s_curl_works(server: Server) -> None:
     """docs/serving.md, without a client library."""
-    command = block(SERVING, "bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=400, check=True)
-    out = json.loads(done.stdout)
+    out = curled(server, '"algorithm"')
     assert out["meta_info"]["dynasor"]["answer"] == "19"
     assert out["meta_info"]["finish_reason"]["type"] == "stop"
+    records = [out["meta_info"]["dynasor"] for out in curled(server, '"budget_tokens"')]
+    assert [record["answer"] for record in records] == ["19", "5"]
+
+
+def curled(server: Server, containing: str) -> Any:
+    """What the guide's command that contains this brings."""
+    command = block(SERVING, "bash", containing).replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=400, check=True)
+    return json.loads(done.stdout)
 
 
 def test_the_guide_s_openai_client_works(server: Server) -> None:

@@ -98,7 +98,7 @@ def test_tensor_parallel_ranks_decide_alike(
     reasons = [out["meta_info"]["dynasor"]["stop_reason"] for out in answered]
     assert reasons.count("certain") >= num_programs // 4
     assert reasons.count("deadline") >= num_programs // 20
-    assert {"budget", "price"} <= set(reasons)
+    assert "budget" in reasons
     assert len(answered) < 0.9 * num_programs  # plain ones, aborts, time-outs
     records = [out["meta_info"]["dynasor"] for out in answered]
     assert sum(record.get("num_weak", 0) for record in records) > 0
