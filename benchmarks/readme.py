@@ -54,6 +54,7 @@ COMMANDS = {
     '--repeats 5 --rows 128 --prompt-tokens 128 --ways single stock doubling beta adaptive windows "program stop=careful" '
     '"program stop=balanced" "program stop=fast" --csv benchmarks/results/simulated_gpu.csv',
     "rules": "python benchmarks/replay_rules.py --traces DIR --csv benchmarks/results/rules.csv --sets-csv benchmarks/results/rules_sets.csv",
+    "shared_budget": "python benchmarks/replay_shared_budget.py --traces DIR --csv benchmarks/results/shared_budget.csv",
     "budget": "python benchmarks/replay_budget.py --traces DIR --csv benchmarks/results/budget.csv",
 }
 # Of files with more columns than a reader wants.

@@ -69,10 +69,10 @@ def worth(orders: Sequence[Sequence[Sample]], budget_tokens: float, usual_tokens
     for number in range(len(orders)):
         offer(number)
     while (number := budget.take()) is not None:
-        vote, expected = votes[number], expected_tokens(votes[number].lengths, usual_tokens)
+        vote = votes[number]
         sample = orders[number][len(vote.recent)]
         vote.cast(sample)
-        budget.settle(number, expected, sample.num_tokens)
+        budget.settle(number, sample.num_tokens)
         offer(number)
     return votes
 

@@ -1,4 +1,4 @@
-"""`sglang-dynasor`: check this installation, see it work, or simulate what it would do."""
+"""`sglang-dynasor`: check this installation, see it work, measure it on a server of your own, or simulate what it would do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from sglang_dynasor import __version__
+from sglang_dynasor.bench.command import add_bench_options, run_bench
 from sglang_dynasor.check import run_check
 from sglang_dynasor.errors import DynasorError
 from sglang_dynasor.outcome import show
@@ -30,6 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--csv", type=Path, help="also write the table as CSV")
     simulate = commands.add_parser("simulate", help="ways of solving questions, side by side on a modelled engine")
     add_simulate_options(simulate)
+    bench = commands.add_parser("bench", help="your own questions on a running server: greedy, n samples, programs")
+    add_bench_options(bench)
     return parser
 
 
@@ -40,6 +43,13 @@ def _run_demo(args: argparse.Namespace) -> None:
     run_demo(demo, shutil.get_terminal_size().columns)
 
 
+def _run_bench(args: argparse.Namespace) -> int:
+    report = run_bench(args)
+    show(report.rows)
+    print("\n".join(report.lines))
+    return report.exit_code
+
+
 def main() -> None:
     """Entry point of the `sglang-dynasor` command."""
     args = make_parser().parse_args()
@@ -48,6 +58,8 @@ def main() -> None:
     try:
         if args.command == "demo":
             _run_demo(args)
+        elif args.command == "bench":
+            raise SystemExit(_run_bench(args))
         else:
             show([shown(row) for row in run_simulate(args)])
     except DynasorError as error:

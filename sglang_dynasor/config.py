@@ -24,6 +24,7 @@ class DynasorConfig:
     dynasor_level: str = CAREFUL
     dynasor_patience_tokens: int = -1
     dynasor_width: int = 0
+    dynasor_max_price: float = 0.0
     dynasor_tenant_weights: str = ""
     dynasor_reward_url: str = ""
     dynasor_reward_timeout_s: float = 10.0
@@ -50,6 +51,11 @@ class DynasorConfig:
         if not 0 <= self.dynasor_width <= 256:
             raise ConfigError(
                 f"--dynasor-width={self.dynasor_width} is outside [0, 256]; choose 0 (the load decides) or more"
+            )
+        if not _is_price(self.dynasor_max_price):
+            raise ConfigError(
+                f"--dynasor-max-price={self.dynasor_max_price!r} is no price; choose 0 (none) to 1, such as 0.02: what a branch must be worth under the "
+                "heaviest load"
             )
         if self.dynasor_reward_url and not self.dynasor_reward_url.startswith(("http://", "https://")):
             raise ConfigError(
@@ -99,6 +105,10 @@ class DynasorConfig:
         return self.scheduler == "dynasor"
 
 
+def _is_price(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
 HELP = {
     "scheduler": "'dynasor' makes reasoning programs first-class in the scheduler; without it SGLang is untouched.",
     "dynasor_max_branches": "Most branches one program may ask for (1 to 256).",
@@ -106,6 +116,8 @@ HELP = {
     "dynasor_patience_tokens": "Tokens that later arrivals may get before a waiting program is head of the line "
     "(-1: one KV pool; 0: order of arrival).",
     "dynasor_width": "Branches in flight of every program (0: the load decides).",
+    "dynasor_max_price": "What one more branch must be worth under the heaviest load, as risk removed (0: none; 0 to 1); the "
+    "price rises with the load, from 0 where nothing waits, and a program whose next branch is worth less ends.",
     "dynasor_tenant_weights": "Shares of tenants that differ from 1, as in 'gold=4,free=0.5'.",
     "dynasor_reward_url": "Server of a reward model (SGLang with a classification or reward head) for judge 'model'.",
     "dynasor_reward_timeout_s": "Seconds after which a branch goes on without the reward model's word.",

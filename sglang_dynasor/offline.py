@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -20,13 +21,16 @@ from sglang_dynasor.frontend.driver import DEFAULT_ROWS
 from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.frontend.judge import Reward, check_reward_function
 from sglang_dynasor.frontend.local import LocalEngine
+from sglang_dynasor.frontend.locked_budget import LockedBudget
 from sglang_dynasor.frontend.plan import MOST_BRANCHES, parse_plan, runs_on_server
 from sglang_dynasor.frontend.seat import check_seed
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
+from sglang_dynasor.policy.budget_spec import BudgetSpec, parse_budget
 from sglang_dynasor.policy.hint import name_default
 from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import parse_field
 
+MOST_AT_ONCE = 1024  # questions of one budget
 _SHOWN_CHARS = 40  # of a question in the table
 Chat = Sequence[Mapping[str, object]]  # messages, each with a role and a content
 
@@ -124,6 +128,7 @@ def solve(
     *,
     sampling: dict[str, Any] | None = None,
     max_tokens: int | None = None,
+    budget_tokens: int | None = None,
     reward: Reward | None = None,
     seed: int | None = None,
     progress: bool = True,
@@ -141,11 +146,15 @@ def solve(
             record.
         sampling: SGLang's sampling parameters; max_new_tokens, or by its other name max_tokens, holds for a whole solution.
         max_tokens: the same, given here; None: what `sampling` says, else SGLang's own, which is 128.
+        budget_tokens: tokens that all questions may take together, at least one for each. The first branch of each starts; the
+            others go where one more may change most, so that hard questions get what easy ones leave, up to each one's cap. None:
+            no bound.
         reward: a function of the question and what was sampled after it, to a reward in [0, 1], or None where it cannot say; in
             place of a judge.
         seed: question i samples by `seed + i`, for an engine that reads seeds.
         progress: show a bar.
-        concurrency: questions under way at once, 1 or more; None: 64 where the server makes the branches, else 8.
+        concurrency: questions under way at once, 1 or more; None: 64 where the server makes the branches, else 8; of a budget all,
+            up to 1024, as those that are not under way yet keep their share of it.
         rows: most requests at once where the algorithm is driven from here (searches, plain SGLang, functions of your own).
         field: the other keys of the `dynasor` field and of the algorithm (docs/frontend.md). `stop` may also be a function of
             the evidence (`policy.evidence.Evidence`) that says whether a program may end; it is then driven from here.
@@ -170,15 +179,19 @@ def solve(
         raise FieldError(
             f"sampling has {key!r}: branches are made for you; leave it out, and send dynasor's keys to solve()"
         )
-    if "program" in field:
-        raise FieldError(f"dynasor.program={field['program']!r}: ids are made for you; leave it out")
+    if key := next((key for key in ("program", "budget", "budget_programs") if key in field), None):
+        raise FieldError(f"dynasor.{key}={field[key]!r}: ids are made for you; leave it out")
     asked = {"algorithm": about, **field}
+    budget, shared = _budget(budget_tokens, len(asked_questions))
+    if budget is not None:
+        asked |= {"budget_tokens": budget.tokens}
+        concurrency = concurrency or min(budget.num_programs, MOST_AT_ONCE)
     with _backend(engine, rows) as backend:
         if backend.has_scheduler and runs_on_server(asked, has_reward=reward is not None):
-            one = _on_server(backend, {**asked, "algorithm": about.name}, sampling)
+            one = _on_server(backend, {**asked, **shared, "algorithm": about.name}, sampling)
             concurrency = concurrency or 64
         else:
-            one = _driven(backend, asked, sampling, reward)
+            one = _driven(backend, asked, sampling, reward, budget)
             concurrency = concurrency or 8
         refusals: list[RefusedError] = []
 
@@ -240,6 +253,18 @@ def _listed(questions: Any) -> list[str | Chat]:
     return listed
 
 
+def _budget(budget_tokens: int | None, num_questions: int) -> tuple[BudgetSpec | None, dict[str, Any]]:
+    """What the questions share, and the keys that tell a server so; nothing where there is no bound.
+
+    Raises:
+        FieldError: no number of tokens, or fewer than questions.
+    """
+    if budget_tokens is None:
+        return None, {}
+    shared = {"budget": f"s-{uuid.uuid4().hex}", "budget_programs": max(1, num_questions)}
+    return parse_budget({"budget_tokens": budget_tokens, **shared}), shared
+
+
 def _with_limit(sampling: dict[str, Any], max_tokens: int | None) -> tuple[dict[str, Any], bool]:
     """Sampling parameters with the limit under SGLang's name, and whether nobody gave one.
 
@@ -297,16 +322,21 @@ def _on_server(
 
 
 def _driven(
-    backend: Endpoint | LocalEngine, field: dict[str, Any], sampling: dict[str, Any], reward: Reward | None
+    backend: Endpoint | LocalEngine,
+    field: dict[str, Any],
+    sampling: dict[str, Any],
+    reward: Reward | None,
+    budget: BudgetSpec | None,
 ) -> Callable[[str, int | None], Result]:
     """How one question is solved by what is sampled from here."""
     plan = parse_plan(field, has_reward=reward is not None)
+    shared = None if budget is None else LockedBudget(budget.tokens, budget.num_programs, backend.driver.rows)
     if runs_on_server(field, has_reward=reward is not None):
         warn_once(backend)
 
     def driven(question: str, seed: int | None) -> Result:
         started = time.perf_counter()
-        record, text = backend.driver.run(question, plan, sampling, reward=reward, seed=seed)
+        record, text = backend.driver.run(question, plan, sampling, reward=reward, seed=seed, budget=shared)
         return _result(question, record, text, started)
 
     return driven

@@ -81,6 +81,10 @@ class TokenEngine:
     def num_branches(self) -> int:
         return sum(len(job.running) for job in self.jobs if job.gang is not None)
 
+    @property
+    def num_plain_waiting(self) -> int:
+        return len(self.queue)
+
     def waiting(self) -> Iterator[Waiting]:
         return (Waiting(job.arrival, 4.0, Cost(0, self.longest)) for job in self.queue)
 

@@ -75,11 +75,22 @@ def test_disagreement_asks_for_more() -> None:
     st.randoms(use_true_random=False),
     st.integers(0, 24),
     st.sampled_from([0.5, 1.0, 1.7]),
+    st.integers(-1, 30),
 )
 def test_it_is_the_fewest(
-    counts: list[int], num_left: int, names: list[str], joiner: str, rng: Random, in_flight: int, cheap: float
+    counts: list[int],
+    num_left: int,
+    names: list[str],
+    joiner: str,
+    rng: Random,
+    in_flight: int,
+    cheap: float,
+    near: int,
 ) -> None:
-    """Of one rule or several: so many votes for the leader let it stop, and no fewer do; 0 if none up to the cap does."""
+    """Of one rule or several: so many votes for the leader let it stop, and no fewer do; 0 if none up to the cap does.
+
+    Wherever it is looked for first.
+    """
     votes = tuple(sorted(counts, reverse=True))
     keys = [letter for letter, num in zip("abcd", votes, strict=False) for _ in range(num)]
     rng.shuffle(keys)
@@ -90,7 +101,7 @@ def test_it_is_the_fewest(
         votes, 0, num_left, tuple(keys), rewards=(0.5,) * len(keys), num_in_flight=in_flight, cheapness=cheap
     )
     num = votes_needed(evidence, rule)
-    assert 0 <= num <= num_left
+    assert 0 <= num == votes_needed(evidence, rule, near) <= num_left
 
     def would_stop(more: int) -> bool:
         then = ((votes[0] if votes else 0) + more, *votes[1:])

@@ -9,10 +9,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import os
 import re
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +24,9 @@ import sglang as sgl
 from engines import ROOT
 from server import Server
 
+from sglang_dynasor.bench.command import EARLY, Report, run_bench
+from sglang_dynasor.bench.run import Measured
+from sglang_dynasor.cli import make_parser
 from sglang_dynasor.frontend import Endpoint, reason
 from sglang_dynasor.policy.answers import read_answer
 from sglang_dynasor.policy.branch import Ending
@@ -256,6 +262,36 @@ def test_the_same_texts_are_the_same_votes_outside_the_engine(
     assert votes_of(record, answer) == expected(read, answer)
 
 
+# On the reader's own questions
+
+GSM8K = [
+    {"question": f"Tom has {i} apples and buys {j} more. How many apples does he have now?", "answer": f"{i} + {j} = {i + j}\n#### {i + j}"}
+    for i, j in ((3, 4), (2, 6))
+]  # fmt: skip
+GPQA = "Question,Correct Answer,Incorrect Answer 1,Incorrect Answer 2,Incorrect Answer 3\n" + "\n".join(
+    f'"Which of these, if any, is {kind}?",{right},car,house,shoe'
+    for kind, right in (("a fruit", "apple"), ("an animal", "cow"), ("a city", "Rome"))
+)  # fmt: skip
+
+
+def bench(server: Server, page: Path, file: Path, text: str) -> Report:
+    file.write_text(text)
+    options = ["--questions", str(file), "--html", str(page), "--cap", "4", "--max-tokens", "24", "--stop", "fast"]
+    return run_bench(make_parser().parse_args(["bench", "--url", server.url, *options]))
+
+
+def test_bench_measures_programs_with_the_flag(server: Server, tmp_path: Path) -> None:
+    """GSM8K as it is published."""
+    text = "\n".join(json.dumps(row) for row in GSM8K)
+    report = bench(server, tmp_path / "bench.html", tmp_path / "gsm8k.jsonl", text)
+    assert report.exit_code == 0
+    assert [row["way"] for row in report.rows] == ["greedy", "stock, n=4", "fast"]
+    assert all(row["requests"] == "1" and float(row["branches"]) >= 1 for row in report.rows)
+    assert any("2 of 2 questions" in line for line in report.lines)
+    assert not any("estimated" in line for line in report.lines)
+    assert "line 1" in (tmp_path / "bench.html").read_text()
+
+
 # On plain SGLang
 
 
@@ -276,8 +312,11 @@ CALL = {
 }
 
 
-def test_plain_sglang_votes_alike(tmp_path: Any) -> None:
-    """The frontend without our scheduler: JSON, a call, a choice, a number and code are read from what comes back."""
+def test_plain_sglang_votes_alike(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frontend without our scheduler: JSON, a call, a choice, a number and code are read from what comes back.
+
+    `sglang-dynasor bench` there replays what the flag would bring; and keeps what it has when the server is killed.
+    """
     plain = Server(
         tmp_path / "log", "--max-total-tokens", "8192", "--max-running-requests", "8", checkpoint=checkpoint()
     )
@@ -308,5 +347,35 @@ def test_plain_sglang_votes_alike(tmp_path: Any) -> None:
                         assert all(found[key] >= num for key, num in expected(read, answer).items())
                     case _:
                         assert all(any(vote["answer"] in b.said for b in p.branches) for vote in p.record["votes"])
+        replays_and_keeps(plain, tmp_path, monkeypatch)
     finally:
         plain.stop()
+
+
+def replays_and_keeps(plain: Server, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPQA as it is published, twice; the second time the server is killed after three answers."""
+    report = bench(plain, folder / "whole.html", folder / "gpqa.csv", GPQA)
+    assert report.exit_code == 0
+    assert [row["way"] for row in report.rows] == [
+        "greedy",
+        "stock, n=4",
+        "fast, wide, replayed",
+        "fast, narrow, replayed",
+    ]
+    assert any("its policy was run on stock's samples" in line for line in report.lines)
+    kept, num = Measured.keep, 0
+
+    def keep(measured: Measured, *more: Any) -> None:
+        nonlocal num
+        kept(measured, *more)
+        num += 1
+        if num == 3:
+            os.killpg(plain.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(Measured, "keep", keep)
+    report = bench(plain, folder / "part.html", folder / "gpqa.csv", GPQA)
+    assert report.exit_code == EARLY
+    assert any("1 of 3 questions" in line for line in report.lines)
+    assert any("ended early: the server is gone" in line for line in report.lines)
+    assert len(report.rows) == 4
+    assert (folder / "part.html").exists()

@@ -31,6 +31,7 @@ from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.engine.req import FINISH_ENDED, end_branch, go_on_from
 from sglang_dynasor.engine.retraction import retract_whole
 from sglang_dynasor.engine.room import SchedulerRoom, computes_prompt
+from sglang_dynasor.engine.streamer import streamer_class
 from sglang_dynasor.engine.teller import TOLD_RID
 from sglang_dynasor.engine.thoughts import Thoughts
 from sglang_dynasor.policy.admission import Admission, Gang
@@ -642,3 +643,36 @@ def test_what_is_held_is_whole(make_controller: Callable[..., Controller], monke
     controller.take(lambda req, is_retracted: stock.append(req), request(sampling_params=params), is_retracted=False)
     assert (len(stock), controller.programs.held, controller.is_idle, controller.faults.num) == (1, {}, True, 1)
     controller.abort(SimpleNamespace(rid="", abort_all=True, finished_reason=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("has_logprobs", [False, True])
+def test_answers_go_out_with_the_output_of_their_step(
+    has_logprobs: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message for all; what is answered between two steps does not wait for the next."""
+    controller = make_controller()
+    sent: list[tuple[list[Any], bool]] = []
+
+    class Stock:
+        def __post_init__(self) -> None: ...
+
+        def stream_output(self, reqs: list[Any], return_logprob: bool, skip_req: Any = None) -> None:
+            sent.append((reqs, return_logprob))
+
+    streamer: Any = streamer_class(Stock, controller)()  # type: ignore[arg-type]
+    streamer.__post_init__()
+    plain, winner = request(), request(return_logprob=has_logprobs)
+
+    def answers(reqs: list[Any]) -> list[Any]:
+        controller.ends.send(winner)
+        return reqs
+
+    monkeypatch.setattr(controller, "on_output", answers)
+    controller.inside.num_reqs = 1
+    streamer.stream_output([plain], False)
+    assert sent == [([plain, winner], has_logprobs)]
+    controller.ends.send(winner)
+    assert sent[1:] == [([winner], has_logprobs)]
+    controller.inside.num_reqs = 0
+    streamer.stream_output([plain], False)  # nothing of ours is there
+    assert sent[2:] == [([plain], False)]

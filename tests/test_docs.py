@@ -24,6 +24,7 @@ from sglang_dynasor.offline import _failed
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.record import RECORD_HELP
 from sglang_dynasor.policy.rules import RULES
+from sglang_dynasor.policy.shared_budget import SharedBudget
 from sglang_dynasor.policy.spec import FIELD_HELP, parse_field
 
 MOST_README_WORDS = 1200
@@ -143,6 +144,10 @@ def test_every_key_of_a_record_is_explained() -> None:
     always = set.intersection(*(set(keys) for keys in found))
     found += [_failed("Q", "refused", 0.0).record, {"index": 0}]  # a question of a batch, a client's own branch
     found.append(record(equal="model"))
+    dear = Program("p", parse_field({"budget_tokens": 9}, 64))
+    SharedBudget(9).join(dear, dear, 9)
+    dear.end_if_dear(0.0)
+    found.append(dear.record())
     found.append(record(answer="boxed"))  # which nobody writes: there is a hint
     assert set.union(*(set(keys) for keys in found)) == set(RECORD_HELP)
     assert {key for key, (where, _) in RECORD_HELP.items() if where == "always"} == always

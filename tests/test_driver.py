@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from sglang_dynasor.errors import FieldError, RefusedError
 from sglang_dynasor.frontend.driver import SEEDED_ROOM, Driver
 from sglang_dynasor.frontend.judge import ModelJudge, Verdict, model_judge
+from sglang_dynasor.frontend.locked_budget import LockedBudget
 from sglang_dynasor.frontend.plan import parse_plan
 from sglang_dynasor.frontend.seat import check_seed
 from sglang_dynasor.policy.spec import JudgeSpec
@@ -203,3 +205,97 @@ def test_what_is_over_sends_nothing_more() -> None:
     driver.close()
     with pytest.raises(RuntimeError, match="is closed"):
         driver.run("third", plan, {}, reward=lambda question, text: 0.5)
+
+
+# A budget that several runs share
+
+
+def share(say: Callable[[dict[str, Any]], str | None], tokens: int, num: int, **field: Any) -> list[Any]:
+    """`num` runs at once, each of a question of its own: what each found, or has failed by."""
+    plan = parse_plan({"answer": "hash", "branches": 8, **field}, has_reward=False)
+    driver, budget = Driver(Script(say), rows=4), LockedBudget(tokens, num, 4)
+    found: list[Any] = [None] * num
+
+    def run(i: int) -> None:
+        try:
+            found[i] = driver.run(f"Q{i}", plan, {"max_new_tokens": 10}, budget=budget).record
+        except RefusedError as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    driver.close()
+    assert not budget.budget.members
+    return found
+
+
+def differing(numbers: Iterator[int]) -> Callable[[dict[str, Any]], str]:
+    """What says the same of even questions, and never the same of odd ones."""
+    return lambda data: f"#### {next(numbers) if int(data['text'][1:2]) % 2 else 4}"
+
+
+def test_runs_share_a_budget() -> None:
+    """Odd questions are never decided: they get what the even ones leave, and all end."""
+    records = share(differing(count(100)), 300, 8)
+    assert sum(record["num_tokens"] for record in records) <= 300
+    branches = [record["num_branches"] for record in records]
+    assert min(branches) >= 1
+    assert sum(branches[::2]) * 2 < sum(branches[1::2])
+    assert {record["stop_reason"] for record in records[1::2]} == {"budget", "cap"}
+    assert all(record["budget_tokens"] == 300 for record in records)
+
+
+def test_runs_of_a_large_budget_end_by_themselves() -> None:
+    """As without one."""
+    records = share(differing(count(100)), 10**6, 4)
+    assert [record["stop_reason"] for record in records] == ["certain", "cap", "certain", "cap"]
+
+
+def test_a_run_that_fails_leaves_its_budget_to_the_others() -> None:
+    """Nobody waits for what it held; given up requests take none of it."""
+
+    def say(data: dict[str, Any]) -> str | None:
+        if data["text"] == "Q0":
+            raise RefusedError("too long")
+        return None if data["text"] == "Q1" else f"#### {next(numbers)}"
+
+    numbers = count()
+    refused, lost, *others = share(say, 10**6, 4, stop="never")
+    assert str(refused) == "too long"
+    assert lost["stop_reason"] == "failed"
+    assert [record["num_branches"] for record in others] == [8, 8]
+
+
+def test_a_deadline_holds_while_a_run_waits_for_its_budget() -> None:
+    """What it has is answered in time, though another holds all that is left."""
+
+    def say(data: dict[str, Any]) -> str:
+        if data["text"] == "Q0":
+            time.sleep(1.0)
+        return "#### 4"
+
+    started = time.monotonic()
+    _, quick = share(say, 25, 2, stop="never", deadline_s=0.3)
+    assert quick["stop_reason"] == "deadline"
+    assert quick["num_branches"] == 1
+    assert time.monotonic() - started < 5
+
+
+def test_a_program_alone_has_its_own_budget() -> None:
+    """Of the plan; the cap and the rule hold beside it."""
+    plan = parse_plan({"answer": "hash", "branches": 8, "stop": "never", "budget_tokens": 45}, has_reward=False)
+    driver = Driver(Script(lambda data: SOLUTION), rows=4)
+    record = driver.run("Q", plan, {"max_new_tokens": 10}).record
+    driver.close()
+    assert (record["stop_reason"], record["num_branches"], record["num_tokens"]) == ("budget", 3, 30)
+
+
+@pytest.mark.parametrize("algorithm", ["mcts", "rebase", "beam"])
+def test_searches_have_no_budget(algorithm: str) -> None:
+    """Their samples are no votes."""
+    with pytest.raises(FieldError, match=f"budget_tokens=9 with algorithm '{algorithm}'"):
+        parse_plan({"algorithm": algorithm, "budget_tokens": 9}, has_reward=True)

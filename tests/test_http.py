@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from engines import ROOT
+from engines import REASONER, ROOT
 from questions import held_out, prompt
 from server import Server
 from warm import run_python
@@ -74,6 +74,32 @@ def test_the_readme_s_client_works(server: Server, tmp_path: Path) -> None:
         assert line in printed
 
 
+def test_bench_compares_the_levels(server: Server, tmp_path: Path) -> None:
+    """From the command line: greedy, stock and programs on one server, paired, with a table, a verdict and a page."""
+    page, file = tmp_path / "bench.html", tmp_path / "held_out.jsonl"
+    file.write_text("\n".join((REASONER / "held_out.jsonl").read_text().splitlines()[:8]))
+    options = ["--cap", "8", "--temperature", "1.7", "--max-tokens", "200", "--instruction", "", "--concurrency", "4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_dynasor.cli", "bench", "--url", server.url, "--questions", str(file), "--html", str(page), *options],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    ways = [re.split(r"  +", line.strip()) for line in lines[1:6]]
+    assert [way[0] for way in ways] == ["greedy", "stock, n=8", "careful", "balanced", "fast"]
+    tokens = {way[0]: float(way[2].split()[0].replace(",", "")) for way in ways}
+    branches = {way[0]: float(way[5]) for way in ways}
+    assert tokens["greedy"] < tokens["fast"] <= tokens["stock, n=8"] * 1.5
+    assert branches["greedy"] == 1
+    assert branches["stock, n=8"] == 8
+    assert all(2 <= branches[level] <= 8 for level in ("careful", "balanced", "fast"))
+    assert "- 8 of 8 questions" in done.stdout
+    assert "replayed" not in done.stdout
+    assert "estimated" not in done.stdout  # SGLang says the tokens of each sample
+    assert lines[-1].startswith("only 8 questions")
+    assert page.read_text().count("<svg") == 3
+
+
 def test_every_counter_is_explained(server: Server) -> None:
     """In the reference; and nothing is explained that is not there."""
     assert set(server.status()) == set(STATUS_HELP)
@@ -81,11 +107,18 @@ def test_every_counter_is_explained(server: Server) -> None:
 
 def test_the_guide_s_curl_works(server: Server) -> None:
     """docs/serving.md, without a client library."""
-    command = block(SERVING, "bash", "curl").replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=400, check=True)
-    out = json.loads(done.stdout)
+    out = curled(server, '"algorithm"')
     assert out["meta_info"]["dynasor"]["answer"] == "19"
     assert out["meta_info"]["finish_reason"]["type"] == "stop"
+    records = [out["meta_info"]["dynasor"] for out in curled(server, '"budget_tokens"')]
+    assert [record["answer"] for record in records] == ["19", "5"]
+
+
+def curled(server: Server, containing: str) -> Any:
+    """What the guide's command that contains this brings."""
+    command = block(SERVING, "bash", containing).replace("127.0.0.1:30000", f"127.0.0.1:{server.port}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=400, check=True)
+    return json.loads(done.stdout)
 
 
 def test_the_guide_s_openai_client_works(server: Server) -> None:

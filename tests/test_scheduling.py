@@ -161,6 +161,23 @@ def test_load_narrows_only_what_can_stop_early(start_engine: Any, admitted: Any,
     assert_nothing_left(engine)
 
 
+def test_a_price_ends_programs_under_load_only(start_engine: Any) -> None:
+    """A crowd that waits for eight rows ends sooner than one program does, which goes on to its cap."""
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, dynasor_max_price=0.05, dynasor_width=2, max_running_requests=8
+    )
+    (alone,) = run(engine, [("alone", params(100, stop="never", branches=8))])
+    record = alone["meta_info"]["dynasor"]
+    assert (record["stop_reason"], record["num_branches"], record["price"]) == ("cap", 8, 0.0)
+    crowd = run(engine, [(f"p{i}", params(100, stop="never", branches=8)) for i in range(24)])
+    records = [out["meta_info"]["dynasor"] for out in crowd]
+    dear = [record for record in records if record["stop_reason"] == "price"]
+    assert len(dear) >= 8
+    assert all(0 < record["price"] < 0.05 for record in dear)
+    assert status_of(engine)["num_priced_out"] == len(dear)
+    assert_nothing_left(engine)
+
+
 def test_shortest_remaining_first_and_patience(start_engine: Any, admitted: Any) -> None:
     """While a long program fills the engine, a short one that came last goes first; with no patience it does not."""
     requests = [

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,6 +85,59 @@ def test_it_degrades_to_plain_sglang(plain: Any, algorithm: str) -> None:
     assert all(result.answer is not None for result in results)
     # The engine is the caller's again.
     assert plain.generate("Q", {"max_new_tokens": 1})["text"] is not None
+
+
+@pytest.mark.parametrize("where", ["engine", "plain"])
+def test_a_budget_goes_to_hard_questions(where: str, request: pytest.FixtureRequest) -> None:
+    """Each has a branch, those whose answers differ have more, and together they take no more than there is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = solve(request.getfixturevalue(where), 16, "self_consistency", budget_tokens=1600)
+    num_branches: dict[bool, list[int]] = {True: [], False: []}  # by whether answers differ
+    for result in results:
+        assert result.record["budget_tokens"] == 1600
+        assert result.stop_reason in ("budget", "certain")
+        num_branches[len(result.record["votes"]) > 1].append(result.num_branches)
+    assert all(min(nums) >= 1 for nums in num_branches.values())
+    assert mean(num_branches[True]) > 1.5 * mean(num_branches[False])
+    # On plain SGLang nobody sees how long a branch has grown.
+    assert 1200 < results.num_tokens <= 1600 + (0 if where == "engine" else SAMPLING["max_new_tokens"])
+
+
+@pytest.mark.parametrize("where", ["engine", "plain"])
+def test_a_large_budget_ends_nobody(where: str, request: pytest.FixtureRequest) -> None:
+    """Each question goes on to its cap, as without one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = solve(
+            request.getfixturevalue(where), 3, "self_consistency", budget_tokens=10**6, branches=2, stop="never"
+        )
+    assert [(result.stop_reason, result.num_branches) for result in results] == [("cap", 2)] * 3
+
+
+def test_the_prompts_of_one_request_share_its_budget(engine: Any) -> None:
+    """Without an id; others have theirs, and a program alone has its own."""
+    field = {"answer": "hash", "stop": "never", "budget_tokens": 600}
+    params = {**SAMPLING, "custom_params": {"dynasor": field}}
+    records = [out["meta_info"]["dynasor"] for out in engine.generate(PROMPTS[:6], params)]
+    assert sum(record["num_tokens"] for record in records) <= 600
+    assert len({record["budget_left_tokens"] for record in records}) == 1  # nothing was left for any, at once
+    assert all(record["stop_reason"] == "budget" for record in records)
+    few = {**SAMPLING, "custom_params": {"dynasor": field | {"budget_tokens": 200}}}
+    alone = engine.generate(PROMPTS[0], few)["meta_info"]["dynasor"]
+    assert alone["num_branches"] > 1
+    assert alone["num_tokens"] <= 200
+    named = field | {"budget": "mine", "budget_programs": 2}
+    two = [{**SAMPLING, "custom_params": {"dynasor": named}} for _ in range(2)]
+    shared = [out["meta_info"]["dynasor"] for out in engine.generate(PROMPTS[:2], two)]
+    assert sum(record["num_tokens"] for record in shared) <= 600
+    other = {**SAMPLING, "custom_params": {"dynasor": field | {"budget_tokens": 999}}}
+    with pytest.raises(ValueError, match="its prompts share one budget"):
+        engine.generate(PROMPTS[:2], [params, other])
+    with pytest.raises(ValueError, match="'mine' was declared with budget_tokens=600"):
+        engine.generate(PROMPTS[0], {**SAMPLING, "custom_params": {"dynasor": named | {"budget_tokens": 999}}})
+    with pytest.raises(ValueError, match=r"dynasor\.budget_tokens=40 is below one branch per question: 8 programs"):
+        engine.generate(PROMPTS[:8], {**SAMPLING, "custom_params": {"dynasor": field | {"budget_tokens": 40}}})
 
 
 def test_long_cot_needs_the_scheduler(plain: Any) -> None:
@@ -261,6 +315,17 @@ def test_no_questions(engine: Any) -> None:
         (lambda e: sglang_dynasor.solve(e, ["Q"], sampling={"n": 4}), "sampling has 'n'"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], seed="7"), "seed='7' is a str"),
         (lambda e: sglang_dynasor.solve(e, ["Q"], program="p"), "dynasor.program='p': ids are made for you"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], budget="b"), "dynasor.budget='b': ids are made for you"),
+        (
+            lambda e: sglang_dynasor.solve(e, ["Q", "Q"], budget_tokens=1),
+            "budget_tokens=1 is below one branch per question",
+        ),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], budget_tokens=-4), "dynasor.budget_tokens=-4 is below 1"),
+        (lambda e: sglang_dynasor.solve(e, ["Q"], budget_tokens="9"), "dynasor.budget_tokens='9' is a str"),
+        (
+            lambda e: sglang_dynasor.solve(e, ["Q"], "mcts", budget_tokens=9, **JUDGE),
+            "dynasor.budget_tokens=9 with algorithm",
+        ),
         (
             lambda e: sglang_dynasor.solve(e, ["Q"], "beam", reward=lambda question, text: 1.0, width=2),
             "dynasor.width=2 with algorithm 'beam'",

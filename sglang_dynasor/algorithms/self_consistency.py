@@ -12,6 +12,7 @@ from sglang_dynasor.algorithms.tree import ROOT, Choice, Expansion, Reason, Samp
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.rules import StopRule
+from sglang_dynasor.policy.shared_budget import SharedBudget
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec
 
 
@@ -24,18 +25,23 @@ class SelfConsistency:
         width: most in flight; None: as many as the load allows.
         vote: "majority", or by rewards as in the engine.
         has_rewards: whether somebody rewards the branches.
+        budget: tokens that it shares with other programs.
+        most_tokens: that a branch may take, for the budget.
     """
 
     is_stepwise = False
 
     def __init__(
-        self, cap: int, stop: StopRule, *, width: int | None = None, vote: str = "majority", has_rewards: bool = False
+        self, cap: int, stop: StopRule, *, width: int | None = None, vote: str = "majority", has_rewards: bool = False,
+        budget: SharedBudget | None = None, most_tokens: int = 0,
     ):  # fmt: skip
         self.is_judged = has_rewards
         judge = JudgeSpec("", is_external=True) if has_rewards else None
         # The answer is read by whoever samples.
         spec = ProgramSpec(SELF_CONSISTENCY.name, cap, width, stop, "auto", vote=vote, judge=judge)
         self.program = Program("search", spec)
+        if budget is not None:
+            budget.join(self.program, self, most_tokens)
         self.state = Tree()
         self._seats: list[int] = []  # branches in flight, the longest first
         self._nodes: dict[int, int] = {}  # node of each finished branch

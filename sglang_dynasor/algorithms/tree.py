@@ -10,10 +10,11 @@ ROOT = 0
 
 
 class Reason(StrEnum):
-    """Why a search is over; the first three are a record's `stop_reason` in the engine too."""
+    """Why a search is over; the first four are a record's `stop_reason` in the engine too."""
 
     CERTAIN = "certain"  # the stopping rule fired
     CAP = "cap"  # the budget is used up
+    BUDGET = "budget"  # the tokens that it shares with others are used up
     FAILED = "failed"  # nothing came back that could answer
     HOPELESS = "hopeless"  # abandoned: everything sampled is worth less than the author's level (opt-in)
 

@@ -77,6 +77,7 @@ class Branches:
         """Have compared what is new, and let the program stand in line for what it wants started, or answer it."""
         if live.program.reason is None:
             self.comparing.ask(live)
+            self.admission.end_if_dear(live.gang)
         if live.program.reason is not None:
             self.ends.answer(live)
         else:

@@ -55,6 +55,7 @@ class Controller:
             self.room.whole.tokens if patience_tokens < 0 else patience_tokens,
             config.tenant_weights,
             config.dynasor_width,
+            config.dynasor_max_price,
         )
         self.inside = Inside(scheduler, self.front, self.admission)
         voting = Voting(scheduler.tokenizer, self.admission.forecast, self.faults)
@@ -84,6 +85,7 @@ class Controller:
             "num_policy_errors": self.faults.num,
             "num_held_programs": len(self.programs.held),
             "num_waiting_programs": self.admission.order.num_waiting,
+            "num_budgets": len(self.admission.budgets.by_id),
             "num_client_programs": len(self.programs.sent),
             "num_branches_inside": self.inside.num_reqs,
             "num_branches_queued": len(self.front),
@@ -120,6 +122,8 @@ class Controller:
         self.branches.readings.open_step(has_bound=self.scheduler.idle_sleeper is None or not running_batch.is_empty())
         thoughts.make_due()
         try:
+            for gang in self.admission.share_out():
+                self.ends.guarded(gang.owner, self.ends.answer)
             head = self.admission.look()
             if head is not None:  # its prompt is used next: the radix cache evicts others first
                 touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
@@ -133,6 +137,7 @@ class Controller:
         """As stock would: everything waits in SGLang's queue, in order of arrival."""
         self.admission.is_plain_due = True
         for live in list(self.programs.held.values()):
+            live.program.granted = None  # nobody could grant it more
             if not any(live.in_flight()):
                 self.admission.stop_waiting(live.gang)
                 self._start(live, live.program.num_unused)
@@ -147,6 +152,14 @@ class Controller:
         visible: list[Req] = []
         for req in reqs:
             tag = tag_of(req)
+            # Runs for every branch in every step, and for most there is nothing to do.
+            if (
+                req.finished_reason is None
+                and type(tag) is BranchTag
+                and tag.asking is None
+                and tag.live.gang.is_prompt_cached
+            ):
+                continue
             if tag is None or isinstance(tag, SentTag):
                 visible.append(req)
                 if req.finished_reason is not None and not req.finished_output:
@@ -156,9 +169,7 @@ class Controller:
                 continue
             try:
                 if not req.finished():
-                    # Runs for every branch in every step, and for most there is nothing to do.
-                    if type(tag) is not BranchTag or tag.asking is not None or not tag.live.gang.is_prompt_cached:
-                        tag.keeper.has_output(req, tag)
+                    tag.keeper.has_output(req, tag)
                 elif not req.finished_output:  # with overlap a finished request comes by twice
                     self.inside.leave(req, tag)
                     tag.keeper.has_ended(req, tag)

@@ -41,6 +41,7 @@ class Ends:
         self.faults = faults
         self.totals = Totals()
         self.emit: Callable[[list[Req], bool], None] | None = None  # the streamer's own output, set by it
+        self.told: list[Req] | None = None  # what goes out with the output of the step under way; None: there is none
         self.enqueue: Callable[..., None] | None = None  # SGLang's own queueing, as the intake hook gave it
 
     # Branches that are no longer needed
@@ -149,7 +150,10 @@ class Ends:
         """Send a finished request to its client, once."""
         if self.emit is None:
             raise ConfigError("dynasor: the output streamer is not ours; SGLang was started by another entry point")
-        self.emit([req], req.return_logprob)
+        if self.told is None:
+            self.emit([req], req.return_logprob)
+        else:
+            self.told.append(req)
 
     # Without an answer
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import JSONResponse
 
 from sglang_dynasor.engine.flag import config_of
+from sglang_dynasor.engine.validation import budgets_of
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor.observe.ledger import RecordBook
 
@@ -43,6 +44,7 @@ def add_record(
         book.keep(record["program"], record)  # branches sent by the client: the latest of them tells the most
     elif "num_tokens" in record:
         meta_info["completion_tokens"] = record["num_tokens"]  # usage is what was generated, not what was shown
+        budgets_of(tokenizer_manager).learn(record)
 
 
 def check_schedulers(result: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:

@@ -103,6 +103,10 @@ class Intake:
         live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live)
         req.time_stats.set_wait_queue_entry_time()
         self.admission.arrive(live.gang)
+        if spec.budget is not None:
+            most_tokens = req.sampling_params.max_new_tokens
+            assert most_tokens is not None  # SGLang sets it when the request comes
+            self.admission.budgets.join(spec.budget, program, live.gang, most_tokens)
         self.programs.hold(live)  # last: what is held is whole
         if spec.deadline_s is not None and self.teller is not None:
             self.teller.date(live.number, spec.deadline_s)

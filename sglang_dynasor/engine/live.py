@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.managers.schedule_batch import Req
 
+from sglang_dynasor.engine.mould import Mould
 from sglang_dynasor.policy.admission import Gang
 from sglang_dynasor.policy.program import BranchState, Program
 
@@ -32,6 +33,7 @@ class LiveProgram:
         default_factory=dict[int, Req | None]
     )  # by branch whose answer is compared; None: beside the loop
     probes: dict[int, Req] = field(default_factory=dict[int, Req])  # by branch asked
+    mould: Mould | None = None  # of its branches, once the first was made
     lead: str | None = None  # the end of its prompt, once somebody asked
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
     gang: Gang = field(init=False)  # programs whose branches clients send have none

@@ -10,7 +10,8 @@ from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from sglang_dynasor.engine.live import Tag, internal_tag_of, set_tag
+from sglang_dynasor.engine.live import BranchTag, Tag, internal_tag_of, set_tag
+from sglang_dynasor.engine.mould import Mould
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: far apart for neighbouring indices
 _DEFAULT_SEED = 42  # what SGLang gives a request without one
@@ -33,15 +34,30 @@ def branch_seed(seed: int | None, index: int) -> int:
     return (base + index * _SEED_STEP) % 2**63 if index else base
 
 
-def make_branch(scheduler: Any, parent: Any, rid: str, tag: Tag) -> Req:
+def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
     """An internal Req that samples the same prompt as `parent` under a seed of its own."""
-    params = copy.copy(parent.sampling_params)
+    live = tag.live
+    if live.mould is not None and live.mould.is_usable:
+        req = live.mould.cast(rid)
+    else:
+        req = _from_sglang(scheduler, parent, rid)
+        live.mould = live.mould or Mould(req, parent)
+    params = req.sampling_params
     params.sampling_seed = branch_seed(params.sampling_seed, tag.index)
+    if parent.grammar is not None:
+        req.grammar = parent.grammar.copy()
+        req.grammar_key = parent.grammar_key
+    set_tag(req, tag)
+    return req
+
+
+def _from_sglang(scheduler: Any, parent: Any, rid: str) -> Req:
+    """A Req for the prompt of `parent`, made by SGLang."""
     req = Req(
         rid,
         "",
         parent.origin_input_ids,
-        params,
+        copy.copy(parent.sampling_params),
         return_logprob=parent.return_logprob,
         top_logprobs_num=parent.logprob.top_logprobs_num,
         token_ids_logprob=parent.logprob.token_ids_logprob,
@@ -66,10 +82,6 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: Tag) -> Req:
     )
     req.tokenizer = parent.tokenizer
     req.logprob_start_len = parent.logprob_start_len
-    if parent.grammar is not None:
-        req.grammar = parent.grammar.copy()
-        req.grammar_key = parent.grammar_key
-    set_tag(req, tag)
     return req
 
 

@@ -64,6 +64,10 @@ class SchedulerRoom:
     def num_branches(self) -> int:
         return sum(internal_tag_of(req) is not None for req in self._running.reqs) + len(self.front)
 
+    @property
+    def num_plain_waiting(self) -> int:
+        return len(self.scheduler.waiting_queue) - len(self.front)
+
     def waiting(self) -> Iterator[Waiting]:
         for req in islice(self.scheduler.waiting_queue, len(self.front), None):
             yield Waiting(arrival_of(req), req.sampling_params.max_new_tokens, self._cost(req))

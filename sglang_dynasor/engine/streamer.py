@@ -23,7 +23,13 @@ def streamer_class(base: type[SchedulerOutputStreamer], controller: Controller) 
 
         def stream_output(self, reqs: list[Req], return_logprob: bool, skip_req: Req | None = None) -> None:
             if not controller.is_idle:
-                reqs = controller.on_output([req for req in reqs if req is not skip_req])
+                told = controller.ends.told = []  # one message to the detokenizer for all of them
+                try:
+                    reqs = controller.on_output([req for req in reqs if req is not skip_req])
+                finally:
+                    controller.ends.told = None
+                return_logprob = return_logprob or any(req.return_logprob for req in told)
+                reqs += told
             super().stream_output(reqs, return_logprob, skip_req)
 
         def build_additional_customized_info(self, reqs: list[Req]) -> dict[str, list[Any]]:

@@ -6,7 +6,7 @@ What the field alone says is read by policy/spec.py; here is what only the serve
 from __future__ import annotations
 
 import uuid
-from typing import Any
+from typing import Any, cast
 
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_exec, get_memory, get_serving
@@ -17,7 +17,7 @@ from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.observe.ledger import Owners
+from sglang_dynasor.observe.ledger import BudgetBook, Owners
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS
 from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, parse_field
@@ -54,6 +54,13 @@ def owners_of(tokenizer_manager: Any) -> Owners:
     return tokenizer_manager._dynasor_owners
 
 
+def budgets_of(tokenizer_manager: Any) -> BudgetBook:
+    """The budgets that were declared, and how long branches are here."""
+    if not hasattr(tokenizer_manager, "_dynasor_budgets"):
+        tokenizer_manager._dynasor_budgets = BudgetBook()
+    return tokenizer_manager._dynasor_budgets
+
+
 def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int]) -> None:
     """Refuse a wrong `dynasor` field (FieldError, a ValueError: HTTP 400) before anything is queued."""
     rid: Any = getattr(obj, "rid", None)
@@ -74,6 +81,8 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
     _check_comparer(spec, tokenizer_manager, config)
     if spec.thought is not None:
         _check_thought(spec, obj, params, tokenizer_manager)
+    if spec.budget is not None:
+        budgets_of(tokenizer_manager).check(spec, _sampling(params, tokenizer_manager).get("max_new_tokens"))
     if spec.program is not None:  # the client samples the branches itself
         check_greedy(spec.branches, _sampling(params, tokenizer_manager))
         owners_of(tokenizer_manager).check(spec)
@@ -94,7 +103,8 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
 def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     """Refuse a field that is misspelt, or where nobody reads it (FieldError), before SGLang makes anything of the request.
 
-    A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed.
+    A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed. The prompts of one
+    request share its budget from here on.
     """
     if not config_of(tokenizer_manager.server_args).is_on or not isinstance(obj, GenerateReqInput):
         return
@@ -106,6 +116,37 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
         wrong = _misplaced({"sampling_params": obj.sampling_params}, "sgl.Engine")
     if wrong is not None:
         raise FieldError(wrong)
+    if isinstance(obj.sampling_params, list):
+        _share_budget(obj)
+
+
+def _share_budget(obj: Any) -> None:
+    """Let the prompts of one request share the tokens that it names without an id."""
+    fields = [_field(params) for params in obj.sampling_params]
+    sharing = [field for field in fields if _shares(field)]
+    if not sharing:
+        return
+    if any(field["budget_tokens"] != sharing[0]["budget_tokens"] for field in sharing):
+        raise FieldError(
+            f"dynasor.budget_tokens={sharing[0]['budget_tokens']!r} and others in one request: its prompts share one budget; send one "
+            "number, or dynasor.budget, an id, with each"
+        )
+    shared = {"budget": f"r-{uuid.uuid4().hex}", "budget_programs": len(sharing)}
+    obj.sampling_params = [
+        params | {"custom_params": params["custom_params"] | {"dynasor": shared | field}} if _shares(field) else params
+        for params, field in zip(obj.sampling_params, fields, strict=True)
+    ]
+
+
+def _shares(field: dict[str, Any]) -> bool:
+    return "budget_tokens" in field and "budget" not in field
+
+
+def _field(params: Any) -> dict[str, Any]:
+    """The field in one prompt's sampling parameters; empty where there is none, or it is only a name."""
+    custom: Any = params.get("custom_params") if isinstance(params, dict) else None
+    field: Any = custom.get("dynasor") if isinstance(custom, dict) else None
+    return cast("dict[str, Any]", field) if isinstance(field, dict) else {}
 
 
 def say_place(result: str | None, body: Any) -> str | None:
@@ -155,7 +196,8 @@ def _as_choices(
         "algorithm"
         if spec.thought
         else next(
-            (key for key in ("judge", "deadline_s", "tenant") if key in options), "equal" if spec.comparer else None
+            (key for key in ("judge", "deadline_s", "tenant", "budget_tokens") if key in options),
+            "equal" if spec.comparer else None,
         )
     )
     if wrong is not None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from sglang_dynasor.algorithms.tree import Algorithm, Sample
 from sglang_dynasor.frontend.backend import Backend
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, Reward, model_judge
+from sglang_dynasor.frontend.locked_budget import LockedBudget
 from sglang_dynasor.frontend.plan import Plan
 from sglang_dynasor.frontend.same import AnswerKeys
 from sglang_dynasor.frontend.seat import sample_seed
@@ -54,6 +55,7 @@ class Run:
     algorithm: Algorithm
     keys: AnswerKeys
     pool: ThreadPoolExecutor
+    budget: LockedBudget | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     is_over: bool = False  # what has not been sent yet is not wanted any more
     num_asked: int = 0
@@ -90,6 +92,7 @@ class Driver:
         *,
         reward: Reward | None = None,
         seed: int | None = None,
+        budget: LockedBudget | None = None,
     ) -> Driven:
         """Run `plan` on one question to its end.
 
@@ -99,6 +102,7 @@ class Driver:
             reward: the author's rewards in [0, 1], of `prompt` and of what was sampled after it; None: the plan's judge.
             seed: of the sampling. Samples are then reported in the order in which they
                 were asked for, so that an engine that reads seeds gives the same search again. None: as they come.
+            budget: what it spends with other runs; None: what its plan says is its own.
 
         Raises:
             FieldError: greedy sampling of several branches, a request that the server refuses, or a reward outside [0, 1].
@@ -109,17 +113,23 @@ class Driver:
         elif plan.spec.judge is not None:
             judge = model_judge(self.backend, plan.spec.judge)
         check_greedy(plan.spec.branches, sampling)
-        algorithm = plan.start()
+        if budget is None and plan.spec.budget is not None:
+            budget = LockedBudget(plan.spec.budget.tokens, 1, self.rows)
         deadline_s = plan.spec.deadline_s
         until = None if deadline_s is None else time.monotonic() + deadline_s
         found: Driven | None = None
         with self._share(), self._threads(judge) as pool:
-            run = Run(prompt, plan, sampling, judge, seed, algorithm, AnswerKeys(plan.spec), pool)
+            algorithm = _started(plan, budget, sampling)
+            run = Run(prompt, plan, sampling, judge, seed, algorithm, AnswerKeys(plan.spec), pool, budget)
             try:
                 if self._drive(run, until):  # late: what is ended now is no failure of the search
                     found = _found(run, StopReason.DEADLINE)
             finally:
-                self._end_rest(run)
+                try:
+                    self._end_rest(run)
+                finally:
+                    if budget is not None:
+                        budget.leave(algorithm)
         record, text = found or _found(run)
         record |= {"program": run.id, "num_tokens": run.num_tokens}
         if run.judge is not None:
@@ -156,12 +166,17 @@ class Driver:
         """Returns whether its deadline came first."""
         algorithm = run.algorithm
         while algorithm.reason is None:
-            for node, num in algorithm.expand(self._room(run)):
-                for _ in range(num):
-                    self._ask(run, node)
-            if not run.in_flight:
-                return False  # it has ended by asking for nothing
+            with run.budget.open() if run.budget is not None else nullcontext():
+                for node, num in algorithm.expand(self._room(run)):
+                    for _ in range(num):
+                        self._ask(run, node)
             left_s = None if until is None else max(0.0, until - time.monotonic())
+            if not run.in_flight:
+                if run.budget is None:
+                    return False  # it has ended by asking for nothing
+                if not run.budget.wait(algorithm, left_s):
+                    return True
+                continue
             # With a seed all that is in flight is waited for: what is asked next must not depend on who is faster.
             done, _ = wait(run.in_flight, left_s, FIRST_COMPLETED if run.seed is None else ALL_COMPLETED)
             for future in [future for future in run.in_flight if future in done]:
@@ -187,10 +202,11 @@ class Driver:
             sample, num_tokens, num_judge_tokens = None, 0, 0
         run.num_tokens += num_tokens
         run.num_judge_tokens += num_judge_tokens
-        if sample is None:
-            run.algorithm.lose(node, num_tokens)
-        else:
-            run.algorithm.report(node, sample)
+        with run.budget.open() if run.budget is not None else nullcontext():
+            if sample is None:
+                run.algorithm.lose(node, num_tokens)
+            else:
+                run.algorithm.report(node, sample)
 
     def _end_rest(self, run: Run) -> None:
         """The search is over: end what is in flight, and count what it has cost."""
@@ -233,6 +249,14 @@ class Driver:
         key = None if answer is None else run.keys.key(answer)
         sample = Sample(text, num_tokens, not goes_on, reward, answer, key, is_cut)
         return Sampled(sample, num_tokens, num_judge_tokens)
+
+
+def _started(plan: Plan, budget: LockedBudget | None, sampling: dict[str, Any]) -> Algorithm:
+    """A fresh run of the plan's algorithm, which spends of `budget`."""
+    if budget is None:
+        return plan.start()
+    with budget.open() as shared:
+        return plan.start(shared, sampling.get("max_new_tokens") or DEFAULT_TOKENS)
 
 
 def _found(run: Run, reason: StopReason | None = None) -> Driven:

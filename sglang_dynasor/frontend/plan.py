@@ -11,6 +11,7 @@ from sglang_dynasor.algorithms.tree import Algorithm
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.rules import own_rule
+from sglang_dynasor.policy.shared_budget import SharedBudget
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, parse_field
 from sglang_dynasor.symbolic import check_installed
 
@@ -20,6 +21,7 @@ MOST_STEP_CHARS = 64
 # Of spec.FIELD_HELP; the others need the engine's logits, or a place in its line ...
 _COMMON_KEYS = (
     "branches", "width", "stop", "answer", "equal", "deadline_s", "vote", "judge", "judge_suffix", "judge_good", "judge_bad",
+    "budget_tokens",
 )  # fmt: skip
 # ... and these may be left out where nobody knows them: the answer is the same.
 _IDLE_KEYS = ("tenant", "statistics", "group_tokens")
@@ -34,14 +36,21 @@ class Plan:
     options: dict[str, Any]  # the algorithm's own keys that its constructor takes
     step: str
 
-    def start(self) -> Algorithm:
+    def start(self, budget: SharedBudget | None = None, most_tokens: int = 0) -> Algorithm:
         """A fresh run of the algorithm.
+
+        Args:
+            budget: tokens that it shares with others.
+            most_tokens: that one of its samples may take, for the budget.
 
         Raises:
             FieldError: an option out of range, or a class that is no algorithm.
         """
         search: Any = self.about.search
-        given = {"width": self.spec.width, "vote": self.spec.vote, "has_rewards": self.spec.judge is not None}
+        given = {
+            "width": self.spec.width, "vote": self.spec.vote, "has_rewards": self.spec.judge is not None, "budget": budget,
+            "most_tokens": most_tokens,
+        }  # fmt: skip
         options = {key: value for key, value in given.items() if self.about.takes(key)} | self.options
         try:
             signature(search).bind(self.spec.branches, self.spec.stop, **options)
@@ -129,6 +138,11 @@ def _check_keys(field: dict[str, Any], about: AlgorithmRecord, *, has_reward: bo
     if "vote" in field and not about.takes("vote"):
         raise FieldError(
             f"dynasor.vote={field['vote']!r} with algorithm {about.name!r}: its constructor takes no `vote`; leave it out"
+        )
+    if "budget_tokens" in field and not about.takes("budget"):
+        raise FieldError(
+            f"dynasor.budget_tokens={field['budget_tokens']!r} with algorithm {about.name!r}: its constructor takes no `budget`; use "
+            "self_consistency, or leave it out"
         )
     if has_reward and "judge" in field:
         raise FieldError(f"dynasor.judge={field['judge']!r} with rewards of your own code; leave out one of the two")

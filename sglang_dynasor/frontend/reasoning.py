@@ -187,6 +187,11 @@ class Reasoning:
         if self.spec.tenant:
             raise FieldError(f"dynasor.tenant={self.spec.tenant!r} with fork(): branches of your own stand in line like any "
                              "other request; use gen(), or leave it out")  # fmt: skip
+        if self.spec.budget is not None:
+            raise FieldError(
+                f"dynasor.budget_tokens={self.spec.budget.tokens} with fork(): when branches of your own start is your business; use gen(), "
+                "or leave it out"
+            )
         if key := next((key for key in self.about.search_keys if key in self.field), None):
             raise FieldError(
                 f"dynasor.{key}={self.field[key]!r} with fork(): end a program of your own branches by stop(), or use gen()"

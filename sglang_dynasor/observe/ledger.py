@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.budget_spec import BudgetSpec
+from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.spec import ProgramSpec
 
+FEWEST_BRANCHES = 16  # after which it is known how long branches are
 # Of `/dynasor/status`, by key; docs/reference.md is made from this, and a test compares it with a server's.
 STATUS_HELP = {
     "num_programs": "programs answered since the start",
     "num_certain": "of those, ended early by their rule",
     "num_expired": "of those, answered at their deadline",
+    "num_used_up": "of those, ended because the budget that they shared was used up",
+    "num_priced_out": "of those, ended because one more branch was not worth its price under the load",
     "num_aborted": "programs that ended without an answer: aborts, disconnects, time-outs",
     "num_branches": "branches that answered programs started",
     "num_branches_saved": "branches that their caps allowed and they did not start",
@@ -21,6 +27,7 @@ STATUS_HELP = {
     "num_policy_errors": "exceptions in our own code that fell back to stock behaviour",
     "num_held_programs": "programs that still owe their client an answer",
     "num_waiting_programs": "of those, waiting for room to start (more) branches",
+    "num_budgets": "budgets of several requests, remembered by id",
     "num_client_programs": "programs whose branches clients send, remembered",
     "num_branches_inside": "branches, judges and probes that SGLang holds, queued or running",
     "num_branches_queued": "of those, queued by us and not yet in a batch",
@@ -46,6 +53,8 @@ class Totals:
     num_programs: int = 0
     num_certain: int = 0  # ended early by their rule
     num_expired: int = 0  # answered at their deadline
+    num_used_up: int = 0  # their budget was used up
+    num_priced_out: int = 0  # one more branch was not worth its price
     num_aborted: int = 0
     num_branches: int = 0
     num_branches_saved: int = 0  # allowed by the caps, not used
@@ -56,6 +65,8 @@ class Totals:
         self.num_programs += 1
         self.num_certain += record["stop_reason"] == "certain"
         self.num_expired += record["stop_reason"] == "deadline"
+        self.num_used_up += record["stop_reason"] == "budget"
+        self.num_priced_out += record["stop_reason"] == "price"
         self.num_branches += record["num_branches"]
         self.num_branches_saved += record["cap"] - record["num_branches"]
         self.num_tokens += record["num_tokens"]
@@ -109,4 +120,61 @@ class Owners:
             raise FieldError(
                 f"dynasor.program={spec.program!r} was declared with other settings; send the same with each of its branches, "
                 "or another id"
+            )
+
+
+class BudgetBook:
+    """The newest `size` budgets that several requests share, and what a branch usually takes on this server."""
+
+    def __init__(self, size: int = 10_000):
+        self.size = size
+        self.branch_tokens = Mean(0.0)
+        self._declared: OrderedDict[str, tuple[str, BudgetSpec]] = OrderedDict()
+
+    def learn(self, record: dict[str, Any]) -> None:
+        """Take in the lengths of an answered program's branches that came to their own end."""
+        for num_tokens, reason in zip(record["branch_tokens"], record["finish_reasons"], strict=True):
+            if reason in ("stop", "length"):
+                self.branch_tokens.learn(num_tokens)
+
+    def check(self, spec: ProgramSpec, most_tokens: Any) -> None:
+        """Take note of a program's budget.
+
+        Args:
+            most_tokens: that a branch of it may take; what is no number bounds nothing.
+
+        Raises:
+            FieldError: another tenant's, one that was declared with other settings, or one that cannot pay for one branch of each
+                program, as long as branches are here.
+        """
+        budget = spec.budget
+        assert budget is not None
+        declared = (spec.tenant, budget)
+        first = self._declared.get(budget.id, declared) if budget.id else declared
+        if first[0] != spec.tenant:
+            raise FieldError(f"dynasor.budget={budget.id!r} is another tenant's; send an id of your own")
+        if first != declared:
+            raise FieldError(
+                f"dynasor.budget={budget.id!r} was declared with budget_tokens={first[1].tokens} and "
+                f"budget_programs={first[1].num_programs}; send the same with each of its programs, or another id"
+            )
+        if budget.id not in self._declared:
+            self._check_size(budget, most_tokens)
+        if budget.id:
+            self._declared[budget.id] = declared
+            self._declared.move_to_end(budget.id)
+            while len(self._declared) > self.size:
+                self._declared.popitem(last=False)
+
+    def _check_size(self, budget: BudgetSpec, most_tokens: Any) -> None:
+        if self.branch_tokens.num < FEWEST_BRANCHES:
+            return
+        branch_tokens = self.branch_tokens.mean
+        if isinstance(most_tokens, int):
+            branch_tokens = min(branch_tokens, most_tokens)
+        least = ceil(budget.num_programs * branch_tokens)
+        if budget.tokens < least:
+            raise FieldError(
+                f"dynasor.budget_tokens={budget.tokens} is below one branch per question: {budget.num_programs} programs share it, and a "
+                f"branch takes about {branch_tokens:.0f} tokens here; send {least} or more, or a smaller max_new_tokens"
             )

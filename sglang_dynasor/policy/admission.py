@@ -18,6 +18,7 @@ from sglang_dynasor.policy.look import Offer, look
 from sglang_dynasor.policy.order import Order, Plain, Ticket
 from sglang_dynasor.policy.pace import USUAL_ROWS
 from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.shared_budget import SharedBudgets
 from sglang_dynasor.policy.width import Load, best_width
 
 THOUGHTS_PER_ROW = 8
@@ -77,6 +78,11 @@ class Engine(Protocol):
         """Branches that run or are queued."""
         ...
 
+    @property
+    def num_plain_waiting(self) -> int:
+        """Requests that wait and are no programs."""
+        ...
+
     def waiting(self) -> Iterable[Waiting]:
         """Requests that wait and are no programs, in the order in which the engine would admit them."""
         ...
@@ -97,10 +103,15 @@ class Admission:
         patience_tokens: service that later arrivals may get before a waiting program is head of the line.
         weights: of tenants that differ from 1.
         width: branches in flight of every program, whatever the load; 0: the load decides.
+        max_price: what a branch must be worth under the heaviest load (`end_if_dear`); 0: nothing.
     """
 
-    def __init__(self, engine: Engine, patience_tokens: int, weights: Mapping[str, float], width: int = 0):
+    def __init__(
+        self, engine: Engine, patience_tokens: int, weights: Mapping[str, float], width: int = 0, max_price: float = 0.0
+    ):  # fmt: skip
         self.engine = engine
+        self.max_price = max_price
+        self.budgets = SharedBudgets()
         self.fixed_width = width
         self.order = Order(patience_tokens, weights)
         self.forecast = Forecast()
@@ -112,6 +123,7 @@ class Admission:
         self.max_overtaken_tokens = 0
         self._is_stale = False
         self._num_steps = 0  # since the last look
+        self._num_kept = 0  # programs that still waited after that
 
     # The line
 
@@ -147,6 +159,7 @@ class Admission:
         """The program is over."""
         self.promised.pop(gang, None)
         self.order.end(gang.ticket)
+        self.budgets.leave(gang.program)
         self._is_stale = True
 
     def charge(self, gang: Gang, tokens: int) -> None:
@@ -156,6 +169,37 @@ class Admission:
     def note_change(self) -> None:
         """Something has left the engine: look at the line in the next step."""
         self._is_stale = True
+
+    # What branches cost
+
+    def share_out(self) -> list[Gang]:
+        """Let programs start what their budgets give them now. Called once per step, before `look`.
+
+        Returns:
+            Programs that have come to their end: their budget is used up.
+        """
+        ended: list[Gang] = []
+        for budget in list(self.budgets.due):
+            shares = budget.share_out(self.engine.whole.rows, self.engine.progress_tokens)
+            for gang in shares.granted:
+                self.advance(gang)
+            ended += shares.ended
+        return ended
+
+    def load_frac(self, gang: Gang) -> float:
+        """Programs and requests that others have here and that wait, over those and the rows that run, in [0, 1).
+
+        0 where nobody waits for room. Those of the last look count: who has just come may start in the next.
+        """
+        num_waiting = self._num_kept - gang.ticket.is_waiting + self.engine.num_plain_waiting
+        num_running = self.engine.whole.rows - self.engine.free_rows
+        return num_waiting / (num_waiting + max(1, num_running)) if num_waiting > 0 else 0.0
+
+    def end_if_dear(self, gang: Gang) -> None:
+        """End a program of which one more branch is not worth its price: the operator's, times the load."""
+        program = gang.program
+        if self.max_price and program.has_price:
+            program.end_if_dear(self.max_price * self.load_frac(gang))
 
     # Requests that are no programs
 
@@ -212,7 +256,7 @@ class Admission:
             The program that room is saved for, if any: its prompt is used next.
         """
         if not self.order.num_waiting:
-            self.is_plain_due = True
+            self.is_plain_due, self._num_kept = True, 0
             return None
         engine = self.engine
         self._num_steps += 1
@@ -222,6 +266,7 @@ class Admission:
         self._is_stale, self._num_steps = False, 0
         rows = engine.free_rows - self._num_promised - self.probe_rows
         if rows <= 0:
+            self._num_kept = self.order.num_waiting
             return None
         room = Room(rows, engine.free_tokens - self.promised_tokens)
         self.is_plain_due, head = look(
@@ -234,6 +279,7 @@ class Admission:
             start=lambda ticket, num: self._admit(ticket.owner, num),
             set_aside_plain=self._set_aside_plain,
         )
+        self._num_kept = self.order.num_waiting
         return None if head is None else head.owner
 
     def _offer(self, gang: Gang) -> Offer:

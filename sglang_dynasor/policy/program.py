@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.answers import is_thinking, read_answer, thinks_on
 from sglang_dynasor.policy.branch import Branch, BranchState, Ending
+from sglang_dynasor.policy.budget import branch_worth
 from sglang_dynasor.policy.certaindex import overtake_risk
 from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
@@ -24,11 +25,16 @@ from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
 from sglang_dynasor.policy.thought import Trial, is_confident, is_settled, may_settle
 from sglang_dynasor.policy.votes import Votes
 
+if TYPE_CHECKING:
+    from sglang_dynasor.policy.shared_budget import SharedBudget
+
 
 class StopReason(StrEnum):
     CERTAIN = "certain"  # the stopping rule fired before every branch was used
     CAP = "cap"  # every branch allowed has finished
     DEADLINE = "deadline"  # its time is up: the best so far
+    BUDGET = "budget"  # the tokens that it shares are used up, or worth nothing to it: the best so far
+    PRICE = "price"  # under the load one more branch was not worth its price: the best so far
     FAILED = "failed"  # no branch is left that could finish
 
 
@@ -47,6 +53,7 @@ class Program:
     comparisons: Comparisons = field(init=False)  # of its answers
     answering: dict[int, Part] = field(default_factory=dict[int, Part])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
+    finished_tokens: list[int] = field(default_factory=list[int])  # lengths of the branches that came to their own end
     num_in_flight: int = 0
     num_failed: int = 0
     num_judge_tokens: int = 0  # that its judges computed
@@ -58,6 +65,10 @@ class Program:
     is_closed: bool = False  # no branch is started any more: the engine gave one up
     gang: int = 0  # branches admitted together at first
     overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
+    budget: SharedBudget | None = None  # that it shares
+    budget_number: int = 0  # its place in that
+    granted: int | None = None  # branches that its budget lets it start now; None: it has none
+    price: float | None = None  # of a branch when it was asked for last; None: branches have none
     reason: StopReason | None = None
     _mixture: Mixture | None = None  # of `answering`, until that changes
     _num_seen: int = 0  # changes of `answering`
@@ -73,21 +84,29 @@ class Program:
         confidence = Confidence(self.spec.group_tokens) if self.spec.needs_statistics else None
         self.branches.append(Branch(confidence=confidence))
         self.num_in_flight += 1
+        if self.granted is not None:
+            self.granted -= 1
         return len(self.branches) - 1
 
     @property
-    def num_unused(self) -> int:
-        """Branches that may still be started; none once decided or closed."""
+    def num_allowed(self) -> int:
+        """Branches that the cap still allows; none once decided or closed."""
         if self.reason is not None or self.is_closed or self.speaker is not None:
             return 0
         return self.spec.branches - len(self.branches)
+
+    @property
+    def num_unused(self) -> int:
+        """Branches that may be started now: those that the cap allows, and its budget."""
+        return self.num_allowed if self.granted is None else min(self.granted, self.num_allowed)
 
     @property
     def votes_needed(self) -> int:
         """The fewest votes that could decide; 0 if none short of the cap could (allocation.py)."""
         evidence = self.evidence
         if self._needed is None or self._needed[0] is not evidence:
-            self._needed = evidence, votes_needed(evidence, self.spec.stop)
+            near = 1 if self._needed is None else self._needed[1] - 1  # one more has agreed, mostly
+            self._needed = evidence, votes_needed(evidence, self.spec.stop, near)
         return self._needed[1]
 
     @property
@@ -162,11 +181,6 @@ class Program:
         if len(self.warmup) < warmup_branches(self.spec.branches):
             return None
         return weak_level(self.warmup, self.spec.weak_frac)
-
-    @property
-    def finished_tokens(self) -> list[int]:
-        """Lengths of the branches that came to their own end."""
-        return [branch.num_tokens for branch in self.branches if branch.state is BranchState.FINISHED]
 
     @property
     def winner(self) -> int | None:
@@ -260,6 +274,8 @@ class Program:
             self.comparisons.settle(index, into, score, self.branches, self.votes)
             self._stop_if_used_up()
             self._stop_if_certain()
+            if self.budget is not None:
+                self.budget.note_change(self.budget_number)
 
     def may_close(self, index: int) -> bool:
         """Whether the next trial of branch `index` could close its thought; among several chains each could, by their votes."""
@@ -344,10 +360,33 @@ class Program:
         if branch.state is not BranchState.IN_FLIGHT:
             raise ValueError(f"branch {index} of program {self.id} is already {branch.state}")
         branch.state, branch.num_tokens = state, num_tokens
+        if state is BranchState.FINISHED:
+            self.finished_tokens.append(num_tokens)
         if branch.confidence is not None:
             branch.confidence.close()
         self.num_in_flight -= 1
+        if self.budget is not None:
+            self.budget.settle(self.budget_number, num_tokens, is_whole=state is BranchState.FINISHED)
         return branch
+
+    def give_up(self, reason: StopReason) -> bool:
+        """End undecided, with the answer that leads. Returns whether it does: not while a branch runs or answers are compared."""
+        if self.reason is not None or self.num_in_flight or self._is_open:
+            return False
+        self.reason = reason if self.votes.recent else StopReason.FAILED
+        return True
+
+    @property
+    def has_price(self) -> bool:
+        """Whether it may end because its next branch is not worth a price: somebody has voted, and votes decide."""
+        is_judgeable = self.reason is None and bool(self.votes.voters) and not self._is_open
+        return is_judgeable and self.spec.thought is None and self.spec.vote != "best"
+
+    def end_if_dear(self, price: float) -> None:
+        """End where the next branch to finish is worth less than `price` (budget.py)."""
+        self.price = price
+        if branch_worth(self.evidence) < price:
+            self.reason = StopReason.PRICE
 
     @property
     def _is_open(self) -> bool:

@@ -45,11 +45,14 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "finish_reasons": (ALWAYS, "how each ended: `stop` or `length` by itself, `ended` (no longer needed), `weak`, `failed`; null while in flight"),
     "hint": ("where there is one", "what to change: nobody could vote, or what was asked for works against itself"),
     "stop_rule": (ALWAYS, "as asked for"),
-    "stop_reason": (ALWAYS, "`certain` (the rule fired before every branch was used), `cap` (all used up), `deadline` (time was up: the best so far, or the text there was), `failed` (our code failed and any finished branch answered: then the record has this key and `program` only; of a search: nothing came back), `hopeless` (the author allowed a search to be abandoned); null while a client's program goes on"),
+    "stop_reason": (ALWAYS, "`certain` (the rule fired before every branch was used), `cap` (all used up), `deadline` (time was up: the best so far, or the text there was), `budget` (the tokens that it shares were used up, or no branch could change its answer), `price` (one more branch was not worth its price under the load), `failed` (our code failed and any finished branch answered: then the record has this key and `program` only; of a search: nothing came back), `hopeless` (the author allowed a search to be abandoned); null while a client's program goes on"),
     "width": ("all but searches", "most branches the client allowed in flight; null: the load decides"),
     "gang": ("all but searches", "branches admitted together at first; fewer than asked for where the engine could not hold more"),
     "num_cached_tokens": ("all but searches", "prompt tokens that branches found in the radix cache"),
     "overtaken_tokens": ("all but searches", "service that later arrivals had been given when the newest branches started"),
+    "budget_tokens": ("`budget_tokens`", "as asked for, of all programs that share it"),
+    "budget_left_tokens": ("`budget_tokens`", "what was left of what the programs so far had brought, without what was held for branches in flight; below 0: overdrawn"),
+    "price": ("`--dynasor-max-price`", "of a branch when the program was last asked about it, by the load then: what it must be worth, as risk removed"),
     "index": ("branches that clients send", "which of them this request is, in `branch` and `branch_tokens`"),
     "vote": (f"{_VOTE}; {_SEARCH}", "what votes weigh"),
     "rewards": (f"{_JUDGE}; {_SEARCH}", "reward of each branch in [0, 1]; null where it has none"),
@@ -106,6 +109,7 @@ def record_of(program: Program) -> dict[str, Any]:
         **_statistics(program),
         **_thoughts(program),
         **program.comparisons.record(program.branches),
+        **_prices(program),
         **_hint(program),
     }
 
@@ -129,6 +133,17 @@ def _thoughts(program: Program) -> dict[str, Any]:
         more["certaindex"] = round(agreement(trials, thought.agree), 6)
     if thought.is_published:
         more["warning"] = PUBLISHED_WARNING
+    return more
+
+
+def _prices(program: Program) -> dict[str, Any]:
+    """Keys that a record has where branches have a price, or tokens are shared."""
+    more: dict[str, Any] = {}
+    if program.budget is not None:
+        more["budget_tokens"] = program.budget.tokens
+        more["budget_left_tokens"] = round(program.budget.left_tokens)
+    if program.price is not None:
+        more["price"] = round(program.price, 6)
     return more
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,10 +9,11 @@ from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
+from sglang_dynasor.policy.budget_spec import MOST_BUDGET_PROGRAMS, BudgetSpec, parse_budget
 from sglang_dynasor.policy.equal import COMPARERS, EQUALS
 from sglang_dynasor.policy.rules import StopRule, parse_stop
+from sglang_dynasor.policy.values import ID_VALUES, read_flag, read_frac, read_id, read_seconds, read_whole
 
-MAX_DEADLINE_S = 86_400.0
 MAX_SUFFIX_CHARS = 1024
 JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
@@ -30,7 +30,6 @@ GREEDY_BELOW = 1e-6  # temperature: SGLang takes the likeliest token there
 # How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
 # docs/results.md, "Recorded probes", has the replay that these come from.
 EFFORTS = {"low": (1, 0.95, 256), "medium": (2, 0.99, 512), "high": (3, 0.995, 1024)}
-_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 
 _RECORDS = ENGINE_ALGORITHMS.values()
 _OWNERS = {key: record.name for record in _RECORDS for key in record.engine_keys}  # of keys that one algorithm has
@@ -51,7 +50,7 @@ _HELP = {
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
     "equal": ("math, text, symbolic, model[:PROBABILITY], embedding[:COSINE]", "which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; " + ", ".join(f"{kind}:{score:g}" for kind, score in SCORES.items()) + ")"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
-    "tenant": ("1 to 128 of A-Z a-z 0-9 . _ : -", "who shares the engine by weight with other tenants (default none)"),
+    "tenant": (ID_VALUES, "who shares the engine by weight with other tenants (default none)"),
     "vote": ("majority, confidence, reward, best", f"what a branch's vote weighs ({_default('vote')}; confidence with stop=confidence); best: the branch of the highest reward decides"),
     "judge": ("self, model, steps", "who gives each finished branch a reward in [0, 1]: the model itself, or the operator's reward model, asked once or after each line (default nobody)"),
     "judge_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what follows prompt and branch when they are judged; needed with judge=self"),
@@ -68,7 +67,10 @@ _HELP = {
     "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
     "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "what ends a thought (default: the model's own)"),
     "effort": ("low, medium, high", "agree, probability and min_tokens together, as OpenAI's reasoning_effort (default medium)"),
-    "program": ("1 to 128 of A-Z a-z 0-9 . _ : -", "id of a program whose branches the client sends as requests of their own"),
+    "budget_tokens": ("1 or more", "tokens that the programs of one request spend together, each branch where it is worth most (default: no bound)"),
+    "budget": (ID_VALUES, "id of a budget that programs of several requests share"),
+    "budget_programs": (f"1 to {MOST_BUDGET_PROGRAMS}", "with budget: how many programs share it"),
+    "program": (ID_VALUES, "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
 FIELD_HELP = {
     key: (values, f"{_OWNERS[key]}: {meaning}" if key in _OWNERS else meaning)
@@ -125,6 +127,7 @@ class ProgramSpec:
     statistics: bool = False
     thought: ThoughtSpec | None = None
     equal: str = "math"
+    budget: BudgetSpec | None = None
 
     @property
     def about(self) -> AlgorithmRecord:
@@ -173,15 +176,15 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
             raise FieldError(f"dynasor.{key} is not a key of the field; the keys are {', '.join(FIELD_HELP)}")
     about = _about(options)
     default_branches = min(about.branches, max_branches)
-    branches = _whole(options, "branches", default_branches, max_branches, "--dynasor-max-branches")
-    width = _whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
+    branches = read_whole(options, "branches", default_branches, max_branches, "--dynasor-max-branches")
+    width = read_whole(options, "width", branches, branches, "dynasor.branches") if "width" in options else None
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
     equal = _equal(options, answer, about)
     stop = parse_stop(_text(options, "stop", level if about.stop == CAREFUL else about.stop))
-    program = _id(options, "program")
-    deadline_s = _seconds(options, "deadline_s") if "deadline_s" in options else None
-    tenant = _id(options, "tenant")
+    program = read_id(options, "program")
+    deadline_s = read_seconds(options, "deadline_s") if "deadline_s" in options else None
+    tenant = read_id(options, "tenant")
     if program is not None and deadline_s is not None:
         raise FieldError(
             f"dynasor.deadline_s={options['deadline_s']!r} with dynasor.program={program!r}: branches that you send are queued like any "
@@ -206,15 +209,21 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
             "use answer hash, boxed or auto, or another rule"
         )
     thought = _thought(options, about)
-    refused = ("program", "judge", "weak_frac") if about.is_thought else ()
+    budget = parse_budget(options)
+    if budget is not None and vote == "best":
+        raise FieldError(
+            f"dynasor.budget_tokens={budget.tokens} with vote 'best' is not supported: nothing says what one more branch would change; "
+            "leave it out, or use another vote"
+        )
+    refused = ("program", "judge", "weak_frac", "budget_tokens") if about.is_thought else ()
     if key := next((key for key in refused if key in options), None):
         raise FieldError(
             f"dynasor.{key}={options[key]!r} with algorithm {about.name!r} is not supported; leave out one of the two"
         )
-    group_tokens = _whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
+    group_tokens = read_whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
     return ProgramSpec(
         about.name, branches, width, stop, answer, program, deadline_s, tenant or "",
-        vote, judge, group_tokens, _frac(options, "weak_frac"), _flag(options, "statistics"), thought, equal,
+        vote, judge, group_tokens, read_frac(options, "weak_frac"), read_flag(options, "statistics"), thought, equal, budget,
     )  # fmt: skip
 
 
@@ -327,16 +336,16 @@ def _thought(options: dict[str, Any], about: AlgorithmRecord) -> ThoughtSpec | N
             f"dynasor.exit={options['exit']!r} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
         )
     if "probe_tokens" in options:
-        every_tokens = _whole(options, "probe_tokens", 1, MOST_PROBE_TOKENS, "the limit")
+        every_tokens = read_whole(options, "probe_tokens", 1, MOST_PROBE_TOKENS, "the limit")
     limits = {"probe_suffix": MAX_SUFFIX_CHARS, "think_end": MAX_SUFFIX_CHARS, "probe_word": MAX_WORD_CHARS}
     texts = {key: _text(options, key, "") for key in limits}
     for key, text in texts.items():
         if len(text) > limits[key]:
             raise FieldError(f"dynasor.{key} has {len(text)} characters; at most {limits[key]} are allowed")
     return ThoughtSpec(
-        _whole(options, "agree", agree, MOST_AGREE, "the limit"),
+        read_whole(options, "agree", agree, MOST_AGREE, "the limit"),
         level,
-        _whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
+        read_whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
         every_tokens,
         texts["probe_suffix"],
         texts["think_end"],
@@ -345,53 +354,8 @@ def _thought(options: dict[str, Any], about: AlgorithmRecord) -> ThoughtSpec | N
     )
 
 
-def _id(options: dict[str, Any], key: str) -> str | None:
-    if key not in options:
-        return None
-    value = _text(options, key, "")
-    if not _ID.fullmatch(value):
-        raise FieldError(f"dynasor.{key}={value!r} is not an id; use 1 to 128 of A-Z a-z 0-9 . _ : -")
-    return value
-
-
-def _seconds(options: dict[str, Any], key: str) -> float:
-    value = options[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise FieldError(
-            f"dynasor.{key}={value!r} is a {type(value).__name__}; send seconds, above 0 to {MAX_DEADLINE_S:g}"
-        )
-    if not 0 < value <= MAX_DEADLINE_S:
-        raise FieldError(f"dynasor.{key}={value!r} is outside (0, {MAX_DEADLINE_S:g}]; send seconds inside")
-    return float(value)
-
-
-def _frac(options: dict[str, Any], key: str) -> float:
-    value = options.get(key, 0.0)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise FieldError(f"dynasor.{key}={value!r} is outside [0, 1); send a share such as 0.1")
-    return float(value)
-
-
-def _flag(options: dict[str, Any], key: str) -> bool:
-    value = options.get(key, False)
-    if not isinstance(value, bool):
-        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send true or false")
-    return value
-
-
 def _text(options: dict[str, Any], key: str, default: str) -> str:
     value = options.get(key, default)
     if not isinstance(value, str):
         raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a string: {FIELD_HELP[key][0]}")
-    return value
-
-
-def _whole(options: dict[str, Any], key: str, default: int, high: int, limit_name: str, low: int = 1) -> int:
-    value = options.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a whole number, {low} to {high}")
-    if not low <= value <= high:
-        raise FieldError(
-            f"dynasor.{key}={value} is outside [{low}, {high}] ({limit_name} is {high}); send a value inside"
-        )
     return value

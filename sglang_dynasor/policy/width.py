@@ -9,7 +9,7 @@ what a row adds to a step, times the steps of a usual branch.
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import erf, inf, log, log2, sqrt
 
@@ -69,7 +69,7 @@ def best_width(evidence: Evidence, rule: StopRule, drift: float, load: Load) -> 
 @lru_cache(maxsize=8192)
 def _needed(evidence: Evidence, rule: StopRule, width: int) -> int:
     """Votes that could decide with so many in flight; 0: none could."""
-    return votes_needed(replace(evidence, num_in_flight=width) if rule.uses("predictive") else evidence, rule)
+    return votes_needed(evidence._replace(num_in_flight=width) if rule.uses("predictive") else evidence, rule)
 
 
 def cost(width: int, num_needed: float, load: Load) -> float:

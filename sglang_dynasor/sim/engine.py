@@ -49,6 +49,7 @@ class Engine:
             size.pool_tokens if patience_tokens < 0 else patience_tokens,
             config.tenant_weights,
             config.dynasor_width,
+            config.dynasor_max_price,
         )
         self.pace = Pace()
         self.num_steps = 0  # decode
@@ -87,6 +88,10 @@ class Engine:
     @property
     def num_branches(self) -> int:
         return sum(request.gang is not None for request in self.running) + len(self.front)
+
+    @property
+    def num_plain_waiting(self) -> int:
+        return len(self.plain)
 
     def waiting(self) -> Iterator[Waiting]:
         return (Waiting(r.arrival, self.size.max_new_tokens, self._cost(r)) for r in self.plain)

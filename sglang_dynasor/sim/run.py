@@ -56,6 +56,7 @@ def parse_way(text: str, cap: int, config: DynasorConfig) -> Way:
         "probes of a thought": spec.thought is not None,
         "a deadline": spec.deadline_s is not None,
         "branches that clients send": spec.program is not None,
+        "a budget": spec.budget is not None,
     }
     if wanted := [name for name, is_wanted in unseen.items() if is_wanted]:
         raise ConfigError(f"--ways {text!r} needs {wanted[0]}, which the simulator does not model; leave it out")

@@ -120,6 +120,7 @@ class Programs:
         program.count(index, held.question.samples[index].answer, request.done)
         if held.is_held:
             gang.is_prompt_cached = True
+            self.admission.end_if_dear(gang)
             if program.reason is not None:
                 self._answer(held)
             else:
