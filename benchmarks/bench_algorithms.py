@@ -32,7 +32,7 @@ sys.path.append(str(REASONER))
 from questions import held_out, prompt  # noqa: E402 - the generator is no package
 
 CONCURRENCY = 16
-SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 200}
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 

@@ -21,7 +21,7 @@ from train import judged_sample
 
 HERE = Path(__file__).parent
 NUM_QUESTIONS, NUM_SAMPLES = 300, 16
-TEMPERATURE = 1.7
+TEMPERATURE = 1.0
 MARK = "<!-- measured -->"
 
 
