@@ -37,7 +37,7 @@ from sglang_dynasor.policy.thought import Trial, hesitates, is_settled
 
 THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"
-SAMPLING: dict[str, Any] = {"temperature": 1.3, "max_new_tokens": 750}
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 750}
 TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
 # A draft of the thinker has some 35 tokens; after each it says "wait" or answers.
 AT_WAIT = {"probe_word": "wait", "probe_tokens": 1, "min_tokens": 0}

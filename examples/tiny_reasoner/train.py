@@ -1,7 +1,7 @@
-"""Train the tiny reasoner: `python train.py` (about an hour on two CPU cores; resumes where it was cut).
+"""Train the tiny reasoner: `make reasoner` (an hour and a quarter on two CPU cores; resumes where it was cut).
 
-With `--start CHECKPOINT` it goes on from there as the tiny thinker: three times as many drafts in the long mode, and a judge that
-has seen what hot sampling writes.
+`--plan steps` starts from nothing. The others go on from a checkpoint (`--start`): `habits` makes the reasoner, which guesses where
+it thinks that it knows, `thinker` the tiny thinker, with three times as many drafts in the long mode.
 
 One model learns three things from one stream of documents, and drills what they need:
 - solve: prompt, a line per step, `#### answer`;
