@@ -23,7 +23,7 @@ def engine(shared_engine: Any) -> Any:
 
 def params(seed: int | None = None, **field: Any) -> dict[str, Any]:
     return {
-        "temperature": 1.7,
+        "temperature": 1.0,
         "max_new_tokens": 200,
         "sampling_seed": seed,
         "custom_params": {"dynasor": {"answer": "hash", **field}},

@@ -78,7 +78,7 @@ def test_bench_compares_the_levels(server: Server, tmp_path: Path) -> None:
     """From the command line: greedy, stock and programs on one server, paired, with a table, a verdict and a page."""
     page, file = tmp_path / "bench.html", tmp_path / "held_out.jsonl"
     file.write_text("\n".join((REASONER / "held_out.jsonl").read_text().splitlines()[:8]))
-    options = ["--cap", "8", "--temperature", "1.7", "--max-tokens", "200", "--instruction", "", "--concurrency", "4"]
+    options = ["--cap", "8", "--temperature", "1.0", "--max-tokens", "200", "--instruction", "", "--concurrency", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "sglang_dynasor.cli", "bench", "--url", server.url, "--questions", str(file), "--html", str(page), *options],
         capture_output=True, text=True, timeout=300, check=False,

@@ -28,7 +28,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def params(max_new_tokens: int = 60, **field: Any) -> dict[str, Any]:
     return {
-        "temperature": 1.7,
+        "temperature": 1.0,
         "max_new_tokens": max_new_tokens,
         "custom_params": {"dynasor": {"answer": "hash", **field}},
     }
@@ -157,7 +157,7 @@ def differing(message, *args):
 
 branches.assert_same = differing
 with forked_engine(**{**ENGINE_ARGS, "max_total_tokens": 6000}, scheduler="dynasor", tp_size=2) as engine:
-    field = {"temperature": 1.7, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
+    field = {"temperature": 1.0, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
     for question in held_out(40):
         engine.generate(prompt(question.text), field)
     print("nobody noticed")
