@@ -82,6 +82,12 @@ async def whole(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[st
     return out["text"], out["meta_info"]["completion_tokens"], 0, 1
 
 
+async def greedy(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
+    """The likeliest answer without a thought."""
+    out = await generate(client, question["prompt"], SAMPLING | {"temperature": 0})
+    return out["text"], out["meta_info"]["completion_tokens"], 0, 1
+
+
 def probed(rule: dict[str, Any]) -> Way:
     async def way(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
         params = sampling(question) | {"custom_params": {"dynasor": {**TEXTS, **rule}}}
@@ -197,7 +203,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     questions = [q for q in read_questions(REASONER, 600) if q["num_steps"] <= args.max_steps][: args.num_questions]
-    ways: dict[str, Way] = {"whole thought": whole}
+    ways: dict[str, Way] = {"whole thought": whole, "greedy, no thought": greedy}
     ways |= {f"long_cot, {name}": probed(rule) for name, rule in RULES.items()}
     ways |= {f"client-side loop, {name}": loop(RULES[name]) for name in LOOPS}
     ways = {name: way for name, way in ways.items() if name == "whole thought" or not args.ways or name in args.ways}
