@@ -24,7 +24,8 @@ from sglang_dynasor.policy.equal import answer_key
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
-EASY = [q for q in QUESTIONS if q.num_steps <= 2]
+GUESSED = "Beads", "Shells", "Stamps"  # topics of which the tiny reasoner guesses most answers
+EASY = [q for q in QUESTIONS if q.num_steps <= 2 and not q.text.startswith(GUESSED)]
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 HOT: dict[str, Any] = {"max_tokens": 200, "temperature": 1.0}
 

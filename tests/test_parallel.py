@@ -66,7 +66,7 @@ def test_tensor_parallel_ranks_decide_alike(
         field: dict[str, Any] = {"tenant": f"t{i % 3}"}
         text = prompt(QUESTIONS[i % len(QUESTIONS)].text)
         if i % 6 == 1:
-            field |= {"stop": "confidence", "weak_frac": 0.3, "group_tokens": 8}
+            field |= {"stop": "confidence", "weak_frac": 0.6, "group_tokens": 8}
         elif i % 6 == 4:
             field |= {"vote": "reward", **JUDGE}
         elif i % 6 == 2:
@@ -96,7 +96,7 @@ def test_tensor_parallel_ranks_decide_alike(
     outs = engine.loop.run_until_complete(everyone())
     answered = [out for out in outs if isinstance(out, dict) and "dynasor" in out["meta_info"]]
     reasons = [out["meta_info"]["dynasor"]["stop_reason"] for out in answered]
-    assert reasons.count("certain") >= num_programs // 4
+    assert reasons.count("certain") >= num_programs // 6
     assert reasons.count("deadline") >= num_programs // 20
     assert "budget" in reasons
     assert len(answered) < 0.9 * num_programs  # plain ones, aborts, time-outs
