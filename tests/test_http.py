@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engine
 README, SERVING, FRONTEND, LONG_COT = (
     (ROOT / name).read_text() for name in ("README.md", "docs/serving.md", "docs/frontend.md", "docs/long_cot.md")
 )
-QUESTION = held_out(12)[10]
+QUESTION = held_out(12)[8]
 
 
 def generate(server: Server, **field: Any) -> httpx.Response:

@@ -74,7 +74,7 @@ def test_tensor_parallel_ranks_decide_alike(
         elif i % 6 == 3:
             field |= {
                 "tenant": "b",
-                "budget_tokens": 30 * num_programs,
+                "budget_tokens": 12 * num_programs,
                 "budget": "b",
                 "budget_programs": num_programs // 6,
             }
@@ -101,9 +101,9 @@ def test_tensor_parallel_ranks_decide_alike(
     assert "budget" in reasons
     assert len(answered) < 0.9 * num_programs  # plain ones, aborts, time-outs
     records = [out["meta_info"]["dynasor"] for out in answered]
-    assert sum(record.get("num_weak", 0) for record in records) > 0
     assert any(reward is not None for record in records for reward in record.get("rewards", []))
-    if overlap:  # of forty only three are compared by the model, and may agree
+    if overlap:  # of forty few have weak branches, and only three are compared by the model
+        assert sum(record.get("num_weak", 0) for record in records) > 0
         assert any(merge["by"] == "model" for record in records for merge in record.get("merges", []))
     status = settled(engine)
     assert status["num_held_programs"] == status["num_branches_inside"] == status["num_branches_watched"] == 0
