@@ -47,6 +47,7 @@ COMMANDS = {
     "votes": "python benchmarks/bench_votes.py --csv benchmarks/results/votes.csv",
     "neighbour": "python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv",
     "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
+    "simulator": "python benchmarks/bench_simulator.py --csv benchmarks/results/simulator.csv --save FOLDER",
     "simulated_cpu": "sglang-dynasor simulate --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys --costs cpu --at-once 1 16 32 64 "
     '--repeats 5 --rows 128 --prompt-tokens 128 --ways single stock doubling beta adaptive windows "program stop=careful" '
     '"program stop=balanced" "program stop=fast" --csv benchmarks/results/simulated_cpu.csv',
@@ -90,7 +91,7 @@ def table(name: str) -> str:
     """A CSV as Markdown; the columns that are the same in every row become the line below."""
     with (RESULTS / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
-    if name.startswith("simulated"):
+    if name.startswith("simulated_"):
         rows = [{key: row[key] for key in SHOWN} for row in rows]
     same = [key for key in CLOSING if key in rows[0] and len({row[key] for row in rows}) == 1]
     keys = [key for key in rows[0] if key not in same]
