@@ -340,7 +340,7 @@ def test_a_program_alone_runs_wider_than_among_others() -> None:
             admission.advance(job.gang)
         admission.look()
         widths.append(gangs[0].program.gang)
-    assert widths == [15, 5]
+    assert widths == [10, 4]
     assert gangs[0].program.votes_needed == 3
 
 

@@ -51,14 +51,14 @@ def test_time_falls_with_width_and_grows_with_what_is_needed(num: float, width: 
 @pytest.mark.parametrize(
     ("load", "evidence", "width"),
     [
-        (IDLE_CPU, FRESH, 6),
-        (IDLE_GPU, FRESH, 15),
-        (Load(CPU, 60, 15), FRESH, 5),  # others wait: little more than could decide
-        (Load(GPU, 120, 31), FRESH, 5),
+        (IDLE_CPU, FRESH, 4),
+        (IDLE_GPU, FRESH, 10),
+        (Load(CPU, 60, 15), FRESH, 3),  # others wait: no more than could decide
+        (Load(GPU, 120, 31), FRESH, 4),
         (Load(CPU, 128, 200), FRESH, 3),
-        (IDLE_CPU, Evidence((2,), 0, 14), 3),  # nearly decided
-        (IDLE_CPU, Evidence((2, 2), 0, 12), 8),  # a tie: all the rest may be needed
-        (IDLE_GPU, Evidence((2, 2), 0, 12), 12),
+        (IDLE_CPU, Evidence((2,), 0, 14), 2),  # nearly decided
+        (IDLE_CPU, Evidence((2, 2), 0, 12), 5),  # a tie: more are needed
+        (IDLE_GPU, Evidence((2, 2), 0, 12), 10),
         (IDLE_GPU, Evidence((1,), 0, 1), 1),
     ],
 )

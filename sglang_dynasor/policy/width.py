@@ -17,7 +17,7 @@ from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.rules import StopRule
 
-NEAR_BEST = 1.05  # times the least cost: the narrowest width that does not cost more is taken
+NEAR_BEST = 1.2  # times the least cost: the narrowest width that does not cost more is taken
 HOPELESS = 2.0  # times the least cost so far: wider ones are not looked at
 STEP_FRAC = 0.25  # between widths that are compared
 CHEAPNESS_STEPS = 4  # of a doubling
