@@ -37,7 +37,7 @@ COMMANDS = {
     "policy_overhead": "make bench",
     "kernels": "python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv",
     "soak": "make soak",
-    "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2",
+    "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 1",
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 "
     '--ways "long_cot, every 64 tokens, trial:0.9, 2 agree" "long_cot, at \'wait\', trial:0.9, 2 agree" '
     '"client-side loop, every 64 tokens, trial:0.9, 2 agree" "client-side loop, at \'wait\', trial:0.9, 2 agree"',
