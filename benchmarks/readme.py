@@ -16,7 +16,8 @@ from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS
 from sglang_dynasor.policy.record import RECORD_HELP
-from sglang_dynasor.policy.spec import EFFORTS, FIELD_HELP
+from sglang_dynasor.policy.spec import FIELD_HELP
+from sglang_dynasor.policy.thought_spec import EFFORTS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,8 +18,8 @@ from recorded import read_questions
 from rows import write_rows
 
 from sglang_dynasor.demo import show
-from sglang_dynasor.policy.spec import ThoughtSpec
 from sglang_dynasor.policy.thought import Trial, is_settled
+from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
 AGREE, LEVELS = (1, 2, 3, 5), (0.0, 0.9, 0.99)
 CHOSEN = ("full", "matched_controls")  # the others were picked for answers that change, and are few

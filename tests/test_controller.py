@@ -208,9 +208,12 @@ def thoughts_of(**admission: Any) -> tuple[Thoughts, list[Any], list[Any]]:
     given = {"num_thoughts": 1, "num_probes": 0, **admission}
     inside: Any = SimpleNamespace(
         admission=SimpleNamespace(**given), front=SimpleNamespace(is_pass_due=False),
-        put=lambda req, tag: put.append(req), end=lambda req: 0,
+        put=lambda req, tag: put.append(req), end=lambda req: 0, end_probe=lambda live, index: live.probes.pop(index, None),
     )  # fmt: skip
-    ends: Any = SimpleNamespace(programs=SimpleNamespace(holds=lambda live: True), end_rest=lambda live, spared: None)
+    ends: Any = SimpleNamespace(
+        programs=SimpleNamespace(holds=lambda live: True), end_rest=lambda live, spared: put.append(("spared", spared)),
+        answer=lambda live: put.append("answered"),
+    )  # fmt: skip
     tree_cache = SimpleNamespace(disable=False, supports_mamba=lambda: False)
     scheduler = SimpleNamespace(tree_cache=tree_cache, tokenizer=None)
     readings = Readings(lambda live, step: step(live))
@@ -239,6 +242,39 @@ def test_a_thought_that_has_ended_by_itself_is_not_closed(has_ended: bool, monke
     assert closed == ([] if has_ended else [list(range(20))])
     assert thoughts.admission.num_thoughts == (0 if has_ended else 1)
     assert (tag.asking and tag.asking.at_tokens) == (None if has_ended else 40)
+
+
+@pytest.mark.parametrize("has_vote", [False, True])
+def test_chains_that_have_decided_let_one_speak(has_vote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that had thought most, which need not be the one that was asked last; nobody, where one has finished with that."""
+    live = live_program(algorithm="long_cot", think_end="end", agree=9, branches=3, stop="trials:0.8", hold_tokens=8)
+    probes: list[Any] = []
+    for index in range(3):
+        live.reqs[index] = branch(live, num_output_tokens=40)
+        branch_tag_of(live.reqs[index]).index = index
+        probes.append(probe_of(live, num_thought_tokens=30, num_output_tokens=2))
+        probes[-1].cached_tokens = 100
+        probes[-1].dynasor_tag.index = index
+    thoughts, told, closed = thoughts_of()
+    monkeypatch.setattr(thoughts_module, "is_over", lambda req, tokens, since: False)
+    lengths = {0: 30, 1: 35, 2: 30}
+    monkeypatch.setattr(thoughts_module, "read_trial", lambda req, tag, *args: Trial("7", "7", 0.9, lengths[tag.index]))
+    monkeypatch.setattr(thoughts_module, "closed", lambda thought, tokens, is_line_end: thought)
+    monkeypatch.setattr(thoughts, "_next", lambda live, asking: 90)
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,)))
+    for index in range(3):
+        live.program.see_trial(index, Trial("7", "7", 0.9, 20))
+    if has_vote:
+        live.program.finish(0, "...end #### 7", 21)
+    for index in (1, 2):
+        live.probes[index] = probes[index]
+        thoughts.has_ended(probes[index], tag_of(probes[index]))  # type: ignore[arg-type]
+        if told:
+            break
+    if has_vote:
+        assert (told, closed, live.program.winner) == (["answered"], [], 0)
+    else:
+        assert (told, closed, live.program.speaker) == ([("spared", 1)], [list(range(35))], 1)
 
 
 # The line

@@ -210,17 +210,29 @@ class Thoughts:
         num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
         if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
             return
-        if program.see_trial(index, trial):
-            if program.speaker is not None:
-                self.ends.end_rest(live, spared=index)
-            self._close(live, index, chain, trial.num_tokens)
+        closing = program.see_trial(index, trial)
+        if program.reason is not None:  # what all chains say a finished one has said
+            self.ends.answer(live)
+            return
+        if program.speaker is not None:
+            self.ends.end_rest(live, spared=program.speaker)
+        if closing is not None:
+            self._close(live, closing)
 
-    def _close(self, live: LiveProgram, index: int, chain: Req, num_tokens: int) -> None:
+    def _close(self, live: LiveProgram, index: int) -> None:
         """End a thought as the model ends it: a new Req goes on from there and writes the answer.
 
-        What the chain generated since it was asked is dropped: the answer follows the text that the probe has read.
+        What the chain generated since it was asked is dropped: the answer follows the text that the probe has read. One that has
+        ended its thought meanwhile answers by itself.
         """
+        chain, branch, tokens = live.reqs[index], live.program.branches[index], self._tokens(live)
+        num_tokens = branch.closed_at
+        assert num_tokens is not None
+        if chain.finished() or chain.to_finish is not None or is_over(chain, tokens, num_tokens):
+            branch.closed_at = None
+            return
         assert_same("dynasor closes the thought of %s at %d tokens", chain.rid, num_tokens)
+        self.inside.end_probe(live, index)
         is_line_end = chain.output_ids[num_tokens - 1] in self._line_ends()
-        given = closed(chain.output_ids[:num_tokens], self._tokens(live), is_line_end=is_line_end)
+        given = closed(chain.output_ids[:num_tokens], tokens, is_line_end=is_line_end)
         self._go_on(live, index, given, self.inside.end(chain))
