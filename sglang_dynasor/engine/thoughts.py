@@ -26,7 +26,7 @@ from sglang_dynasor.engine.probe import (
 )
 from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.policy.reading import reading_chars
-from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due, next_probe_tokens
+from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -102,10 +102,10 @@ class Thoughts:
         return is_place_to_ask(len(req.output_ids), tag.asking.at_tokens, is_line_end=is_line_end)
 
     def _next(self, live: LiveProgram, asking: Asking) -> int:
-        thought = live.program.spec.thought
-        assert thought is not None
+        chains = live.program.chains
+        assert chains is not None
         num_suffix_tokens = len(self._tokens(live).suffix) + 1  # the KV of the thought's last token is not there
-        return next_probe_tokens(thought, asking.num_tokens, asking.costs, num_suffix_tokens)
+        return chains.next_turn_tokens(asking.num_tokens, asking.costs, num_suffix_tokens)
 
     def _tokens(self, live: LiveProgram) -> ThoughtTokens:
         spec = live.program.spec

@@ -8,14 +8,16 @@ chains, so that a few that answer early decide nothing. docs/long_cot.md has wha
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sglang_dynasor.policy.branch import Branch, BranchState
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.policy.standing import NO_STANDING, Standing
-from sglang_dynasor.policy.thought import Trial, is_likely, is_settled, may_settle
+from sglang_dynasor.policy.thought import Trial, is_likely, is_settled, may_settle, next_probe_tokens
 from sglang_dynasor.policy.thought_spec import ThoughtSpec
+from sglang_dynasor.policy.wave import is_far, next_turn_tokens
 
 ASKED_FRAC = 0.8  # of all chains, that must have been asked or have finished before their shares count
 FRESH_FRAC = 0.5  # of the chains that think, that must have been asked again while the leader was held
@@ -62,6 +64,25 @@ class Chains:
     def may_close(self, index: int) -> bool:
         """Whether what chain `index` says next could close a thought: its own, or, where an answer has its share, the speaker's."""
         return may_settle(self.branches[index].trials, self._thought) or self._held is not None
+
+    def next_turn_tokens(self, num_tokens: int, costs: Sequence[int], num_suffix_tokens: int) -> int:
+        """The length in tokens, at least 1, from which on a chain is asked next; the arguments are `next_probe_tokens`'s."""
+        if not self.decide_together:
+            return next_probe_tokens(self._thought, num_tokens, costs, num_suffix_tokens)
+        return next_turn_tokens(self._thought, num_tokens, costs, num_suffix_tokens, is_far=self.is_far)
+
+    @property
+    def is_far(self) -> bool:
+        """Whether what they say when they are asked next can hardly end the program (wave.py)."""
+        share = self.spec.stop.level_of("trials")
+        if share is None:
+            return False
+        finished = Counter(
+            branch.key for branch in self.branches if branch.state is BranchState.FINISHED and branch.key
+        )
+        num_thinking = sum(branch.state is BranchState.IN_FLIGHT for branch in self.branches)
+        num_chains = sum(branch.state is not BranchState.FAILED for branch in self.branches)
+        return is_far(self.standing.counts, max(finished.values(), default=0), num_thinking, num_chains, share)
 
     def take(self, index: int, trial: Trial) -> bool:
         """Chain `index` was asked. Returns whether that counts: not of a thought that was closed, nor once somebody speaks."""
