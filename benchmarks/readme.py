@@ -47,7 +47,10 @@ COMMANDS = {
     "answers": "python benchmarks/bench_answers.py --csv benchmarks/results/answers.csv",
     "votes": "python benchmarks/bench_votes.py --csv benchmarks/results/votes.csv",
     "neighbour": "python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv",
-    "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
+    "probes": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
+    "probes_rules": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
+    "probes_halves": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
+    "probes_waves": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
     "simulated_cpu": "sglang-dynasor simulate --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys --costs cpu --at-once 1 16 32 64 "
     '--repeats 5 --rows 128 --prompt-tokens 128 --ways single stock doubling beta adaptive windows "program stop=careful" '
     '"program stop=balanced" "program stop=fast" --csv benchmarks/results/simulated_cpu.csv',

@@ -18,8 +18,7 @@ from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.standing import Standing
 from sglang_dynasor.policy.thought import Trial
 
-# Chains that never settle by themselves, so that only what they say together ends a program.
-FIELD = {"algorithm": "long_cot", "answer": "hash", "agree": 64, "stop": "trials:0.8"}
+FIELD = {"algorithm": "long_cot", "answer": "hash", "stop": "trials:0.8"}
 
 
 def chains(num: int, started: int | None = None, **field: Any) -> Program:
@@ -366,6 +365,22 @@ def test_the_record_tells_the_way() -> None:
     assert {entry["answer"] for entry in record["shares"]} == {"7", None}  # a tie led by nobody
 
 
+def test_a_chain_that_has_settled_thinks_on_with_the_others() -> None:
+    """However sure it is of its answer; unless the client asks for that, or finished votes alone decide."""
+    for field, closing in (
+        ({}, None), ({"effort": "low"}, None), ({"exit": "trial:0.9"}, 0), ({"agree": 2}, 0), ({"stop": "careful"}, 0),
+    ):  # fmt: skip
+        program = chains(10, **field)
+        assert program.see_trial(0, trial("7", 600, 1.0)) is None
+        assert not program.may_close(0) or closing == 0
+        assert program.see_trial(0, trial("7", 700, 1.0)) == closing, field
+        assert program.record()["exit"] == (
+            "together"
+            if closing is None
+            else "2 agreeing trials, each at least " + ("0.9" if "exit" in field else "0.99") + " likely"
+        )
+
+
 def test_what_is_urgent() -> None:
     """A chain's next trial may close a thought where an answer has its share, or where it could settle itself."""
     program = chains(4)
@@ -393,7 +408,10 @@ def test_the_default_of_several_thoughts() -> None:
         ({"hold_tokens": 0}, "dynasor.hold_tokens=0 is outside"),
         ({"hold_tokens": 64, "probe_tokens": 65}, "dynasor.hold_tokens=64 is below one probe interval, 65 tokens"),
         ({"stop": "careful", "hold_tokens": 512}, "dynasor.hold_tokens=512 with stop 'careful': no answer is held"),
-        ({"algorithm": "self_consistency", "answer": "hash", "stop": "trials"}, "is for algorithm 'long_cot'"),
+        (
+            {"algorithm": "self_consistency", "answer": "hash", "stop": "trials"},
+            "trials are what thoughts are asked for",
+        ),
     ],
 )
 def test_wrong_fields_are_named(field: dict[str, Any], message: str) -> None:
@@ -401,12 +419,6 @@ def test_wrong_fields_are_named(field: dict[str, Any], message: str) -> None:
     with pytest.raises(FieldError) as error:
         parse_field({**FIELD, "branches": 8, **field}, 64)
     assert message in str(error.value)
-
-
-def test_only_thoughts_have_trials() -> None:
-    """Said of the rule, where no key of thoughts is there to name."""
-    with pytest.raises(FieldError, match="trials are what thoughts are asked for"):
-        parse_field({"stop": "careful or trials:0.9"}, 64)
 
 
 @pytest.mark.parametrize("field", [{"stop": "trials:0.51"}, {"stop": "trials:1"}, {"probe_tokens": 512}])

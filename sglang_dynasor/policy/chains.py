@@ -61,9 +61,15 @@ class Chains:
         """Whether what they say while they think may end the program."""
         return self.spec.stop.uses("trials")
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether an answer has its share now: then what is said next may decide."""
+        return self._held is not None
+
     def may_close(self, index: int) -> bool:
         """Whether what chain `index` says next could close a thought: its own, or, where an answer has its share, the speaker's."""
-        return may_settle(self.branches[index].trials, self._thought) or self._held is not None
+        may_itself = self._thought.settles and may_settle(self.branches[index].trials, self._thought)
+        return may_itself or self.is_holding
 
     def next_turn_tokens(self, num_tokens: int, costs: Sequence[int], num_suffix_tokens: int) -> int:
         """The length in tokens, at least 1, from which on a chain is asked next; the arguments are `next_probe_tokens`'s."""
@@ -94,8 +100,8 @@ class Chains:
         return True
 
     def settle(self, index: int) -> int | None:
-        """Close the thought of chain `index`, which was asked, if its own trials have settled. Returns it if so."""
-        if not is_settled(self.branches[index].trials, self._thought):
+        """Close the thought of chain `index`, which was asked, if its own trials do that and have settled. Returns it if so."""
+        if not self._thought.settles or not is_settled(self.branches[index].trials, self._thought):
             return None
         if self.spec.branches == 1:
             self.speaker = index

@@ -65,7 +65,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "num_weak": (_STATISTICS, "branches ended for their low confidence"),
     "answer_entropy": (_STATISTICS, "mean entropy (nats) of the branches' distributions at their answer's first token; null where no branch came to one (`choice`, `number`, `last_line` and `regex` have no mark that tells)"),
     "disagreement": (_STATISTICS, "how far those distributions differ: their Jensen-Shannon divergence (nats); null as above"),
-    "exit": (_LONG_COT, "the rule that closes a thought"),
+    "exit": (_LONG_COT, "the rule by which a thought's own trials close it; `together`: none, what all chains say does"),
     "num_probes": (_LONG_COT, "probes made"),
     "num_probe_tokens": (_LONG_COT, "tokens that probes computed (suffix and trial answer); not in `num_tokens`"),
     "closed_at_tokens": (_LONG_COT, "of each chain, the tokens of its thought when it was closed; null where it ended by itself"),
@@ -124,7 +124,9 @@ def _thoughts(program: Program) -> dict[str, Any]:
         return {}
     trials = [] if winner is None else program.branches[winner].trials
     more: dict[str, Any] = {
-        "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely",
+        "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely"
+        if thought.settles
+        else "together",
         "num_probes": program.num_probes,
         "num_probe_tokens": program.num_probe_tokens,
         "closed_at_tokens": [branch.closed_at for branch in program.branches],

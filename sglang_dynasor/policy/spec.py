@@ -64,7 +64,7 @@ _HELP = {
     "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
     "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
     "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
-    "exit": (EXITS, "when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.99)"),
+    "exit": (EXITS, "when a thought is closed by its own trials; published is the rule of the Dynasor repository, which loses answers (default trial:0.99; of several that decide together none, unless exit or agree is sent)"),
     "agree": (f"1 to {MOST_AGREE}", "probes in a row that must give the same answer (default 2)"),
     "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "tokens of a thought before it is probed (default 512)"),
     "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", "tokens from one probe to the next (default: as often as 3 % of the thought pays for)"),

@@ -38,6 +38,7 @@ class ThoughtSpec:
     word: str = ""  # empty: it is asked at the end of a line
     is_published: bool = False
     hold_tokens: int = HOLD_TOKENS  # that several think on while the leading answer keeps its share (chains.py)
+    settles: bool = True  # whether its own trials close it
 
 
 def check_together(stop: StopRule, branches: int, about: AlgorithmRecord) -> None:
@@ -95,6 +96,9 @@ def parse_thought(options: dict[str, Any], stop: StopRule) -> ThoughtSpec:
         texts["probe_word"],
         is_published,
         _hold_tokens(options, every_tokens, stop),
+        # Several that decide together think on, unless the client says otherwise: where trials are surer than they should be
+        # it costs accuracy to close each for itself (docs/long_cot.md).
+        settles=not stop.uses("trials") or "exit" in options or "agree" in options,
     )
 
 
