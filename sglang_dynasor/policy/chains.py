@@ -50,7 +50,7 @@ class Chains:
     clock: int = 0
     moments: list[Moment] = field(default_factory=list[Moment])
     standing: Standing = NO_STANDING  # now; once they have decided, what it was then
-    num_changes: int = 0
+    num_heard: int = 0  # times that one was heard of
     is_decided: bool = False
     _heard: dict[int, _Heard] = field(default_factory=dict[int, _Heard])
     _since: int = 0  # by the clock, when the leader came to its share
@@ -133,14 +133,14 @@ class Chains:
         if before is not None:
             self.clock += max(0, num_tokens - before.num_tokens - (self.clock - before.clock))
         self._heard[index] = _Heard(num_tokens, self.clock)
+        self.num_heard += 1
         self.look()
 
-    def look(self) -> None:
-        """Count again: a chain has been heard of, has started or failed."""
+    def look(self) -> Standing:
+        """What they say now: counted again, as a chain may have been heard of, started or failed."""
         least_share = self.spec.stop.level_of("trials")
         if least_share is None or self.is_decided or not self._heard:
-            return
-        self.num_changes += 1
+            return self.standing
         alive = [branch for branch in self.branches if branch.state is not BranchState.FAILED]
         units = Counter(key for branch in alive if (key := says(branch)) is not None)
         counts = tuple(sorted(units.values(), reverse=True))
@@ -156,6 +156,7 @@ class Chains:
         self.standing = now._replace(is_held=held is not None and self._is_held)
         if not self.moments or self.moments[-1][1:] != (leader, now.share):
             self.moments.append(Moment(self.clock, leader, now.share))
+        return self.standing
 
     @property
     def _is_held(self) -> bool:

@@ -89,8 +89,6 @@ class Program:
         self.num_in_flight += 1
         if self.granted is not None:
             self.granted -= 1
-        if self.chains is not None:
-            self.chains.look()
         return len(self.branches) - 1
 
     @property
@@ -142,7 +140,7 @@ class Program:
         usual_tokens = 0.0 if self.usual_tokens is None else self.usual_tokens.value
         key = (
             len(self.votes.recent), len(self.comparisons.merges), self.num_failed, len(self.branches), self.is_closed,
-            self._num_seen, usual_tokens, 0 if self.chains is None else self.chains.num_changes,
+            self._num_seen, usual_tokens, 0 if self.chains is None else self.chains.num_heard,
         )  # fmt: skip
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
@@ -153,7 +151,7 @@ class Program:
         mixture = NO_MIXTURE
         if self.answering and self.votes.voters and any(i in self.answering for i in self.votes.ranking[0]):
             mixture = self.mixture
-        standing = NO_STANDING if self.chains is None else self.chains.standing
+        standing = NO_STANDING if self.chains is None else self.chains.look()
         return self.votes.evidence(
             num_left, mixture, num_in_flight=self._num_unheard, cheapness=self._cheapness, standing=standing
         )  # fmt: skip
@@ -347,8 +345,6 @@ class Program:
         self._leave(index, BranchState.FAILED, num_tokens)
         self._see(index, None)
         self.num_failed += 1
-        if self.chains is not None:
-            self.chains.look()
         self.is_closed |= closes
         if self.reason is None:
             self._stop_if_used_up()
