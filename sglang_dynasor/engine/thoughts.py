@@ -197,7 +197,7 @@ class Thoughts:
         chain = live.reqs.get(index)
         if chain is None or chain.finished() or chain.to_finish is not None or not self.ends.programs.holds(live):
             return
-        if isinstance(req.finished_reason, FINISH_ABORT):
+        if isinstance(req.finished_reason, FINISH_ABORT) or program.reason is not None:
             return
         asked = branch_tag_of(chain)
         if is_over(chain, tokens, tag.num_thought_tokens):
