@@ -127,8 +127,7 @@ def rules_of(others: Sequence[Asked]) -> dict[str, Rule]:
         },
         "the default, 5 chains": program(DEFAULT, branches=5),
         "the default, 8 chains": program(DEFAULT, branches=8),
-        "the default, 4 chains then 8": program(DEFAULT, branches=8, first=4, later=1024),
-        "the default, 4 chains then 10": program(DEFAULT, first=4, later=1024),
+        "the default, 4 chains, 10 from 1,024 tokens on": program(DEFAULT, first=4, later=1024),
     }
 
 

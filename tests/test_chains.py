@@ -84,22 +84,18 @@ def test_one_early_confident_chain_never_decides() -> None:
     assert not is_over(program)
 
 
-@pytest.mark.parametrize("started", [1, 2])
-def test_nor_does_the_only_one_started(started: int) -> None:
-    """Of ten allowed: all that have started agree, but those that have not may well say something else."""
+@pytest.mark.parametrize("started", [1, 4, 7])
+def test_nor_do_few_that_have_started(started: int) -> None:
+    """Of ten allowed: all that run agree, but how many run is the load's doing."""
     program = chains(10, started)
     for num_tokens in range(600, 6000, 600):
         wave(program, num_tokens, *["7"] * started)
-    assert program.evidence.standing.is_held
-    assert program.evidence.standing.share == 1.0
     assert not is_over(program)
-
-
-def test_four_of_ten_may() -> None:
-    """Where four agree, six more would hardly change it (certaindex.py says how likely)."""
-    program = chains(10, 4)
-    for num_tokens in (600, 1200):
-        wave(program, num_tokens, *["7"] * 4)
+    assert program.evidence.standing == Standing("7", (started,), 10)
+    while len(program.branches) < 8:
+        program.start_branch()
+    for num_tokens in (6000, 6600):
+        wave(program, num_tokens, *["7"] * 8)
     assert program.speaker is not None
 
 
@@ -275,7 +271,7 @@ def test_time_is_that_of_the_chains() -> None:
     assert program.chains is not None
     assert 400 <= program.chains.clock <= 490
     assert not is_over(program)
-    late = chains(3, 2, stop="trials:1")
+    late = chains(3, 2)
     wave(late, 600, "7", "7")
     wave(late, 900, "7", "7")
     late.start_branch()
@@ -323,14 +319,12 @@ def test_answers_are_equal_as_the_field_says(equal: str, is_same: bool) -> None:
 
 
 def test_a_failed_chain_is_none() -> None:
-    """The share is of those that can still speak; it may then be reached, and the time begins."""
+    """The share is of those that can still speak."""
     program = chains(5)
     wave(program, 600, "7", "7", "7", "8", "8")
     assert program.evidence.standing.share == 0.6
     program.fail(4, 700, closes=False)
     assert program.evidence.standing == Standing("7", (3, 1), 4)
-    program.start_branch()
-    assert program.evidence.standing.num_chains == 5 if len(program.branches) == 6 else 4
 
 
 def test_without_the_rule_trials_end_nothing() -> None:

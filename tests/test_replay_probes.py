@@ -88,16 +88,14 @@ def test_chains_that_settle_end_there() -> None:
 
 
 def test_chains_that_start_later() -> None:
-    """Where four have no leader after 1,024 tokens, the others start; where they have one and keep it, they do not."""
-    split = asked(*[thought(answer * 10, 10_000) for answer in "ABCDAAAAAA"])
-    outcome = run_program(split, spec_of("trials:0.7"), first=4, later=1024)
-    assert outcome.answer == "A"
-    assert outcome.time > 2000
-    agreed = asked(*[thought("A" * 10, 10_000)] * 4, *[thought("B" * 10, 10_000)] * 6)
-    assert run_program(agreed, spec_of("trials:0.7"), first=4, later=1024) == ("A", 8000, 2000)
-    late = run_program(split, spec_of("never", agree=64), first=4, later=1024)
-    assert late.tokens == split.num_tokens
-    assert late.time == 12_000  # they started at the next place where somebody was asked
+    """Where no answer has its share after 1,024 tokens, the others start at the next place where somebody is asked."""
+    question = asked(*[thought("A" * 10, 10_000)] * 10)
+    assert run_program(question, spec_of("trials:0.8"), first=8, later=1024) == ("A", 16_000, 2000)
+    few = run_program(question, spec_of("trials:0.8"), first=7, later=1024)
+    assert few.time > 2000
+    assert few.answer == "A"
+    late = run_program(question, spec_of("never", agree=64), first=4, later=1024)
+    assert (late.tokens, late.time) == (question.num_tokens, 12_000)
 
 
 def test_what_units_are_made_of() -> None:

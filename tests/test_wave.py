@@ -42,7 +42,7 @@ def test_a_program_far_from_its_end_is_asked_half_as_often() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "num_finished_for_best", "num_thinking", "expected"),
+    ("counts", "num_finished_for_best", "num_open", "expected"),
     [
         ((), 0, 10, False),  # nobody was asked
         ((3, 2), 0, 10, True),  # five below eight
@@ -52,9 +52,9 @@ def test_a_program_far_from_its_end_is_asked_half_as_often() -> None:
         ((6, 2), 3, 5, False),
     ],
 )
-def test_how_far_it_is(counts: tuple[int, ...], num_finished_for_best: int, num_thinking: int, expected: bool) -> None:
+def test_how_far_it_is(counts: tuple[int, ...], num_finished_for_best: int, num_open: int, expected: bool) -> None:
     """Of ten chains eight are to agree."""
-    assert is_far(counts, num_finished_for_best, num_thinking, 10, 0.8) is expected
+    assert is_far(counts, num_finished_for_best, num_open, 10, 0.8) is expected
 
 
 def test_all_that_are_ready_are_asked_together() -> None:

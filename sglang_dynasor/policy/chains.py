@@ -1,8 +1,9 @@
 """Several thoughts of one program: what they say together while they think, for how long, and who speaks for them.
 
 Every chain has one unit. A finished one gives it to its answer, a running one to that of its latest trial, if that is likelier
-than not; one that abstains, hesitates, is in doubt or was not asked yet gives it to nobody. The share of an answer is of all
-chains, so that a few that answer early decide nothing. docs/long_cot.md has what the numbers here were measured to bring.
+than not; one that abstains, hesitates, is in doubt, was not asked yet or has not started gives it to nobody. The share of an
+answer is of all chains that the program may use: a few that answer early decide nothing, nor do few because the engine is full.
+docs/long_cot.md has what the numbers here were measured to bring.
 """
 
 from __future__ import annotations
@@ -86,9 +87,12 @@ class Chains:
         finished = Counter(
             branch.key for branch in self.branches if branch.state is BranchState.FINISHED and branch.key
         )
-        num_thinking = sum(branch.state is BranchState.IN_FLIGHT for branch in self.branches)
-        num_chains = sum(branch.state is not BranchState.FAILED for branch in self.branches)
-        return is_far(self.standing.counts, max(finished.values(), default=0), num_thinking, num_chains, share)
+        num_open = self._num_chains - sum(branch.state is BranchState.FINISHED for branch in self.branches)
+        return is_far(self.standing.counts, max(finished.values(), default=0), num_open, self._num_chains, share)
+
+    @property
+    def _num_chains(self) -> int:
+        return self.spec.branches - sum(branch.state is BranchState.FAILED for branch in self.branches)
 
     def take(self, index: int, trial: Trial) -> bool:
         """Chain `index` was asked. Returns whether that counts: not of a thought that was closed, nor once somebody speaks."""
@@ -137,19 +141,21 @@ class Chains:
         self.look()
 
     def look(self) -> Standing:
-        """What they say now: counted again, as a chain may have been heard of, started or failed."""
+        """What they say now: counted again, as a chain may have been heard of, or failed."""
         least_share = self.spec.stop.level_of("trials")
         if least_share is None or self.is_decided or not self._heard:
             return self.standing
-        alive = [branch for branch in self.branches if branch.state is not BranchState.FAILED]
-        units = Counter(key for branch in alive if (key := says(branch)) is not None)
+        units = Counter(key for branch in self.branches if (key := says(branch)) is not None)
         counts = tuple(sorted(units.values(), reverse=True))
         leader = next((key for key, num in units.items() if num == counts[0]), None)
         if counts[1:2] == counts[:1]:
             leader = None
-        now = Standing(leader, counts, len(alive))
-        num_asked = sum(bool(branch.trials) or branch.state is BranchState.FINISHED for branch in alive)
-        has_share = num_asked >= ASKED_FRAC * len(alive) and now.share >= least_share
+        now = Standing(leader, counts, self._num_chains)
+        num_asked = sum(
+            branch.state is BranchState.FINISHED or (branch.state is BranchState.IN_FLIGHT and bool(branch.trials))
+            for branch in self.branches
+        )
+        has_share = num_asked >= ASKED_FRAC * self._num_chains and now.share >= least_share
         held = leader if has_share else None
         if held is None or held != self._held:
             self._held, self._since = held, self.clock

@@ -14,7 +14,7 @@ import numpy as np
 
 from sglang_dynasor.config import CAREFUL, LEVELS
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty, overtake_risk
+from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty
 from sglang_dynasor.policy.confidence import warmup_branches
 from sglang_dynasor.policy.evidence import Evidence
 
@@ -76,11 +76,8 @@ def confidence(evidence: Evidence, level: float) -> bool:
 
 def trials(evidence: Evidence, level: float) -> bool:
     """The leading answer has kept a share of at least `level` of all chains, asked while they think, for as long as the client
-    says (chains.py), and the branches that have not started would hardly change it."""
-    standing, num_unstarted = evidence.standing, evidence.num_left - evidence.num_in_flight
-    if not standing.is_held or standing.share < level:
-        return False
-    return overtake_risk(standing.counts, standing.num_silent, max(0, num_unstarted)) <= LEVELS[CAREFUL]
+    says (chains.py)."""
+    return evidence.standing.is_held and evidence.standing.share >= level
 
 
 def mixture(evidence: Evidence, level: float) -> bool:

@@ -10,7 +10,7 @@ class Standing(NamedTuple):
 
     leader: str | None = None  # the key of the answer with the most units; None: a tie, or nobody gives any
     counts: tuple[int, ...] = ()  # units of each answer, descending
-    num_chains: int = 0  # that have started, those that failed left out
+    num_chains: int = 0  # of the cap, those that failed left out
     is_held: bool = False  # the leader has kept the share that was asked for, for as long as was asked for
 
     @property

@@ -41,17 +41,17 @@ def next_turn_tokens(
     return 2 * at_tokens - num_tokens if is_far else at_tokens
 
 
-def is_far(counts: Sequence[int], num_finished_for_best: int, num_thinking: int, num_chains: int, share: float) -> bool:
+def is_far(counts: Sequence[int], num_finished_for_best: int, num_open: int, num_chains: int, share: float) -> bool:
     """Whether what the next wave says can hardly end the program: the answer that leads is far below its share, or the finished
     chains leave no answer enough.
 
     Args:
         counts: units of each answer, descending; of no chain: nobody has been asked, and nothing is known.
         num_finished_for_best: units of finished chains for the answer that has most of those.
-        num_thinking: chains that may still say anything.
+        num_open: chains that may still say anything, those included that have not started.
         num_chains: all, of which `share` is asked for.
     """
-    if num_finished_for_best + num_thinking < share * num_chains:
+    if num_finished_for_best + num_open < share * num_chains:
         return True
     return bool(counts) and counts[0] <= (share - FAR_FRAC) * num_chains
 
