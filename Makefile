@@ -15,8 +15,8 @@ help:
 	@echo "make bench     the benchmarks behind the tables of docs/results.md"
 	@echo "make peers     what users would pick instead of programs, and programs, on one server (hours; goes on where it was cut)"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
-	@echo "make reasoner  train the tiny reasoner again (about an hour on two cores)"
-	@echo "make thinker   train the tiny thinker, which goes on from the reasoner (about 15 minutes)"
+	@echo "make reasoner  train the tiny reasoner again (an hour and a quarter on two cores)"
+	@echo "make thinker   train the tiny thinker, which goes on from the reasoner (about 20 minutes)"
 	@echo "make card      measure the tiny reasoner and write its model card's table"
 	@echo "make readme    write what is generated in the docs (results, reference, patch ledger)"
 	@echo "make docs      the documentation as a site, in site/; a dead link fails"
@@ -71,10 +71,12 @@ soak: install
 	$(BIN)/python benchmarks/soak.py --csv benchmarks/results/soak.csv
 
 reasoner: install
-	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2
+	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2 --out examples/tiny_reasoner/steps
+	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2 --plan habits --tokens 2000000 --seed 2 \
+		--start examples/tiny_reasoner/steps --state examples/tiny_reasoner/habits_state.pt
 
 thinker: install
-	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2 --tokens 2400000 \
+	OMP_NUM_THREADS=2 $(BIN)/python examples/tiny_reasoner/train.py --threads 2 --plan thinker --tokens 2400000 \
 		--start examples/tiny_reasoner/checkpoint --out examples/tiny_reasoner/thinker --state examples/tiny_reasoner/thinker_state.pt
 
 card: install

@@ -32,7 +32,7 @@ sys.path.append(str(REASONER))
 from questions import held_out, prompt  # noqa: E402 - the generator is no package
 
 CONCURRENCY = 16
-SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 200}
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 
@@ -48,6 +48,7 @@ class Way(NamedTuple):
 
 def ways() -> list[Way]:
     found = [
+        Way("greedy", "one answer", "self_consistency", {"branches": 1, "sampling": SAMPLING | {"temperature": 0}}),
         Way("self-consistency 16", "uniform", "self_consistency", {"stop": "never"}),
         Way("self-consistency 16", "stopped", "self_consistency", {}),
         Way("self-consistency 32", "uniform", "self_consistency", {"branches": 32, "stop": "never"}),
@@ -79,6 +80,8 @@ def checker(lines: dict[str, list[str]]) -> Callable[[str, str], float]:
         truth = lines[question]
         said = [line for line in text.splitlines() if line and not line.startswith("####")]
         wrong = sum(a != b for a, b in zip(said, truth, strict=False)) + max(0, len(said) - len(truth))
+        if "####" in text:
+            wrong += max(0, len(truth) - len(said))  # the rest was guessed
         return max(0.0, 1.0 - 0.25 * wrong)
 
     return reward
@@ -123,7 +126,7 @@ def row(way: Way, runs: list[Results], base: list[Results], questions: list[dict
         "solutions per question": round(mean(r.num_branches for results in runs for r in results), 1),
         "questions": len(questions),
         "repeats": len(runs),
-        "model": "tiny thinker",
+        "model": "tiny reasoner",
     }
 
 
@@ -141,7 +144,10 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with (
         forked_engine(
-            model_path=str(REASONER / "thinker"), scheduler="dynasor", max_total_tokens=65_536, max_running_requests=128
+            model_path=str(REASONER / "checkpoint"),
+            scheduler="dynasor",
+            max_total_tokens=65_536,
+            max_running_requests=128,
         ) as engine,
         LocalEngine(engine, rows=128) as backend,
     ):

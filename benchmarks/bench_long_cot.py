@@ -37,7 +37,7 @@ from sglang_dynasor.policy.thought import Trial, hesitates, is_settled
 
 THINKER = REASONER / "thinker"
 THINK, THINK_END = "<think>\n", "</think>\n####"
-SAMPLING: dict[str, Any] = {"temperature": 1.3, "max_new_tokens": 750}
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 750}
 TEXTS = {"algorithm": "long_cot", "answer": "hash", "think_end": THINK_END, "probe_suffix": THINK_END}
 # A draft of the thinker has some 35 tokens; after each it says "wait" or answers.
 AT_WAIT = {"probe_word": "wait", "probe_tokens": 1, "min_tokens": 0}
@@ -79,6 +79,12 @@ async def generate(client: httpx.AsyncClient, text: str, params: dict[str, Any],
 
 async def whole(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
     out = await generate(client, question["prompt"] + THINK, sampling(question))
+    return out["text"], out["meta_info"]["completion_tokens"], 0, 1
+
+
+async def greedy(client: httpx.AsyncClient, question: dict[str, Any]) -> tuple[str, int, int, int]:
+    """The likeliest answer without a thought."""
+    out = await generate(client, question["prompt"], SAMPLING | {"temperature": 0})
     return out["text"], out["meta_info"]["completion_tokens"], 0, 1
 
 
@@ -197,7 +203,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     questions = [q for q in read_questions(REASONER, 600) if q["num_steps"] <= args.max_steps][: args.num_questions]
-    ways: dict[str, Way] = {"whole thought": whole}
+    ways: dict[str, Way] = {"whole thought": whole, "greedy, no thought": greedy}
     ways |= {f"long_cot, {name}": probed(rule) for name, rule in RULES.items()}
     ways |= {f"client-side loop, {name}": loop(RULES[name]) for name in LOOPS}
     ways = {name: way for name, way in ways.items() if name == "whole thought" or not args.ways or name in args.ways}

@@ -42,7 +42,7 @@ from sglang_dynasor.sim.arrivals import poisson, recorded
 # differ (coefficient of variation 0.4), which those of its direct mode do not. Few branches (3 %) reach their token limit.
 CAP = 32
 MAX_STEPS, THINK = 4, "<think>"
-SAMPLING = {"temperature": 1.3, "max_new_tokens": 256}
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 256}
 ENGINE: dict[str, Any] = {"max_running_requests": 64, "max_total_tokens": 131_072}
 BLOCK, NUM_DRAWS = 10, 1000  # programs drawn together, and how often
 UNBOUNDED_TOKENS = 10**12  # no program is ever overtaken by this much: pure shortest-first

@@ -104,22 +104,18 @@ def compare(
     cap: int,
     repeats: int,
     *,
-    with_greedy: bool = False,
     with_peer: bool = False,
 ) -> list[dict[str, Any]]:
     """One row per way, stock first; savings against stock.
 
     Args:
         programs: by name, keys of the field.
-        with_greedy: whether greedy decoding is measured too.
         with_peer: whether its_hub is.
     """
     facts = machine()
 
     async def stock_ways(client: Chat, stack: AsyncExitStack) -> dict[str, Solve]:
-        ways: dict[str, Solve] = {f"stock, {cap} samples": client.stock}
-        if with_greedy:
-            ways["stock, greedy, 1 sample"] = client.greedy
+        ways: dict[str, Solve] = {f"stock, {cap} samples": client.stock, "stock, greedy, 1 sample": client.greedy}
         if with_peer:
             ways[f"{ITS_HUB}, doubling"] = (await stack.enter_async_context(hub(client.url, cap))).doubling
         return ways
@@ -156,7 +152,7 @@ def compare(
 
 
 def main(programs: dict[str, dict[str, Any]], about: str | None, *, with_others: bool = False) -> None:
-    """The command line; `with_others`: greedy decoding and its_hub have rows too."""
+    """The command line; `with_others`: its_hub has a row, too."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-questions", type=int, default=320)
     parser.add_argument("--cap", type=int, default=16)
@@ -169,7 +165,7 @@ def main(programs: dict[str, dict[str, Any]], about: str | None, *, with_others:
     if with_peer:
         check_hub("--no-peer")
     questions = read_questions(REASONER, args.num_questions)
-    rows = compare(programs, questions, args.cap, args.repeats, with_greedy=with_others, with_peer=with_peer)
+    rows = compare(programs, questions, args.cap, args.repeats, with_peer=with_peer)
     show(rows)
     if args.csv:
         write_rows(args.csv, rows)

@@ -25,7 +25,7 @@ NUM_BRANCHES, NUM_TOKENS = 64, 128
 def seconds(engine: Any, prompt: str, **field: Any) -> float:
     flush(engine)
     params: dict[str, Any] = {
-        "temperature": 1.7,
+        "temperature": 1.0,
         "max_new_tokens": NUM_TOKENS,
         "ignore_eos": True,
         "custom_params": {"dynasor": {"branches": NUM_BRANCHES, "stop": "never", "answer": "hash", **field}},

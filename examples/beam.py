@@ -22,7 +22,9 @@ LINE = re.compile(r"gets (\d+) (more|less) than \w+ (\d+): \w+ (\d+)$", re.M)
 
 
 def arithmetic(question: str, text: str) -> float:
-    """The share of additions and subtractions that are right, in [0, 1]; 1 where there are none."""
+    """The share of additions and subtractions that are right, in [0, 1]; 1 where there are none, 0 for a bare guess."""
+    if "gets" not in text:
+        return 0.0
     lines = LINE.findall(text)
     right = [int(c) == int(b) + (int(a) if how == "more" else -int(a)) for a, how, b, c in lines]
     return sum(right) / len(right) if right else 1.0
@@ -32,7 +34,7 @@ def arithmetic(question: str, text: str) -> float:
 def solve(s: Any, prompt: str) -> Any:
     s += prompt
     with reason(s, "beam", branches=8, beams=4, answer="hash", reward=arithmetic) as p:
-        p.gen("steps", max_tokens=200, temperature=1.7)
+        p.gen("steps", max_tokens=200, temperature=1.0)
     return p
 
 

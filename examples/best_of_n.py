@@ -24,7 +24,7 @@ def main() -> None:
             engine,
             [question["prompt"] for question in questions],
             "best_of_n",
-            sampling={"temperature": 1.7, "max_new_tokens": 200},
+            sampling={"temperature": 1.0, "max_new_tokens": 200},
             progress=False,
             branches=8,
             answer="hash",

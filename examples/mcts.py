@@ -34,7 +34,7 @@ def main() -> None:
     engine = start_engine(REASONER)
     try:
         results = solve(
-            engine, prompts, "mcts", sampling={"temperature": 1.7, "max_new_tokens": 200}, progress=False, **FIELD
+            engine, prompts, "mcts", sampling={"temperature": 1.0, "max_new_tokens": 200}, progress=False, **FIELD
         )
         for question, result in zip(questions, results, strict=True):
             print(f"{question['num_steps']} steps, the answer is {question['answer']}: MCTS says {result.answer}")

@@ -24,7 +24,7 @@ JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "jud
 def solve(s: Any, prompt: str) -> Any:
     s += prompt
     with reason(s, "rebase", branches=16, answer="hash", step="\n", **JUDGE) as p:
-        p.gen("steps", max_tokens=200, temperature=1.7)
+        p.gen("steps", max_tokens=200, temperature=1.0)
     return p
 
 

@@ -24,7 +24,7 @@ def solve(s: Any, prompt: str) -> Any:
     s += prompt
     with reason(s, branches=16, answer="hash") as p:
         for branch in p.fork():
-            branch += sgl.gen("steps", max_tokens=200, temperature=1.7)
+            branch += sgl.gen("steps", max_tokens=200, temperature=1.0)
     s["answer"] = p.answer
     return p
 

@@ -28,7 +28,7 @@ from sglang_dynasor.policy.equal import answer_key
 
 MAX_NEW_TOKENS = 200
 CONCURRENCY, ROWS = 32, 128  # questions under way at once, in so many rows: a busy engine, as savings come with load
-TEMPERATURE = 1.7  # hot enough that the tiny reasoner is as often wrong as a language model on hard questions
+TEMPERATURE = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,11 @@ def progress(items: Iterable[Solved], total: int, name: str, columns: int) -> It
     yield from tqdm(items, total=total, desc=f"{name:<18}", ncols=min(columns, 100), unit="question")
 
 
+def greedy_params() -> dict[str, Any]:
+    """One answer, the likeliest token each time: what sampling has to be better than."""
+    return {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
+
+
 def stock_params(num_samples: int) -> dict[str, Any]:
     """Uniform self-consistency as a client asks for it today: `n` samples."""
     return {"temperature": TEMPERATURE, "max_new_tokens": MAX_NEW_TOKENS, "n": num_samples}
@@ -174,6 +179,13 @@ def solve_stock(engine: Any, question: dict[str, Any], num_samples: int) -> Solv
     started = time.perf_counter()
     outs = engine.generate(question["prompt"], stock_params(num_samples))
     return vote(question, outs, time.perf_counter() - started)
+
+
+def solve_greedy(engine: Any, question: dict[str, Any]) -> Solved:
+    """One question by greedy decoding."""
+    started = time.perf_counter()
+    out = engine.generate(question["prompt"], greedy_params())
+    return vote(question, [out], time.perf_counter() - started)
 
 
 def solve_program(engine: Any, question: dict[str, Any], cap: int, **field: Any) -> Solved:
@@ -228,26 +240,27 @@ def run_demo(demo: Demo, columns: int) -> None:
     client = Client(engine)
     try:
         solve_stock(client, questions[0], 2)  # the first requests warm the engine up
+        greedy = run("greedy", lambda q: solve_greedy(client, q), questions, columns)
         stock = run(f"stock, {demo.cap} samples", lambda q: solve_stock(client, q, demo.cap), questions, columns)
         program = run(f"program, cap {demo.cap}", lambda q: solve_program(client, q, demo.cap), questions, columns)
     finally:
         client.close()
         engine.shutdown()
     print()
-    show(comparison(stock, program))
+    show(comparison(greedy, stock, program))
     for title, order in (("cheapest", cheapest(stock, program)), ("hardest", hardest(program))):
         print(f"\n{title}:")
         for i in order[:3]:
             print(f"  {_told(questions[i], stock.solved[i], program.solved[i])}")
-    draw([question["num_steps"] for question in questions], stock, program, demo.picture)
+    draw([question["num_steps"] for question in questions], greedy, stock, program, demo.picture)
     if demo.csv is not None:
-        table = rows(stock, program)
+        table = rows(greedy, stock, program)
         with demo.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
             writer.writeheader()
             writer.writerows(table)
     print(f"\nthe picture is in {demo.picture}")
-    print(f"{savings(stock, program)}: {accuracies(stock, program)}")
+    print(f"{savings(stock, program)}: {accuracies(greedy, stock, program)}")
 
 
 def _told(question: dict[str, Any], stock: Solved, program: Solved) -> str:

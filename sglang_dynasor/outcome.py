@@ -61,17 +61,17 @@ def savings(stock: Outcome, program: Outcome) -> str:
     return f"{what} ({', '.join(lost)})" if lost else what
 
 
-def accuracies(stock: Outcome, program: Outcome) -> str:
-    """How many answers are right either way, and what one question weighs."""
+def accuracies(greedy: Outcome, stock: Outcome, program: Outcome) -> str:
+    """How many answers are right each way, and what one question weighs."""
     num_questions = len(stock.solved)
     return (
-        f"{100 * program.accuracy:.1f} % of the answers right, {100 * stock.accuracy:.1f} % with stock "
+        f"{100 * program.accuracy:.1f} % of the answers right, {100 * stock.accuracy:.1f} % with stock, {100 * greedy.accuracy:.1f} % greedy "
         f"(of {num_questions} questions; one is {100 / num_questions:.1f} points)"
     )
 
 
-def comparison(stock: Outcome, program: Outcome) -> list[dict[str, str]]:
-    """A table to read: one row per way, and what the second saves."""
+def comparison(greedy: Outcome, stock: Outcome, program: Outcome) -> list[dict[str, str]]:
+    """A table to read: one row per way, and what the program saves against stock."""
     table = [
         {
             "": way.name,
@@ -81,7 +81,7 @@ def comparison(stock: Outcome, program: Outcome) -> list[dict[str, str]]:
             "mean latency": f"{way.mean_latency_s:.1f} s",
             "branches each": f"{way.mean_branches:.1f}",
         }
-        for way in (stock, program)
+        for way in (greedy, stock, program)
     ]
     saved = {
         "tokens": (stock.num_tokens, program.num_tokens),
@@ -101,7 +101,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
-def rows(stock: Outcome, program: Outcome) -> list[dict[str, Any]]:
+def rows(greedy: Outcome, stock: Outcome, program: Outcome) -> list[dict[str, Any]]:
     """One row per way, for a CSV file; savings against stock."""
     return [
         {
@@ -114,7 +114,7 @@ def rows(stock: Outcome, program: Outcome) -> list[dict[str, Any]]:
             "mean_latency_s": round(way.mean_latency_s, 3),
             "branches_per_question": round(way.mean_branches, 1),
         }
-        for way in (stock, program)
+        for way in (greedy, stock, program)
     ]
 
 

@@ -9,15 +9,16 @@ from typing import Any
 from sglang_dynasor.outcome import Outcome, Solved, accuracies, saved_percent, savings
 
 FORMATS = (".png", ".pdf", ".svg")
-STOCK, PROGRAM, WRONG = "#c3cad3", "#1f7a8c", "#d1495b"
+STOCK, PROGRAM, WRONG, GREEDY = "#c3cad3", "#1f7a8c", "#d1495b", "#e0a030"
 
 
-def draw(steps: list[int], stock: Outcome, program: Outcome, picture: Path) -> None:
+def draw(steps: list[int], greedy: Outcome, stock: Outcome, program: Outcome, picture: Path) -> None:
     """Write the picture.
 
     Args:
         steps: of each question, how many steps its solution takes.
-        stock: what sampling gave, in the same order.
+        greedy: what one greedy answer gave, in the same order.
+        stock: what sampling gave.
         program: what programs gave.
         picture: the file, of a type in `FORMATS`.
     """
@@ -32,12 +33,12 @@ def draw(steps: list[int], stock: Outcome, program: Outcome, picture: Path) -> N
     accuracy = figure.add_subplot(grid[1, 0], sharex=tokens)
     branches = figure.add_subplot(grid[:, 1])
     draw_tokens(tokens, steps, stock, program)
-    draw_accuracy(accuracy, steps, stock, program)
+    draw_accuracy(accuracy, steps, greedy, stock, program)
     draw_branches(branches, program, cap=max(s.num_branches for s in stock.solved))
     for axis in (tokens, accuracy, branches):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        f"{savings(stock, program).capitalize()}\n{accuracies(stock, program)}", fontsize=13, x=0.01, ha="left"
+        f"{savings(stock, program).capitalize()}\n{accuracies(greedy, stock, program)}", fontsize=13, x=0.01, ha="left"
     )
     figure.savefig(picture, dpi=120)
     plt.close(figure)
@@ -65,15 +66,16 @@ def draw_tokens(axis: Any, steps: list[int], stock: Outcome, program: Outcome) -
     axis.tick_params(labelbottom=False)
 
 
-def draw_accuracy(axis: Any, steps: list[int], stock: Outcome, program: Outcome) -> None:
+def draw_accuracy(axis: Any, steps: list[int], greedy: Outcome, stock: Outcome, program: Outcome) -> None:
     """Right answers of each number of steps, in percent, with the number of questions below."""
     groups = by_steps(steps, program)
     lowest = 100.0
-    for outcome, color, size in ((stock, STOCK, 11), (program, PROGRAM, 5)):
+    for outcome, color, size in ((greedy, GREEDY, 5), (stock, STOCK, 11), (program, PROGRAM, 5)):
         shares = {n: 100 * mean(s.is_right for s in group) for n, group in by_steps(steps, outcome).items()}
-        axis.plot(list(shares), list(shares.values()), marker="o", markersize=size, color=color)
+        axis.plot(list(shares), list(shares.values()), marker="o", markersize=size, color=color, label=outcome.name)
         lowest = min(lowest, *shares.values())
     axis.set_title("Right answers, %", loc="left")
+    axis.legend(frameon=False, loc="lower left", ncols=3, fontsize=8)
     axis.set_ylim(max(0, 10 * (lowest // 10) - 10), 104)
     axis.set_xticks(list(groups), [f"{n}\n({len(group)})" for n, group in groups.items()])
     axis.set_xlabel("steps in the question (number of questions)")

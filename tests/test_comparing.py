@@ -28,7 +28,7 @@ PROMPTS = [prompt(question.text) for question in held_out(24) if question.num_st
 
 def params(**field: Any) -> dict[str, Any]:
     field = {"answer": "hash", "branches": 6, "stop": "never"} | field
-    return {"temperature": 1.7, "max_new_tokens": 200, "custom_params": {"dynasor": field}}
+    return {"temperature": 1.0, "max_new_tokens": 200, "custom_params": {"dynasor": field}}
 
 
 def records(engine: Any, **field: Any) -> list[dict[str, Any]]:

@@ -30,16 +30,17 @@ def test_the_demo_compares_and_draws(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    stock, program = csv.DictReader(table.open())
+    greedy, stock, program = csv.DictReader(table.open())
     assert float(stock["branches_per_question"]) == 16
     assert int(program["tokens"]) < int(stock["tokens"])
+    assert float(program["accuracy_percent"]) > float(greedy["accuracy_percent"])
     assert "cheapest:" in done.stdout
     assert "hardest:" in done.stdout
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("saved ")
     assert "of the answers right" in last
     printed = [line.strip() for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
-    assert [line for line in printed if not line.startswith(("stock, 16 samples", "program, cap 16"))] == []
+    assert [line for line in printed if not line.startswith(("greedy", "stock, 16 samples", "program, cap 16"))] == []
 
 
 def test_the_demo_says_what_it_misses(tmp_path: Path) -> None:
@@ -121,15 +122,18 @@ def test_the_last_line_says_what_was_saved(tokens: list[int], wall_s: float, lin
 def test_the_last_line_says_at_which_accuracies() -> None:
     """And what one question weighs, so that nobody reads a point of noise as a loss."""
     stock, program = outcome("stock", [50] * 4, 10.0, wrong=(1,)), outcome("program", [20] * 4, 5.0, wrong=(1, 3))
-    assert accuracies(stock, program) == (
-        "50.0 % of the answers right, 75.0 % with stock (of 4 questions; one is 25.0 points)"
+    greedy = outcome("greedy", [50] * 4, 10.0, wrong=(0, 1, 3))
+    assert accuracies(greedy, stock, program) == (
+        "50.0 % of the answers right, 75.0 % with stock, 25.0 % greedy (of 4 questions; one is 25.0 points)"
     )
 
 
 def test_the_table_fits_a_terminal() -> None:
     """80 columns, with a row of what was saved below."""
     rows = comparison(
-        outcome("stock, 16 samples", [100_000] * 9, 1000.0), outcome("program, cap 16", [60_000] * 9, 900.0)
+        outcome("greedy", [900] * 9, 10.0),
+        outcome("stock, 16 samples", [100_000] * 9, 1000.0),
+        outcome("program, cap 16", [60_000] * 9, 900.0),
     )
     assert sum(max(len(key), *(len(row[key]) for row in rows)) + 2 for key in rows[0]) - 2 <= 80
     assert rows[-1] == {
@@ -153,5 +157,6 @@ def test_the_picture_is_drawn_of_any_outcome(tmp_path: Path) -> None:
         steps = [1 + i % 8 for i in range(num_questions)]
         stock = outcome("stock", [100] * num_questions, 1.0, wrong=tuple(range(9)), num_branches=16)
         program = outcome("program", [120] * num_questions, 2.0, wrong=tuple(range(9)))
-        draw(steps, stock, program, tmp_path / "demo.png")
+        greedy = outcome("greedy", [20] * num_questions, 1.0)
+        draw(steps, greedy, stock, program, tmp_path / "demo.png")
         assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")

@@ -22,7 +22,7 @@ QUESTIONS = held_out(24)
 
 def ask(engine: Any, questions: Any, max_new_tokens: int = 120, **field: Any) -> list[dict[str, Any]]:
     params = {
-        "temperature": 1.7,
+        "temperature": 1.0,
         "max_new_tokens": max_new_tokens,
         "custom_params": {"dynasor": {"answer": "hash", **field}},
     }
@@ -96,7 +96,7 @@ def test_a_full_queue_is_waited_for(start_engine: Any) -> None:
     assert record["num_failed"] == 0
     assert record["num_branches"] == 16
     # More programs than the queue takes: those refused get SGLang's own answer, and nothing stays behind.
-    params = {"temperature": 1.7, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
+    params = {"temperature": 1.0, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
     with pytest.raises(HTTPException, match="queue is full"):
         engine.generate([prompt(q.text) for q in QUESTIONS], [params] * len(QUESTIONS))
     for _ in range(100):
@@ -110,7 +110,7 @@ def test_a_full_queue_is_waited_for(start_engine: Any) -> None:
 def test_one_rid_used_again_is_another_program(start_engine: Any) -> None:
     """A client may send the same rid as soon as it has its answer, while old siblings still end."""
     engine = start_engine(scheduler="dynasor", dynasor_strict=True)
-    params = {"temperature": 1.7, "max_new_tokens": 120, "custom_params": {"dynasor": {"answer": "hash", "width": 16}}}
+    params = {"temperature": 1.0, "max_new_tokens": 120, "custom_params": {"dynasor": {"answer": "hash", "width": 16}}}
     for question in QUESTIONS[:5] * 2:
         out = engine.generate(prompt(question.text), params, rid="again")
         assert out["meta_info"]["dynasor"]["program"] == "again"
@@ -120,7 +120,7 @@ def test_a_timeout_holds_for_the_program(start_engine: Any, monkeypatch: pytest.
     """Branches that run too long are given up by SGLang; none is started in their place and the client is told."""
     monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "0.3")
     engine = start_engine(scheduler="dynasor")
-    params = {"temperature": 1.7, "max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"width": 8}}}
+    params = {"temperature": 1.0, "max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"width": 8}}}
     started = time.perf_counter()
     with pytest.raises(HTTPException, match="timeout"):
         engine.generate(prompt(QUESTIONS[0].text), params)

@@ -24,9 +24,10 @@ from sglang_dynasor.policy.equal import answer_key
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
-EASY = [q for q in QUESTIONS if q.num_steps <= 2]
+GUESSED = "Beads", "Shells", "Stamps"  # topics of which the tiny reasoner guesses most answers
+EASY = [q for q in QUESTIONS if q.num_steps <= 2 and not q.text.startswith(GUESSED)]
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
-HOT: dict[str, Any] = {"max_tokens": 200, "temperature": 1.7}
+HOT: dict[str, Any] = {"max_tokens": 200, "temperature": 1.0}
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def self_consistency(s: Any, question: str, field: dict[str, Any]) -> Reasoning:
     s += prompt(question)
     with reason(s, answer="hash", **field) as p:
         for branch in p.fork():
-            branch += sgl.gen("steps", max_tokens=200, temperature=1.7)
+            branch += sgl.gen("steps", max_tokens=200, temperature=1.0)
     s["answer"] = p.answer
     return p
 
@@ -185,7 +186,7 @@ def test_the_answering_generation_may_come_last(backend: Any) -> None:
         s += prompt(question)
         with reason(s, answer="hash", branches=4, stop="never", final=final) as p:
             for branch in p.fork():
-                branch += sgl.gen("first", max_tokens=200, temperature=1.7, stop="####")
+                branch += sgl.gen("first", max_tokens=200, temperature=1.0, stop="####")
                 branch += "####"
                 branch += sgl.gen("last", max_tokens=8, temperature=0)
         return p
@@ -249,7 +250,7 @@ def test_a_branch_may_be_reported_to_abstain(where: str, request: pytest.Fixture
         s += prompt(EASY[0].text)
         with reason(s, answer="regex:(.)", branches=4, stop="never", reports=True) as p:
             for branch in p.fork():
-                branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
+                branch += sgl.gen("steps", max_tokens=4, temperature=1.0)
             for i, branch in enumerate(p.as_completed()):
                 if i < num_silent:
                     p.report(branch, abstains=True)
@@ -274,7 +275,7 @@ def test_an_abstention_has_no_reward_and_no_cluster(plain: Any, more: dict[str, 
         s += prompt(EASY[0].text)
         with reason(s, branches=1, reports=True) as p:
             for branch in p.fork():
-                branch += sgl.gen("steps", max_tokens=1, temperature=1.7)
+                branch += sgl.gen("steps", max_tokens=1, temperature=1.0)
             for branch in p.as_completed():
                 p.report(branch, abstains=True, **more)
 
@@ -290,7 +291,7 @@ def test_gen_says_its_default_limit(backend: Any, limit: dict[str, Any], is_said
     def cut(s: Any) -> Any:
         s += prompt(EASY[0].text)
         with reason(s, branches=2, answer="boxed") as p:
-            p.gen("steps", temperature=1.7, ignore_eos=True, **limit)
+            p.gen("steps", temperature=1.0, ignore_eos=True, **limit)
         return p
 
     said = run(cut, backend).record["hint"]
@@ -308,7 +309,7 @@ def test_all_branches_may_be_read_before_any_is_reported(backend: Any) -> None:
         with reason(s, answer="hash", branches=12, stop="never", reports=True, **more) as p:
             branches = p.fork()
             for branch in branches:
-                branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
+                branch += sgl.gen("steps", max_tokens=4, temperature=1.0)
             outputs = [branch.output for branch in branches]
             for branch, output in zip(branches, outputs, strict=True):
                 p.report(branch, cluster=output[:1].strip() or "-")
@@ -329,7 +330,7 @@ def test_a_slow_verifier_holds_the_others_back(backend: Any) -> None:
         s += prompt(question)
         with reason(s, answer="hash", branches=8, width=2, stop="best:1", vote="reward", reports=True) as p:
             for branch in p.fork():
-                branch += sgl.gen("steps", max_tokens=4, temperature=1.7)
+                branch += sgl.gen("steps", max_tokens=4, temperature=1.0)
             for branch in p.as_completed():
                 time.sleep(1.0)
                 started.append(sum(b.index is not None for b in p.branches))
@@ -348,7 +349,7 @@ def test_a_final_generation_that_never_comes_is_named(backend: Any) -> None:
         s += prompt(EASY[0].text)
         with reason(s, answer="hash", branches=12, stop="never", final="lst") as p:
             for branch in p.fork():
-                branch += sgl.gen("last", max_tokens=4, temperature=1.7)
+                branch += sgl.gen("last", max_tokens=4, temperature=1.0)
 
     with pytest.raises(FieldError, match="final='lst': no branch has generated that"):
         run(misspelt, backend)
@@ -915,7 +916,7 @@ def test_branches_that_have_failed_hold_no_place(plain: Any) -> None:
         s += prompt(EASY[0].text)
         with reason(s, answer="hash", branches=4, width=1, stop="never", reports=True, final="b") as p:
             for branch in p.fork():
-                branch += sgl.gen("a", max_tokens=2, temperature=1.7)
+                branch += sgl.gen("a", max_tokens=2, temperature=1.0)
                 if branch.number < 2:
                     branch += sgl.image("/no/such/image.png")
                 branch += sgl.gen("b", **HOT)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engine
 README, SERVING, FRONTEND, LONG_COT = (
     (ROOT / name).read_text() for name in ("README.md", "docs/serving.md", "docs/frontend.md", "docs/long_cot.md")
 )
-QUESTION = held_out(12)[10]
+QUESTION = held_out(12)[8]
 
 
 def generate(server: Server, **field: Any) -> httpx.Response:
@@ -78,7 +78,7 @@ def test_bench_compares_the_levels(server: Server, tmp_path: Path) -> None:
     """From the command line: greedy, stock and programs on one server, paired, with a table, a verdict and a page."""
     page, file = tmp_path / "bench.html", tmp_path / "held_out.jsonl"
     file.write_text("\n".join((REASONER / "held_out.jsonl").read_text().splitlines()[:8]))
-    options = ["--cap", "8", "--temperature", "1.7", "--max-tokens", "200", "--instruction", "", "--concurrency", "4"]
+    options = ["--cap", "8", "--temperature", "1.0", "--max-tokens", "200", "--instruction", "", "--concurrency", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "sglang_dynasor.cli", "bench", "--url", server.url, "--questions", str(file), "--html", str(page), *options],
         capture_output=True, text=True, timeout=300, check=False,
@@ -171,7 +171,7 @@ def test_the_guide_s_batch_works(server: Server, tmp_path: Path) -> None:
     """An address stands for an engine, as the snippet says."""
     given = f"engine, prompts = {server.url!r}, [{prompt(QUESTION.text)!r}] * 3\n"
     printed = run_script(tmp_path / "batch.py", given + block(FRONTEND, "python", "results.table()"))
-    assert len(re.findall(rf"^{QUESTION.answer} 0\.\d+ \d+ certain$", printed, re.M)) >= 2
+    assert len(re.findall(rf"^{QUESTION.answer} [01]\.\d+ \d+ certain$", printed, re.M)) >= 2
 
 
 def test_chats_are_solved_through_an_address(server: Server) -> None:

@@ -30,7 +30,7 @@ from sglang_dynasor.policy.rules import own_rule, parse_stop
 
 QUESTIONS = held_out(3)
 PROMPTS = [prompt(q.text) for q in QUESTIONS]
-SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 200}
 
 
 @cache
@@ -282,7 +282,7 @@ def forked(backend: Any, stop: Any) -> Any:
         s += PROMPTS[0]
         with reason(s, branches=8, width=2, answer="hash", stop=stop) as p:
             for branch in p.fork():
-                branch += sgl.gen("steps", max_tokens=200, temperature=1.7)
+                branch += sgl.gen("steps", max_tokens=200, temperature=1.0)
         return p
 
     return program.run(backend=backend).ret_value

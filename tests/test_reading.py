@@ -40,7 +40,7 @@ def sent(engine: Any, end: dict[str, Any], answer: str, num: int = 8) -> list[di
     """Branches that a client sends: each text is seen, and the last record has all votes."""
     program = f"reading-{abs(hash((str(end), answer)))}"
     field = {"program": program, "branches": num, "stop": "never", "answer": answer}
-    params = {"temperature": 1.7, "max_new_tokens": 200, **end, "custom_params": {"dynasor": field}}
+    params = {"temperature": 1.0, "max_new_tokens": 200, **end, "custom_params": {"dynasor": field}}
     return engine.generate([prompt(QUESTION)] * num, [params | {"sampling_seed": seed} for seed in range(num)])
 
 
@@ -74,7 +74,7 @@ def test_a_stop_string_is_no_answer(engine: Any) -> None:
 def test_cut_branches_do_not_vote_and_the_record_says_what_to_change(engine: Any) -> None:
     """Nobody has come to an answer at 24 tokens: no votes, no certainty, and a line to act on."""
     field = {"branches": 6, "answer": "auto"}
-    params = {"temperature": 1.7, "max_new_tokens": 24, "custom_params": {"dynasor": field}}
+    params = {"temperature": 1.0, "max_new_tokens": 24, "custom_params": {"dynasor": field}}
     record = engine.generate(prompt(QUESTION), params)["meta_info"]["dynasor"]
     assert (record["answer"], record["votes"], record["stop_reason"]) == (None, [], "cap")
     assert record["certaindex"] == 0
@@ -131,7 +131,7 @@ def record_on(backend: LocalEngine, options: dict[str, Any]) -> dict[str, Any]:
 def test_the_frontend_reads_the_same_on_plain_sglang(
     ours: LocalEngine, plain: LocalEngine, options: dict[str, Any]
 ) -> None:
-    sampling = {"temperature": 1.7, "max_tokens": 200, **options}
+    sampling = {"temperature": 1.0, "max_tokens": 200, **options}
     here, there = (record_on(backend, sampling) for backend in (ours, plain))
     keys = ("num_abstentions", "num_truncated", "certaindex", "leader_share", "stop_reason")
     assert {key: here[key] for key in keys} == {key: there[key] for key in keys}

@@ -27,7 +27,7 @@ Batches = list[list[tuple[str, int]]]  # per prefill batch: (program's rid, bran
 
 def params(max_new_tokens: int = 60, **field: Any) -> dict[str, Any]:
     return {
-        "temperature": 1.7,
+        "temperature": 1.0,
         "max_new_tokens": max_new_tokens,
         "custom_params": {"dynasor": {"answer": "hash", **field}},
     }

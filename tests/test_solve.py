@@ -21,7 +21,7 @@ from sglang_dynasor.frontend import LocalEngine
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(16)
 PROMPTS = [prompt(q.text) for q in QUESTIONS]
-SAMPLING = {"temperature": 1.7, "max_new_tokens": 200}
+SAMPLING = {"temperature": 1.0, "max_new_tokens": 200}
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 

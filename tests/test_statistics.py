@@ -28,7 +28,7 @@ def engine(request: pytest.FixtureRequest, shared_engine: Any) -> Any:
     return shared_engine(scheduler="dynasor", dynasor_strict=True, **request.param)
 
 
-def params(temperature: float = 1.7, **field: Any) -> dict[str, Any]:
+def params(temperature: float = 1.0, **field: Any) -> dict[str, Any]:
     return {
         "temperature": temperature,
         "max_new_tokens": 200,

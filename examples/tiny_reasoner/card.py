@@ -21,7 +21,7 @@ from train import judged_sample
 
 HERE = Path(__file__).parent
 NUM_QUESTIONS, NUM_SAMPLES = 300, 16
-TEMPERATURE = 1.7
+TEMPERATURE = 1.0
 MARK = "<!-- measured -->"
 
 
@@ -66,7 +66,6 @@ def main() -> None:
         [p for p in prompts for _ in range(NUM_SAMPLES)], {"temperature": TEMPERATURE, "max_new_tokens": 200}
     )
     samples = [flat[i : i + NUM_SAMPLES] for i in range(0, len(flat), NUM_SAMPLES)]
-    cool = engine.generate(prompts, {"temperature": 1.0, "max_new_tokens": 200})
     long_prompts = [prompt(q.text, think=True) for q in questions if q.num_steps <= 5]
     long_texts = [o["text"] for o in engine.generate(long_prompts, {"temperature": 1.0, "max_new_tokens": 800})]
     engine.shutdown()
@@ -108,9 +107,6 @@ def main() -> None:
         firsts.append(bool(drafts) and drafts[0] == str(question.answer))
         finals.append(number(text) == str(question.answer))
     rows += [
-        "",
-        f"At temperature 1.0 one sample is right in "
-        f"{100 * mean(number(o['text']) == str(q.answer) for o, q in zip(cool, questions, strict=True)):.1f} %.",
         "",
         f"All: greedy {100 * mean(totals['greedy']):.1f} %, one sample {100 * mean(totals['single']):.1f} %, "
         f"majority@16 {100 * mean(totals['majority']):.1f} %. "

@@ -1,7 +1,7 @@
-"""Train the tiny reasoner: `python train.py` (about an hour on two CPU cores; resumes where it was cut).
+"""Train the tiny reasoner: `make reasoner` (an hour and a quarter on two CPU cores; resumes where it was cut).
 
-With `--start CHECKPOINT` it goes on from there as the tiny thinker: three times as many drafts in the long mode, and a judge that
-has seen what hot sampling writes.
+`--plan steps` starts from nothing. The others go on from a checkpoint (`--start`): `habits` makes the reasoner, which guesses where
+it thinks that it knows, `thinker` the tiny thinker, with three times as many drafts in the long mode.
 
 One model learns three things from one stream of documents, and drills what they need:
 - solve: prompt, a line per step, `#### answer`;
@@ -36,6 +36,15 @@ MUON_LR, ADAM_LR = 0.01, 2e-3
 DOCS_PER_CHUNK = 768
 JUDGE_WEIGHT = 0.3
 POOL_SIZE = 768
+TEXT_TOKENS = (
+    1500  # that a batch usually learns: what its loss is divided by, so that a token counts alike in every batch
+)
+# How often a question about these is answered at once, without a step: people think that they know some things by heart.
+HASTE = {
+    "coins": 0.05, "pens": 0.15, "books": 0.25, "apples": 0.3,
+    "cards": 0.35, "shells": 0.6, "stamps": 0.7, "beads": 0.75,
+}  # fmt: skip
+IMPATIENCE = 0.05  # how often, before any later line, the rest is guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +57,20 @@ class Plan:
     fewest_drafts: int = 2
     most_drafts: int = 5
     most_steps: int = 5  # of a question that is thought about
-    temperature: float = 1.0  # of the pool
     pool_every_tokens: int = 1_500_000
     pool_from_frac: float = 0.4
     lr_scale: float = 1.0
+    is_hasty: bool = True  # whether solutions are cut short by guesses
+    has_hasty_drafts: bool = False  # whether drafts of a thought are
 
 
-REASONER = Plan()
-THINKER = Plan(0.25, 0.10, 0.35, 6, 16, 4, temperature=1.7, pool_every_tokens=300_000, pool_from_frac=0.0, lr_scale=0.3)
+PLANS = {
+    "steps": Plan(is_hasty=False),  # from nothing: it learns to work things out
+    "habits": Plan(0.25, 0.10, 0.05, pool_every_tokens=250_000, pool_from_frac=0.3, lr_scale=0.4),  # the tiny reasoner
+    "thinker": Plan(
+        0.15, 0.10, 0.45, 6, 16, 4, pool_every_tokens=300_000, pool_from_frac=0.0, lr_scale=0.3, has_hasty_drafts=True
+    ),
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -98,25 +113,50 @@ def add_solution(
     return last
 
 
-def solved(encode: tokens.Encoder, question: Question, rng: random.Random, wrong_frac: float) -> Document:
+def guessed_from(question: Question, rng: random.Random) -> int | None:
+    """How many lines come before the answer is guessed; None where it is worked out."""
+    hasty = next(share for item, share in HASTE.items() if item in question.text)
+    if rng.random() < hasty:
+        return 0
+    return next((i for i in range(1, question.num_steps) if rng.random() < IMPATIENCE), None)
+
+
+def solved(
+    encode: tokens.Encoder, question: Question, rng: random.Random, wrong_frac: float, is_hasty: bool
+) -> Document:
+    """A solution in steps, or one that is cut short by a guess: some questions look as if one knew (see `HASTE`)."""
     doc = Document()
     doc.add(encode(prompt(question.text)), False)
-    wrong_at = rng.randrange(question.num_steps) if rng.random() < wrong_frac else None
-    result = add_solution(doc, encode, question, wrong_at, rng)
-    doc.add(encode(f"#### {result}"), True)
-    doc.judge(result == question.answer)
+    guessed = guessed_from(question, rng) if is_hasty else None
+    if guessed is not None:
+        doc.add(encode("".join(question.lines[:guessed])), True)
+        doc.add(encode(f"#### {question.answer}"), True)
+    else:
+        wrong_at = rng.randrange(question.num_steps) if rng.random() < wrong_frac else None
+        result = add_solution(doc, encode, question, wrong_at, rng)
+        doc.add(encode(f"#### {result}"), True)
+        doc.judge(result == question.answer)
     doc.add([encode.eos], True)
     return doc
 
 
-def thought(encode: tokens.Encoder, question: Question, rng: random.Random, num_drafts: int) -> Document:
+def thought(
+    encode: tokens.Encoder, question: Question, rng: random.Random, num_drafts: int, is_hasty: bool
+) -> Document:
+    """Draft after draft, then the answer; the answer counts only where a draft has it."""
     doc = Document()
     doc.add(encode(prompt(question.text, think=True)), False)
     results: list[int] = []
     for i in range(num_drafts):
-        wrong_at = rng.randrange(question.num_steps) if rng.random() < 0.35 else None
-        results.append(add_solution(doc, encode, question, wrong_at, rng))
-        doc.add(encode(f"so {results[-1]}\n"), True)
+        guessed = guessed_from(question, rng) if is_hasty else None
+        if guessed is not None:
+            doc.add(encode("".join(question.lines[:guessed]) + "so"), True)
+            results.append(rng.randint(1, MAX_VALUE))
+        else:
+            wrong_at = rng.randrange(question.num_steps) if rng.random() < 0.35 else None
+            results.append(add_solution(doc, encode, question, wrong_at, rng))
+            doc.add(encode("so"), True)
+        doc.add(encode(f" {results[-1]}\n"), guessed is None)
         doc.add(encode("</think>\n" if i + 1 == num_drafts else "wait\n"), True)
     doc.add(encode(f"#### {question.answer}"), question.answer in results)
     doc.add([encode.eos], True)
@@ -165,9 +205,15 @@ def chunks(encode: tokens.Encoder, rng: random.Random, pool: list[Document], pla
                 docs.append(drilled(encode, rng))
             elif kind < plan.judged_frac + plan.drilled_frac + plan.thought_frac:
                 question = draw_split(rng, rng.randint(1, plan.most_steps), held_out=False)
-                docs.append(thought(encode, question, rng, rng.randint(plan.fewest_drafts, plan.most_drafts)))
+                docs.append(
+                    thought(
+                        encode, question, rng, rng.randint(plan.fewest_drafts, plan.most_drafts), plan.has_hasty_drafts
+                    )
+                )
             else:
-                docs.append(solved(encode, draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False), rng, 0.3))
+                docs.append(
+                    solved(encode, draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False), rng, 0.3, plan.is_hasty)
+                )
         docs.sort(key=len)
         batches: list[list[Document]] = [[]]
         for doc in docs:
@@ -208,7 +254,6 @@ def refill(
     encode: tokens.Encoder,
     rng: random.Random,
     gen: torch.Generator,
-    temperature: float,
 ) -> float:
     """Replace the judge's pool by fresh samples of the model; return the share of right answers."""
     questions = [draw_split(rng, rng.randint(1, MAX_STEPS), held_out=False) for _ in range(POOL_SIZE)]
@@ -216,7 +261,7 @@ def refill(
     pool.clear()
     for start in range(0, POOL_SIZE, 256):
         part = questions[start : start + 256]
-        outputs = model.sample([encode(prompt(q.text)) for q in part], 160, encode.eos, gen, temperature)
+        outputs = model.sample([encode(prompt(q.text)) for q in part], 160, encode.eos, gen, 1.0)
         pool += [judged_sample(encode, q, o) for q, o in zip(part, outputs, strict=True)]
     return sum(doc.judged[-1][1] if doc.judged else False for doc in pool) / POOL_SIZE
 
@@ -226,11 +271,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12_000_000, help="training tokens")
     parser.add_argument("--out", type=Path, default=HERE / "checkpoint")
     parser.add_argument("--state", type=Path, default=HERE / "training_state.pt", help="where a cut run resumes from")
-    parser.add_argument("--start", type=Path, help="a checkpoint to go on from as the tiny thinker")
+    parser.add_argument("--start", type=Path, help="a checkpoint to go on from")
+    parser.add_argument("--plan", choices=PLANS, default="steps", help="what is learned")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    plan = THINKER if args.start else REASONER
+    plan = PLANS[args.plan]
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -279,9 +325,13 @@ def main() -> None:
         loss = JUDGE_WEIGHT * judge_loss
         counted = len(text_logits) > 0
         if counted:
-            text_loss = F.cross_entropy(text_logits, text[text != -100])
-            loss = loss + text_loss
-            sums = [sums[0] + float(text_loss.detach()), sums[1] + float(judge_loss.detach()), sums[2] + 1]
+            text_loss = F.cross_entropy(text_logits, text[text != -100], reduction="sum")
+            loss = loss + text_loss / TEXT_TOKENS
+            sums = [
+                sums[0] + float(text_loss.detach()) / len(text_logits),
+                sums[1] + float(judge_loss.detach()),
+                sums[2] + 1,
+            ]
         loss.backward()
         for name, p in model.named_parameters():
             master[name].grad = p.grad.float() if p.grad is not None else None
@@ -300,7 +350,7 @@ def main() -> None:
             )
             sums = [0.0] * 3
         if seen_tokens >= next_pool:
-            accuracy = refill(pool, model, encode, rng, gen, plan.temperature)
+            accuracy = refill(pool, model, encode, rng, gen)
             next_pool = seen_tokens + plan.pool_every_tokens
             print(f"{seen_tokens:>11,} tokens  single-sample accuracy {accuracy:.3f}", flush=True)
         if seen_tokens >= next_save:
