@@ -27,6 +27,7 @@ from sglang_dynasor.engine.probe import (
 from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.policy.reading import reading_chars
 from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due
+from sglang_dynasor.policy.wave import chains_to_ask
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -117,8 +118,30 @@ class Thoughts:
     def make_due(self) -> None:
         """Make the probes whose thoughts have come to their place. Before SGLang fills its next prefill batch."""
         due, self._due = self._due, []
+        for live in dict.fromkeys(tag.live for tag in due):  # in order; once for each program
+            self.ends.guarded(live, self._call)
         for tag in due:
             self.ends.guarded(tag.live, lambda live, tag=tag: self._ask(live, tag))
+
+    def _call(self, live: LiveProgram) -> None:
+        """Call the chains that are asked together, if enough of them have come to their turn.
+
+        Each that is called is asked at its next place, whatever becomes of the others: nobody waits for one that was retracted or
+        has ended.
+        """
+        chains = live.program.chains
+        if chains is None or not chains.are_asked_together:
+            return
+        thinking = dict[int, tuple[Asking, int]]()
+        for index, req in live.reqs.items():
+            asking = branch_tag_of(req).asking
+            if asking is not None and req.kv.holds_kv and not req.finished() and req.to_finish is None:
+                thinking[index] = asking, len(req.output_ids)
+        ready = [index for index, (asking, num_tokens) in thinking.items() if asking.at_tokens <= num_tokens]
+        for index in chains_to_ask(ready, thinking):
+            asking, num_tokens = thinking[index]
+            if not asking.is_called:
+                asking.is_called, asking.at_tokens = True, num_tokens  # from here on it waits for the end of its line
 
     def _ask(self, live: LiveProgram, tag: BranchTag) -> None:
         """Ask a running thought for its answer, unless it is over, was retracted, or is being asked."""
@@ -127,6 +150,10 @@ class Thoughts:
             return
         if req.finished() or req.to_finish is not None or not req.kv.holds_kv or tag.index in live.probes:
             return  # it comes by again with the next step
+        if program.chains is not None and program.chains.are_asked_together:
+            if not asking.is_called or not self._is_place(req, tag):
+                return  # likewise
+            asking.is_called = False
         tokens, num_tokens = self._tokens(live), len(req.output_ids)
         if is_over(req, tokens, asking.num_tokens):
             self.stop(tag)  # it is writing its answer

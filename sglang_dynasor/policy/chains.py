@@ -63,6 +63,11 @@ class Chains:
         return self.spec.stop.uses("trials")
 
     @property
+    def are_asked_together(self) -> bool:
+        """Whether each waits for its turn until others have come to theirs (wave.py); not where each is asked after its own word."""
+        return self.decide_together and not self._thought.word
+
+    @property
     def is_holding(self) -> bool:
         """Whether an answer has its share now: then what is said next may decide."""
         return self._held is not None

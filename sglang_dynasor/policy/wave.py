@@ -11,9 +11,7 @@ from math import ceil
 from sglang_dynasor.policy.thought import next_probe_tokens
 from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
-GROWTH_FRAC = (
-    0.05  # of a thought, that it grows by before it is asked again: late in a thought answers change more slowly
-)
+GROWTH_FRAC = 0.05  # of a thought, that it grows by before it is asked again: late in it answers change more slowly
 READY_FRAC = 0.8  # of the chains that think, that must be ready
 # Below the share that is asked for. So far below, leaving every second wave out costs nothing on recorded probes; from 0.25 below
 # it costs a point of what is saved.
@@ -22,7 +20,7 @@ FAR_FRAC = 0.45
 
 def next_turn_tokens(
     thought: ThoughtSpec, num_tokens: int, costs: Sequence[int], num_suffix_tokens: int, *, is_far: bool
-) -> int:  # fmt: skip
+) -> int:
     """The length in tokens, at least 1, from which on a chain is ready to be asked with the others.
 
     As often as `next_probe_tokens` allows, so that together probes take no more than that; where the client has not said how

@@ -47,8 +47,7 @@ def best_width(evidence: Evidence, rule: StopRule, drift: float, load: Load) -> 
         drift: expected change of the lead by one more branch (forecast.py), above 0 to 1.
     """
     num_left = max(1, evidence.num_left)
-    looked_at = [name for name, _ in rule.parts if name != "trials"]  # which no votes satisfy
-    if looked_at == ["predictive"]:  # alike for many programs, when nothing else is looked at
+    if [name for name, _ in rule.parts] == ["predictive"]:  # alike for many programs, when nothing else is looked at
         cheapness = 2.0 ** (round(CHEAPNESS_STEPS * log2(evidence.cheapness)) / CHEAPNESS_STEPS)
         evidence = Evidence(evidence.counts, evidence.abstentions, evidence.num_left, cheapness=cheapness)
     costs: dict[int, float] = {}
