@@ -42,6 +42,7 @@ COMMANDS = {
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 "
     '--ways "long_cot, every 64 tokens, trial:0.9, 2 agree" "long_cot, at \'wait\', trial:0.9, 2 agree" '
     '"client-side loop, every 64 tokens, trial:0.9, 2 agree" "client-side loop, at \'wait\', trial:0.9, 2 agree"',
+    "chains": "python benchmarks/bench_chains.py --csv benchmarks/results/chains.csv",
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
     "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
     "answers": "python benchmarks/bench_answers.py --csv benchmarks/results/answers.csv",

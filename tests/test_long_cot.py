@@ -39,6 +39,9 @@ FIELD = {
     "probe_tokens": 16, "min_tokens": 16, "agree": 2, "exit": "trial:0.9",
 }  # fmt: skip
 NEVER = {**FIELD, "agree": 64}
+TOGETHER: dict[str, Any] = {"branches": 8, "stop": "trials:0.8", "hold_tokens": 16} | {
+    key: value for key, value in FIELD.items() if key not in ("agree", "exit")
+}
 THOUGHT = ThoughtSpec(agree=3, level=0.9, min_tokens=0, every_tokens=8)
 
 
@@ -414,17 +417,76 @@ def test_a_thought_is_asked_where_it_hesitates(engine: Any) -> None:
 
 
 @pytest.mark.engine
-def test_chains_of_one_program_agree(engine: Any) -> None:
-    """Eight chains, sampled: most stop early, the answer is one whole text, and nothing is left."""
-    num_early = 0
+def test_chains_that_settle_vote(engine: Any) -> None:
+    """Eight chains, sampled, each closed by its own trials: the votes stop most programs early, and nothing is left."""
+    num_early = num_closed = 0
     for question in QUESTIONS[:4]:
         out = ask(engine, question, {**FIELD, "branches": 8, "stop": "predictive:0.1"}, temperature=1.0)
         record = out["meta_info"]["dynasor"]
         assert record["answer"] is not None
         assert out["text"].rstrip().endswith(record["answer"])
         num_early += record["stop_reason"] == "certain"
+        num_closed += sum(at is not None for at in record["closed_at_tokens"])
         assert sum(record["branch_tokens"]) == record["num_tokens"]
+        assert "shares" not in record
     assert num_early >= 2
+    assert num_closed >= 4
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_chains_decide_together(engine: Any) -> None:
+    """Once seven of eight have given one answer for 16 tokens one of them speaks, and the others end where they are."""
+    num_decided = num_closed = 0
+    for question in sorted(QUESTIONS, key=lambda q: q.num_steps)[:4]:
+        out = ask(engine, question, TOGETHER, temperature=1.0)
+        record = out["meta_info"]["dynasor"]
+        reasons, closed_at, asked_at = (
+            record[key] for key in ("finish_reasons", "closed_at_tokens", "asked_at_tokens")
+        )
+        assert record["exit"] == "together"
+        assert record["num_branches"] == len(asked_at) == 8
+        assert record["num_probes"] >= sum(map(len, asked_at)) >= 7
+        if record["stop_reason"] != "certain":
+            assert closed_at == [None] * 8
+            continue
+        num_decided += 1
+        last = record["shares"][-1]
+        assert last["share"] >= 0.8
+        assert out["text"].rstrip().endswith(record["answer"])
+        assert "ended" in reasons
+        assert reasons[record["branch"]] in ("stop", "length")
+        speakers = [index for index, at in enumerate(closed_at) if at is not None]
+        if not speakers:  # one had finished with that answer
+            assert record["answer"] == last["answer"]
+            continue
+        num_closed += 1
+        assert speakers == [record["branch"]]
+        assert record["certaindex"] == last["share"]
+        assert closed_at[speakers[0]] == asked_at[speakers[0]][-1]
+        assert record["trials"][-1]["answer"] == last["answer"]
+        assert record["branch_tokens"][speakers[0]] >= closed_at[speakers[0]]
+    assert num_decided >= 2
+    assert num_closed >= 1
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "field", [{"hold_tokens": 65_536}, {"answer": "boxed"}], ids=["not long enough", "an answer that nobody gives"]
+)
+def test_chains_that_do_not_decide_come_to_their_ends(engine: Any, field: dict[str, Any]) -> None:
+    """They are asked all the same; none is closed or ended, and all vote."""
+    record = ask(engine, QUESTIONS[0], {**TOGETHER, **field}, temperature=1.0)["meta_info"]["dynasor"]
+    assert record["num_probes"] >= 8
+    assert record["closed_at_tokens"] == [None] * 8
+    assert record["stop_reason"] == "cap"
+    assert set(record["finish_reasons"]) <= {"stop", "length"}
+    assert sum(vote["votes"] for vote in record["votes"]) + record["num_abstentions"] == 8
+    if "answer" in field:
+        assert {entry["share"] for entry in record["shares"]} <= {0.0}
+    else:
+        assert max(entry["share"] for entry in record["shares"]) > 0
     assert_nothing_left(engine)
 
 
