@@ -58,6 +58,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_statistics_overhead.py --csv benchmarks/results/statistics_overhead.csv
 	$(BIN)/python benchmarks/bench_starvation.py --seconds 20 --repeats 2 --csv benchmarks/results/starvation.csv
 	$(BIN)/python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2 --csv benchmarks/results/long_cot.csv
+	$(BIN)/python benchmarks/bench_chains.py --csv benchmarks/results/chains.csv
 	$(BIN)/python benchmarks/bench_algorithms.py --num-questions 48 --csv benchmarks/results/algorithms.csv
 	$(BIN)/python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv
 	$(BIN)/python benchmarks/bench_simulator.py --csv benchmarks/results/simulator.csv

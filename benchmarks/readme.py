@@ -16,7 +16,8 @@ from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS
 from sglang_dynasor.policy.record import RECORD_HELP
-from sglang_dynasor.policy.spec import EFFORTS, FIELD_HELP
+from sglang_dynasor.policy.spec import FIELD_HELP
+from sglang_dynasor.policy.thought_spec import EFFORTS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -41,13 +42,17 @@ COMMANDS = {
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 "
     '--ways "long_cot, every 64 tokens, trial:0.9, 2 agree" "long_cot, at \'wait\', trial:0.9, 2 agree" '
     '"client-side loop, every 64 tokens, trial:0.9, 2 agree" "client-side loop, at \'wait\', trial:0.9, 2 agree"',
+    "chains": "python benchmarks/bench_chains.py --csv benchmarks/results/chains.csv",
     "long_cot_short": "git checkout 9f56a61; python benchmarks/bench_long_cot.py --num-questions 120",
     "algorithms": "python benchmarks/bench_algorithms.py --num-questions 48",
     "answers": "python benchmarks/bench_answers.py --csv benchmarks/results/answers.csv",
     "votes": "python benchmarks/bench_votes.py --csv benchmarks/results/votes.csv",
     "neighbour": "python benchmarks/bench_neighbour.py --csv benchmarks/results/neighbour.csv",
-    "probes": "python benchmarks/replay_probes.py --traces DIR --csv benchmarks/results/probes.csv",
     "simulator": "python benchmarks/bench_simulator.py --csv benchmarks/results/simulator.csv --save FOLDER",
+    "probes": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
+    "probes_rules": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
+    "probes_halves": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
+    "probes_waves": "python benchmarks/replay_probes.py --traces DIR --results benchmarks/results",
     "simulated_cpu": "sglang-dynasor simulate --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys --costs cpu --at-once 1 16 32 64 "
     '--repeats 5 --rows 128 --prompt-tokens 128 --ways single stock doubling beta adaptive windows "program stop=careful" '
     '"program stop=balanced" "program stop=fast" --csv benchmarks/results/simulated_cpu.csv',

@@ -344,6 +344,24 @@ def test_a_program_alone_runs_wider_than_among_others() -> None:
     assert gangs[0].program.votes_needed == 3
 
 
+@pytest.mark.parametrize(("stop", "expected"), [("careful or trials:0.8", 10), ("careful", 6)])
+def test_chains_that_decide_together_start_together(stop: str, expected: int) -> None:
+    """Whatever else runs: few of them decide nothing while they think. Those that vote when they finish are fewer under load."""
+    engine = TokenEngine(32, 100_000, 10)
+    admission = engine.admission = Admission(engine, FOREVER, {})
+    gangs: list[Gang] = []
+    for number in range(8):
+        made = Program(str(number), parse_field({"algorithm": "long_cot", "branches": 10, "stop": stop}, 64))
+        job = Job(0, 1, [5] * 10, 10, 0, 5)
+        job.gang = Gang(made, 1, Cost(0, 10), job)
+        engine.jobs.append(job)
+        gangs.append(job.gang)
+        admission.arrive(job.gang)
+        admission.advance(job.gang)
+    admission.look()
+    assert gangs[0].program.gang == expected
+
+
 def test_rows_are_kept_for_probes_of_running_thoughts() -> None:
     """One for every THOUGHTS_PER_ROW; none where no thought runs or as many are being asked."""
     engine = engine_of(8, 100, 10)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
@@ -208,9 +208,12 @@ def thoughts_of(**admission: Any) -> tuple[Thoughts, list[Any], list[Any]]:
     given = {"num_thoughts": 1, "num_probes": 0, **admission}
     inside: Any = SimpleNamespace(
         admission=SimpleNamespace(**given), front=SimpleNamespace(is_pass_due=False),
-        put=lambda req, tag: put.append(req), end=lambda req: 0,
+        put=lambda req, tag: put.append(req), end=lambda req: 0, end_probe=lambda live, index: live.probes.pop(index, None),
     )  # fmt: skip
-    ends: Any = SimpleNamespace(programs=SimpleNamespace(holds=lambda live: True), end_rest=lambda live, spared: None)
+    ends: Any = SimpleNamespace(
+        programs=SimpleNamespace(holds=lambda live: True), end_rest=lambda live, spared: put.append(("spared", spared)),
+        answer=lambda live: put.append("answered"),
+    )  # fmt: skip
     tree_cache = SimpleNamespace(disable=False, supports_mamba=lambda: False)
     scheduler = SimpleNamespace(tree_cache=tree_cache, tokenizer=None)
     readings = Readings(lambda live, step: step(live))
@@ -239,6 +242,121 @@ def test_a_thought_that_has_ended_by_itself_is_not_closed(has_ended: bool, monke
     assert closed == ([] if has_ended else [list(range(20))])
     assert thoughts.admission.num_thoughts == (0 if has_ended else 1)
     assert (tag.asking and tag.asking.at_tokens) == (None if has_ended else 40)
+
+
+@pytest.mark.parametrize("has_vote", [False, True])
+def test_chains_that_have_decided_let_one_speak(has_vote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that had thought most, which need not be the one that was asked last; nobody, where one has finished with that."""
+    live = live_program(algorithm="long_cot", think_end="end", agree=9, branches=3, stop="trials:0.8", hold_tokens=8)
+    probes: list[Any] = []
+    for index in range(3):
+        live.reqs[index] = branch(live, num_output_tokens=40)
+        branch_tag_of(live.reqs[index]).index = index
+        probes.append(probe_of(live, num_thought_tokens=30, num_output_tokens=2))
+        probes[-1].cached_tokens = 100
+        probes[-1].dynasor_tag.index = index
+    thoughts, told, closed = thoughts_of()
+    monkeypatch.setattr(thoughts_module, "is_over", lambda req, tokens, since: False)
+    lengths = {0: 30, 1: 35, 2: 30}
+    monkeypatch.setattr(thoughts_module, "read_trial", lambda req, tag, *args: Trial("7", "7", 0.9, lengths[tag.index]))
+    monkeypatch.setattr(thoughts_module, "closed", lambda thought, tokens, is_line_end: thought)
+    monkeypatch.setattr(thoughts, "_next", lambda live, asking: 90)
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,)))
+    for index in range(3):
+        live.program.see_trial(index, Trial("7", "7", 0.9, 20))
+    if has_vote:
+        live.program.finish(0, "...end #### 7", 21)
+    for index in (1, 2):
+        live.probes[index] = probes[index]
+        thoughts.has_ended(probes[index], tag_of(probes[index]))  # type: ignore[arg-type]
+        if told:
+            break
+    if has_vote:
+        assert (told, closed, live.program.winner) == (["answered"], [], 0)
+    else:
+        assert (told, closed, live.program.speaker) == ([("spared", 1)], [list(range(35))], 1)
+
+
+def chains_of(num_ready: int, **field: Any) -> tuple[LiveProgram, list[BranchTag]]:
+    """Five chains of 30 tokens, at the end of a line; so many have come to their turn."""
+    field = {"algorithm": "long_cot", "think_end": "end", "probe_tokens": 16, "stop": "trials:0.8", **field}
+    live = live_program(branches=5, **field)
+    for index in range(5):
+        live.reqs[index] = branch(live, num_output_tokens=30)
+        at_tokens = 20 if index < num_ready else 40
+        branch_tag_of(live.reqs[index]).asking = Asking(at_tokens=at_tokens, num_tokens=10)
+    return live, [branch_tag_of(req) for req in live.reqs.values()]
+
+
+def asked_in_a_step(live: LiveProgram, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The chains whose probes are made; a line ends with any token that divides by 10 and leaves 9."""
+    thoughts, _, _ = thoughts_of()
+    given = {
+        "assert_same": lambda *args: None,
+        "is_over": lambda *args: False,
+        "make_probe": lambda *args, **more: request(),
+    }
+    for name, value in given.items():
+        monkeypatch.setattr(thoughts_module, name, value)
+    monkeypatch.setattr(thoughts, "_next", lambda live, asking: 60)
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace())
+    monkeypatch.setattr(thoughts, "_line_ends", lambda: range(9, 1000, 10))
+    monkeypatch.setattr(thoughts.ends, "guarded", lambda live, step: step(live), raising=False)
+    monkeypatch.setattr(thoughts.inside, "new_rid", lambda: "", raising=False)
+    for req in live.reqs.values():
+        thoughts.note_output(req, branch_tag_of(req))
+    thoughts.make_due()
+    return [tag.index for _, tag in thoughts._made]
+
+
+@pytest.mark.parametrize(
+    ("num_ready", "field", "expected"),
+    [
+        (5, {}, [0, 1, 2, 3, 4]),
+        (4, {}, [0, 1, 2, 3]),
+        (3, {}, []),
+        (3, {"stop": "careful"}, [0, 1, 2]),  # what they say together ends nothing
+    ],
+)
+def test_chains_are_asked_together(
+    num_ready: int, field: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once four of five have come to their turn; and each once."""
+    live, tags = chains_of(num_ready, **field)
+    assert asked_in_a_step(live, monkeypatch) == expected
+    assert asked_in_a_step(live, monkeypatch) == []
+    assert not any(tag.asking is not None and tag.asking.is_called for tag in tags)
+
+
+def test_each_waits_for_the_end_of_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it has waited long for the others, and they are asked before it."""
+    live, tags = chains_of(5)
+    live.reqs[2].output_ids = array("q", range(125))  # more than 64 tokens beyond its turn
+    assert asked_in_a_step(live, monkeypatch) == [0, 1, 3, 4]
+    live.reqs[2].output_ids.extend(range(125, 129))
+    assert asked_in_a_step(live, monkeypatch) == []
+    live.reqs[2].output_ids.append(129)
+    assert asked_in_a_step(live, monkeypatch) == [2]
+    assert tags[2].asking == Asking(at_tokens=60, num_tokens=130)
+
+
+@pytest.mark.parametrize("how", ["retracted", "ended", "ending", "answering"])
+def test_nobody_waits_for_a_chain_that_is_not_asked(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of five have come to their turn; of the other two one cannot be asked."""
+    live, tags = chains_of(3)
+    assert asked_in_a_step(live, monkeypatch) == []
+    req, other = cast("list[Any]", [live.reqs[4], live.reqs[3]])
+    if how == "retracted":
+        req.kv = SimpleNamespace(holds_kv=False)
+    elif how == "ended":
+        req.finished_reason = FINISH_ENDED()
+    elif how == "ending":
+        req.to_finish = FINISH_ENDED()
+    else:
+        tags[4].asking = None
+    assert asked_in_a_step(live, monkeypatch) == []  # three of four
+    other.kv = SimpleNamespace(holds_kv=False)
+    assert asked_in_a_step(live, monkeypatch) == [0, 1, 2]
 
 
 # The line

@@ -143,7 +143,7 @@ def test_every_key_of_a_record_is_explained() -> None:
         found.append(drive(Script(lambda data: SOLUTION), field, {"max_new_tokens": 40}).record)
     always = set.intersection(*(set(keys) for keys in found))
     found += [_failed("Q", "refused", 0.0).record, {"index": 0}]  # a question of a batch, a client's own branch
-    found.append(record(equal="model"))
+    found += [record(equal="model"), record(algorithm="long_cot", branches=2)]
     dear = Program("p", parse_field({"budget_tokens": 9}, 64))
     SharedBudget(9).join(dear, dear, 9)
     dear.end_if_dear(0.0)

@@ -147,7 +147,7 @@ def test_a_thought_that_goes_on_after_it_was_closed_is_said() -> None:
     assert thinks_on("hm[done]Wait[done]4", "[done]")
     assert not thinks_on("hm[done]4", "[done]")
     made = program(1, algorithm="long_cot", agree=1, min_tokens=0)
-    assert made.see_trial(0, Trial("3", "3", 1.0, 4))
+    assert made.see_trial(0, Trial("3", "3", 1.0, 4)) == 0
     made.finish(0, "hm</think>Wait, no</think> \\boxed{3}", 9)
     assert "1 of 1 branches went on thinking after their thought was closed" in hint_of(made)
     never_closed = program(1, algorithm="long_cot")

@@ -20,7 +20,7 @@ from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.answers import is_complete
 from sglang_dynasor.policy.program import BranchState, Program, StopReason
-from sglang_dynasor.policy.spec import ThoughtSpec, parse_field
+from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.thought import (
     PRICE_FRAC,
     Trial,
@@ -30,14 +30,19 @@ from sglang_dynasor.policy.thought import (
     may_settle,
     next_probe_tokens,
 )
+from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
 QUESTIONS = [q for q in held_out(40) if q.num_steps <= 4]
+EASIEST = sorted(QUESTIONS, key=lambda q: q.num_steps)
 # The reasoner's long mode: a few drafts of some 50 tokens, then </think> and the answer.
 FIELD = {
     "algorithm": "long_cot", "answer": "hash", "think_end": "</think>\n####", "probe_suffix": "</think>\n####",
     "probe_tokens": 16, "min_tokens": 16, "agree": 2, "exit": "trial:0.9",
 }  # fmt: skip
 NEVER = {**FIELD, "agree": 64}
+TOGETHER: dict[str, Any] = {"branches": 8, "stop": "trials:0.8", "hold_tokens": 16} | {
+    key: value for key, value in FIELD.items() if key not in ("agree", "exit")
+}
 THOUGHT = ThoughtSpec(agree=3, level=0.9, min_tokens=0, every_tokens=8)
 
 
@@ -74,15 +79,6 @@ def test_one_more_trial_could_settle_it_or_not(seen: list[tuple[str | None, floa
     program = chains(1, agree=agree)
     program.branches[0].trials = trials
     assert program.may_close(0) is expected
-
-
-def test_among_chains_each_trial_may_close_one() -> None:
-    """By what the others would answer."""
-    program = chains(4, stop="margin", branches=4)
-    program.see_trial(0, trial("7"))
-    program.see_trial(1, trial("7"))
-    assert program.may_close(2)
-    assert program.see_trial(2, trial("7"))
 
 
 @given(st.lists(st.sampled_from(["1", "2", None]), max_size=12), st.integers(1, 6))
@@ -177,11 +173,11 @@ def chains(num: int, **field: Any) -> Program:
 def test_the_only_chain_speaks_once_it_has_settled() -> None:
     """Its answer is the program's, and the program was certain."""
     program = chains(1)
-    assert [program.see_trial(0, trial("7")) for _ in range(3)] == [False, False, True]
+    assert [program.see_trial(0, trial("7")) for _ in range(3)] == [None, None, 0]
     assert program.speaker == 0
     assert program.branches[0].closed_at == 10
     assert program.reason is None
-    assert not program.see_trial(0, trial("7"))  # once
+    assert program.see_trial(0, trial("7")) is None  # once
     program.finish(0, "#### 7", 30)
     assert program.reason is StopReason.CERTAIN
     assert program.winner == 0
@@ -194,46 +190,16 @@ def test_the_only_chain_speaks_once_it_has_settled() -> None:
 def test_a_chain_that_never_settles_uses_its_length() -> None:
     """Different trials close nothing."""
     program = chains(1)
-    assert not any(program.see_trial(0, trial(str(i))) for i in range(20))
+    assert [program.see_trial(0, trial(str(i))) for i in range(20)] == [None] * 20
     program.finish(0, "#### 7", 30)
     assert program.speaker is None
     assert program.reason is StopReason.CAP
 
 
-def test_chains_agree_across() -> None:
-    """Three of four chains that would say the same now decide; the one asked last speaks, no more are started."""
-    program = chains(4, stop="margin", branches=4)
-    assert not program.see_trial(0, trial("7"))
-    assert not program.see_trial(1, trial("7"))
-    assert program.see_trial(2, trial("7"))
-    assert program.speaker == 2
-    for index in (0, 1, 3):
-        program.end(index, 20)
-    program.finish(2, "#### 7", 40)
-    assert program.reason is StopReason.CERTAIN
-    assert program.winner == 2
-
-
-@pytest.mark.parametrize("last", [trial("8"), trial("7", 0.5), trial(None)])
-def test_chains_that_do_not_agree_go_on(last: Trial) -> None:
-    """Another answer, an unlikely one or none is no vote."""
-    program = chains(4, stop="margin", branches=4)
-    program.see_trial(0, trial("7"))
-    program.see_trial(1, trial("7"))
-    assert not program.see_trial(2, last)
-    assert program.speaker is None
-    assert program.reason is None
-
-
-def test_votes_and_trials_count_together() -> None:
-    """A chain that has finished is a vote; one that has settled is closed and goes on to vote."""
-    program = chains(4, stop="margin", branches=4)
-    program.finish(0, "#### 7", 30)
-    program.finish(1, "#### 7", 30)
-    assert program.see_trial(2, trial("7"))
-    assert program.speaker == 2
+def test_one_of_several_chains_that_settles_is_closed() -> None:
+    """It goes on to vote, and does not speak for the program; what all say together is in test_chains.py."""
     program = chains(8, stop="never")
-    assert [program.see_trial(3, trial("7")) for _ in range(3)] == [False, False, True]
+    assert [program.see_trial(3, trial("7")) for _ in range(3)] == [None, None, 3]
     assert program.speaker is None
     assert program.branches[3].closed_at == 10
     assert program.branches[3].state is BranchState.IN_FLIGHT
@@ -452,17 +418,84 @@ def test_a_thought_is_asked_where_it_hesitates(engine: Any) -> None:
 
 
 @pytest.mark.engine
-def test_chains_of_one_program_agree(engine: Any) -> None:
-    """Eight chains, sampled: most stop early, the answer is one whole text, and nothing is left."""
-    num_early = 0
+def test_chains_that_settle_vote(engine: Any) -> None:
+    """Eight chains, sampled, each closed by its own trials: the votes stop most programs early, and nothing is left."""
+    num_early = num_closed = 0
     for question in QUESTIONS[:4]:
         out = ask(engine, question, {**FIELD, "branches": 8, "stop": "predictive:0.1"}, temperature=1.0)
         record = out["meta_info"]["dynasor"]
         assert record["answer"] is not None
         assert out["text"].rstrip().endswith(record["answer"])
         num_early += record["stop_reason"] == "certain"
+        num_closed += sum(at is not None for at in record["closed_at_tokens"])
         assert sum(record["branch_tokens"]) == record["num_tokens"]
+        assert "shares" not in record
     assert num_early >= 2
+    assert num_closed >= 4
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_chains_decide_together(engine: Any) -> None:
+    """Once seven of eight have given one answer for 16 tokens the program is over, and the others end where they are."""
+    num_decided = 0
+    for question in EASIEST[5:8]:
+        out = ask(engine, question, TOGETHER, temperature=1.0)
+        record = out["meta_info"]["dynasor"]
+        asked_at, reasons = record["asked_at_tokens"], record["finish_reasons"]
+        assert record["exit"] == "together"
+        assert record["num_branches"] == len(asked_at) == 8
+        assert record["num_probes"] >= sum(map(len, asked_at)) >= 7
+        assert out["text"].rstrip().endswith(record["answer"])
+        assert reasons[record["branch"]] in ("stop", "length")
+        assert ("ended" in reasons) == (record["stop_reason"] == "certain")
+        if record["stop_reason"] == "certain":
+            num_decided += 1
+            assert record["shares"][-1]["share"] >= 0.8
+    assert num_decided >= 1
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+def test_one_of_them_speaks(engine: Any) -> None:
+    """Where no thought ends by itself one is closed at its last trial, and goes on alone."""
+    num_decided = 0
+    for question in EASIEST[:3]:
+        field = {**TOGETHER, "think_end": "</never>"}
+        out = ask(engine, question, field, temperature=1.0, max_new_tokens=200, ignore_eos=True)
+        record = out["meta_info"]["dynasor"]
+        speaker, closed_at = record["branch"], record["closed_at_tokens"]
+        if record["stop_reason"] != "certain":
+            assert closed_at == [None] * 8
+            continue
+        num_decided += 1
+        last = record["shares"][-1]
+        assert record["certaindex"] == last["share"] >= 0.8
+        assert closed_at == [record["asked_at_tokens"][i][-1] if i == speaker else None for i in range(8)]
+        assert record["trials"][-1]["answer"] == last["answer"]
+        assert record["finish_reasons"] == ["length" if i == speaker else "ended" for i in range(8)]
+        assert out["text"].count("</never>") == 1
+        assert all(record["branch_tokens"][i] < record["branch_tokens"][speaker] for i in range(8) if i != speaker)
+    assert num_decided >= 1
+    assert_nothing_left(engine)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "field", [{"hold_tokens": 65_536}, {"answer": "boxed"}], ids=["not long enough", "an answer that nobody gives"]
+)
+def test_chains_that_do_not_decide_come_to_their_ends(engine: Any, field: dict[str, Any]) -> None:
+    """They are asked all the same; none is closed or ended, and all vote."""
+    record = ask(engine, QUESTIONS[0], {**TOGETHER, **field}, temperature=1.0)["meta_info"]["dynasor"]
+    assert record["num_probes"] >= 8
+    assert record["closed_at_tokens"] == [None] * 8
+    assert record["stop_reason"] == "cap"
+    assert set(record["finish_reasons"]) <= {"stop", "length"}
+    assert sum(vote["votes"] for vote in record["votes"]) + record["num_abstentions"] == 8
+    if "answer" in field:
+        assert {entry["share"] for entry in record["shares"]} <= {0.0}
+    else:
+        assert max(entry["share"] for entry in record["shares"]) > 0
     assert_nothing_left(engine)
 
 

@@ -126,16 +126,19 @@ def test_thoughts_on_two_ranks(start_engine: Any, two_ranks: None, monkeypatch: 
         "probe_tokens": 12, "min_tokens": 12, "agree": 2, "exit": "trial:0.5",
     }  # fmt: skip
     short = [q for q in QUESTIONS if q.num_steps <= 4][:16]
+    together = {"branches": 4, "stop": "trials:0.7", "hold_tokens": 12}
+    kinds: list[dict[str, Any]] = [{}, {"branches": 3}, {}, together]
 
     async def everyone() -> list[Any]:
         calls = (
-            engine.async_generate(prompt(q.text, think=True), params(250, **field, branches=1 + 2 * (i % 2)))
+            engine.async_generate(prompt(q.text, think=True), params(250, **field, **kinds[i % 4]))
             for i, q in enumerate(short)
         )
         return await asyncio.gather(*calls)
 
     records = [out["meta_info"]["dynasor"] for out in engine.loop.run_until_complete(everyone())]
     assert sum(record["num_probes"] for record in records) >= 16
+    assert sum(record["stop_reason"] == "certain" for record in records if "shares" in record) >= 1
     assert any(at is not None for record in records for at in record["closed_at_tokens"])
     assert status_of(engine)["num_policy_errors"] == 0
     assert engine.generate(prompt(QUESTIONS[0].text), params())["meta_info"]["dynasor"]["answer"]

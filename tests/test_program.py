@@ -348,7 +348,7 @@ def test_defaults_fit_any_limit() -> None:
     assert parse_field({"width": 2}, 3).width == 2
     assert set(FIELD_HELP) == set(
         "algorithm branches width stop answer deadline_s tenant vote judge judge_suffix judge_good judge_bad group_tokens "
-        "weak_frac statistics equal exit agree min_tokens probe_tokens probe_word probe_suffix think_end effort program budget_tokens budget "
+        "weak_frac statistics equal exit agree min_tokens probe_tokens hold_tokens probe_word probe_suffix think_end effort program budget_tokens budget "
         "budget_programs".split()
     )
 

@@ -96,6 +96,7 @@ class Asking:
 
     at_tokens: int = 0
     num_tokens: int = 0  # of the thought when it was asked last
+    is_called: bool = False  # with others of its program: it is asked at its next place
     costs: list[int] = field(default_factory=list[int])  # tokens computed each time
 
 

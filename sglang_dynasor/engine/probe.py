@@ -19,8 +19,8 @@ from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import LONG_COT
 from sglang_dynasor.policy.answers import THINK_ENDS, extract_answer, is_complete
 from sglang_dynasor.policy.equal import answer_key
-from sglang_dynasor.policy.spec import ThoughtSpec
 from sglang_dynasor.policy.thought import Trial, hesitates
+from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
 WORD_TOKENS = 16  # that a word of 32 characters and what stands before it may take
 MOST_TRIAL_TOKENS = 24  # of an answer: more is no answer

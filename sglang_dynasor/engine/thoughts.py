@@ -26,7 +26,8 @@ from sglang_dynasor.engine.probe import (
 )
 from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.policy.reading import reading_chars
-from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due, next_probe_tokens
+from sglang_dynasor.policy.thought import is_place_to_ask, is_wave_due
+from sglang_dynasor.policy.wave import chains_to_ask
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
@@ -102,10 +103,10 @@ class Thoughts:
         return is_place_to_ask(len(req.output_ids), tag.asking.at_tokens, is_line_end=is_line_end)
 
     def _next(self, live: LiveProgram, asking: Asking) -> int:
-        thought = live.program.spec.thought
-        assert thought is not None
+        chains = live.program.chains
+        assert chains is not None
         num_suffix_tokens = len(self._tokens(live).suffix) + 1  # the KV of the thought's last token is not there
-        return next_probe_tokens(thought, asking.num_tokens, asking.costs, num_suffix_tokens)
+        return chains.next_turn_tokens(asking.num_tokens, asking.costs, num_suffix_tokens)
 
     def _tokens(self, live: LiveProgram) -> ThoughtTokens:
         spec = live.program.spec
@@ -117,8 +118,30 @@ class Thoughts:
     def make_due(self) -> None:
         """Make the probes whose thoughts have come to their place. Before SGLang fills its next prefill batch."""
         due, self._due = self._due, []
+        for live in dict.fromkeys(tag.live for tag in due):  # in order; once for each program
+            self.ends.guarded(live, self._call)
         for tag in due:
             self.ends.guarded(tag.live, lambda live, tag=tag: self._ask(live, tag))
+
+    def _call(self, live: LiveProgram) -> None:
+        """Call the chains that are asked together, if enough of them have come to their turn.
+
+        Each that is called is asked at its next place, whatever becomes of the others: nobody waits for one that was retracted or
+        has ended.
+        """
+        chains = live.program.chains
+        if chains is None or not chains.are_asked_together:
+            return
+        thinking = dict[int, tuple[Asking, int]]()
+        for index, req in live.reqs.items():
+            asking = branch_tag_of(req).asking
+            if asking is not None and req.kv.holds_kv and not req.finished() and req.to_finish is None:
+                thinking[index] = asking, len(req.output_ids)
+        ready = [index for index, (asking, num_tokens) in thinking.items() if asking.at_tokens <= num_tokens]
+        for index in chains_to_ask(ready, thinking):
+            asking, num_tokens = thinking[index]
+            if not asking.is_called:
+                asking.is_called, asking.at_tokens = True, num_tokens  # from here on it waits for the end of its line
 
     def _ask(self, live: LiveProgram, tag: BranchTag) -> None:
         """Ask a running thought for its answer, unless it is over, was retracted, or is being asked."""
@@ -127,6 +150,10 @@ class Thoughts:
             return
         if req.finished() or req.to_finish is not None or not req.kv.holds_kv or tag.index in live.probes:
             return  # it comes by again with the next step
+        if program.chains is not None and program.chains.are_asked_together:
+            if not asking.is_called or not self._is_place(req, tag):
+                return  # likewise
+            asking.is_called = False
         tokens, num_tokens = self._tokens(live), len(req.output_ids)
         if is_over(req, tokens, asking.num_tokens):
             self.stop(tag)  # it is writing its answer
@@ -197,7 +224,7 @@ class Thoughts:
         chain = live.reqs.get(index)
         if chain is None or chain.finished() or chain.to_finish is not None or not self.ends.programs.holds(live):
             return
-        if isinstance(req.finished_reason, FINISH_ABORT):
+        if isinstance(req.finished_reason, FINISH_ABORT) or program.reason is not None:
             return
         asked = branch_tag_of(chain)
         if is_over(chain, tokens, tag.num_thought_tokens):
@@ -210,17 +237,29 @@ class Thoughts:
         num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
         if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
             return
-        if program.see_trial(index, trial):
-            if program.speaker is not None:
-                self.ends.end_rest(live, spared=index)
-            self._close(live, index, chain, trial.num_tokens)
+        closing = program.see_trial(index, trial)
+        if program.reason is not None:  # what all chains say a finished one has said
+            self.ends.answer(live)
+            return
+        if program.speaker is not None:
+            self.ends.end_rest(live, spared=program.speaker)
+        if closing is not None:
+            self._close(live, closing)
 
-    def _close(self, live: LiveProgram, index: int, chain: Req, num_tokens: int) -> None:
+    def _close(self, live: LiveProgram, index: int) -> None:
         """End a thought as the model ends it: a new Req goes on from there and writes the answer.
 
-        What the chain generated since it was asked is dropped: the answer follows the text that the probe has read.
+        What the chain generated since it was asked is dropped: the answer follows the text that the probe has read. One that has
+        ended its thought meanwhile answers by itself.
         """
+        chain, branch, tokens = live.reqs[index], live.program.branches[index], self._tokens(live)
+        num_tokens = branch.closed_at
+        assert num_tokens is not None
+        if chain.finished() or chain.to_finish is not None or is_over(chain, tokens, num_tokens):
+            branch.closed_at = None
+            return
         assert_same("dynasor closes the thought of %s at %d tokens", chain.rid, num_tokens)
+        self.inside.end_probe(live, index)
         is_line_end = chain.output_ids[num_tokens - 1] in self._line_ends()
-        given = closed(chain.output_ids[:num_tokens], self._tokens(live), is_line_end=is_line_end)
+        given = closed(chain.output_ids[:num_tokens], tokens, is_line_end=is_line_end)
         self._go_on(live, index, given, self.inside.end(chain))

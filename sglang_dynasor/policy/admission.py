@@ -330,7 +330,10 @@ class Admission:
         num_rows = whole.rows - engine.free_rows
         num_others = self.order.num_alive - 1 + max(0, num_rows - engine.num_branches)
         load = Load(self.fixed_rows, max(0, num_rows - program.num_in_flight), num_others)
-        width = best_width(evidence, program.spec.stop, forecast.drift(evidence), load)
+        # Chains that decide together do so long before any has finished; the share that decides is of all of them.
+        decides_together = program.chains is not None and program.chains.decide_together
+        drift = forecast.drift(evidence)
+        width = program.spec.branches if decides_together else best_width(evidence, program.spec.stop, drift, load)
         most = min(whole.rows, int(whole.tokens / max(1.0, forecast.length_tokens(program))))
         if program.spec.thought is not None:  # some rows are left for its probes
             most = most * THOUGHTS_PER_ROW // (THOUGHTS_PER_ROW + 1)

@@ -78,7 +78,7 @@ LONG_COT = AlgorithmRecord(
     is_thought=True,
     branches=1,
     engine_keys=(
-        "exit", "agree", "min_tokens", "probe_tokens", "probe_word", "probe_suffix", "think_end", "effort",
+        "exit", "agree", "min_tokens", "probe_tokens", "hold_tokens", "probe_word", "probe_suffix", "think_end", "effort",
     ),
 )  # fmt: skip
 # By name; the first is what a field without a name gets.

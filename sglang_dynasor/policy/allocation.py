@@ -94,6 +94,7 @@ def agreed(evidence: Evidence, num_more: int, leader: str) -> Evidence:
         evidence.mixture.agreed(num_more),
         max(0, evidence.num_in_flight - num_more),
         evidence.cheapness,
+        evidence.standing,
     )
 
 

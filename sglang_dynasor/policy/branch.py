@@ -41,6 +41,11 @@ class Branch:
     thinks_on: bool = False  # its thought was closed, and it went on thinking
 
     @property
+    def is_thought_open(self) -> bool:
+        """Whether it still thinks, as far as is known: it runs, and nobody has closed its thought."""
+        return self.state is BranchState.IN_FLIGHT and self.closed_at is None
+
+    @property
     def finish_reason(self) -> str | None:
         """What a record says of its end; None while it is in flight."""
         if self.state is BranchState.IN_FLIGHT:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sglang_dynasor.policy.certaindex import overtake_risk, trust
 from sglang_dynasor.policy.mixture import Mixture, mix
+from sglang_dynasor.policy.standing import NO_STANDING, Standing
 
 NO_MIXTURE = mix(())
 
@@ -19,10 +20,11 @@ class Evidence(NamedTuple):
     recent: tuple[str | None, ...] = ()  # answer keys in the order they came; None = abstention
     rewards: tuple[float, ...] = ()  # in [0, 1], where something judges branches
     weights: tuple[float, ...] = ()  # of each answer's votes together, descending; empty: every vote weighs the same
-    is_contested: bool = False  # by weight another answer leads than by number
+    is_contested: bool = False  # by weight, or with what running chains say, another answer leads than by number
     mixture: Mixture = NO_MIXTURE  # of the branches that have come to their answer, running ones too
     num_in_flight: int = 0  # branches that have started, of those that may still finish
     cheapness: float = 1.0  # of the program's branches (mean.py), 1/2 to 2
+    standing: Standing = NO_STANDING  # of chains that are asked while they think
 
     @property
     def num_votes(self) -> int:

@@ -14,6 +14,7 @@ from sglang_dynasor.policy.answers import is_thinking, read_answer, thinks_on
 from sglang_dynasor.policy.branch import Branch, BranchState, Ending
 from sglang_dynasor.policy.budget import branch_worth
 from sglang_dynasor.policy.certaindex import overtake_risk
+from sglang_dynasor.policy.chains import Chains
 from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.equal import answer_key
@@ -21,8 +22,9 @@ from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
 from sglang_dynasor.policy.mean import Mean, cheapness
 from sglang_dynasor.policy.mixture import Distribution, Mixture, Part, mix, part_of
 from sglang_dynasor.policy.record import record_of
-from sglang_dynasor.policy.spec import ProgramSpec, ThoughtSpec
-from sglang_dynasor.policy.thought import Trial, is_confident, is_settled, may_settle
+from sglang_dynasor.policy.spec import ProgramSpec
+from sglang_dynasor.policy.standing import NO_STANDING
+from sglang_dynasor.policy.thought import Trial
 from sglang_dynasor.policy.votes import Votes
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Program:
     branches: list[Branch] = field(default_factory=list[Branch])
     votes: Votes = field(init=False)  # of its branches, by index
     comparisons: Comparisons = field(init=False)  # of its answers
+    chains: Chains | None = field(init=False)  # its branches, where they are thoughts
     answering: dict[int, Part] = field(default_factory=dict[int, Part])  # by branch: see mixture.py
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     finished_tokens: list[int] = field(default_factory=list[int])  # lengths of the branches that came to their own end
@@ -61,7 +64,6 @@ class Program:
     num_probe_tokens: int = 0  # that its probes computed
     usual_tokens: Mean | None = None  # the server's mean length of a branch; None: not known
     constraint: str = ""  # the grammar of its texts, as the sampling parameter is called
-    speaker: int | None = None  # the branch whose thought was closed to give the program's answer
     is_closed: bool = False  # no branch is started any more: the engine gave one up
     gang: int = 0  # branches admitted together at first
     overtaken_tokens: int = 0  # service given to later arrivals before its newest branches started
@@ -78,6 +80,7 @@ class Program:
     def __post_init__(self) -> None:
         self.votes = Votes(self.spec.vote)
         self.comparisons = Comparisons(self.spec.comparer)
+        self.chains = Chains(self.branches, self.spec) if self.spec.thought is not None else None
 
     def start_branch(self) -> int:
         """Count one more branch as in flight and return its index."""
@@ -87,6 +90,11 @@ class Program:
         if self.granted is not None:
             self.granted -= 1
         return len(self.branches) - 1
+
+    @property
+    def speaker(self) -> int | None:
+        """The branch that answers for the program since thoughts were closed; None: nobody yet."""
+        return None if self.chains is None else self.chains.speaker
 
     @property
     def num_allowed(self) -> int:
@@ -132,7 +140,7 @@ class Program:
         usual_tokens = 0.0 if self.usual_tokens is None else self.usual_tokens.value
         key = (
             len(self.votes.recent), len(self.comparisons.merges), self.num_failed, len(self.branches), self.is_closed,
-            self._num_seen, usual_tokens,
+            self._num_seen, usual_tokens, 0 if self.chains is None else self.chains.num_heard,
         )  # fmt: skip
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
@@ -143,7 +151,10 @@ class Program:
         mixture = NO_MIXTURE
         if self.answering and self.votes.voters and any(i in self.answering for i in self.votes.ranking[0]):
             mixture = self.mixture
-        return self.votes.evidence(num_left, mixture, num_in_flight=self._num_unheard, cheapness=self._cheapness)
+        standing = NO_STANDING if self.chains is None else self.chains.look()
+        return self.votes.evidence(
+            num_left, mixture, num_in_flight=self._num_unheard, cheapness=self._cheapness, standing=standing
+        )  # fmt: skip
 
     @property
     def _num_unheard(self) -> int:
@@ -209,7 +220,10 @@ class Program:
 
     @property
     def certaindex(self) -> float:
-        """How sure it is, in [0, 1]: 1 - risk, or the best reward (`AlgorithmRecord.is_sure_by_reward`)."""
+        """How sure it is, in [0, 1]: 1 - risk, the best reward (`AlgorithmRecord.is_sure_by_reward`), or the share of chains that
+        decided while they thought."""
+        if self.chains is not None and self.chains.decide_together and self.speaker is not None:
+            return self.chains.standing.share
         if self.spec.about.is_sure_by_reward:
             return max((branch.reward or 0.0 for branch in self.branches), default=0.0)
         return 1.0 - self.risk
@@ -261,6 +275,8 @@ class Program:
         finally:
             self.votes.cast(index, branch.key, reward=reward, confidence=lowest)
             self.comparisons.see(index, self.branches, self.votes)
+            if self.chains is not None:
+                self.chains.hear(index, num_tokens)
             if index == self.speaker:
                 self.reason = StopReason.CERTAIN
             else:
@@ -278,51 +294,29 @@ class Program:
                 self.budget.note_change(self.budget_number)
 
     def may_close(self, index: int) -> bool:
-        """Whether the next trial of branch `index` could close its thought; among several chains each could, by their votes."""
-        thought = self.spec.thought
-        return thought is not None and (self.spec.branches > 1 or may_settle(self.branches[index].trials, thought))
+        """Whether the next trial of branch `index` could close a thought: its own, or where an answer leads that of who speaks for it."""
+        return self.chains is not None and self.chains.may_close(index)
 
-    def see_trial(self, index: int, trial: Trial) -> bool:
-        """Branch `index` was asked for its answer. Returns whether its thought is to be closed now.
+    def see_trial(self, index: int, trial: Trial) -> int | None:
+        """Branch `index` was asked for its answer. Returns the branch whose thought is to be closed now, at its `closed_at`; or None.
 
-        If so and `speaker` is set, it answers for the program and the other branches are no longer needed: it is the only
-        chain, or the votes together with the latest confident trials of running chains satisfy the stopping rule, and its
-        answer leads.
+        Where the rule says of all chains that they have decided, one of them answers and the others are no longer needed: where
+        one has finished with that answer `reason` is set, else `speaker`, a running one, which may be writing it already.
         """
-        branch, thought = self.branches[index], self.spec.thought
-        if thought is None or self.reason is not None or self.speaker is not None or branch.closed_at is not None:
-            return False
-        branch.trials.append(trial)
-        closes = is_settled(branch.trials, thought)
-        if (closes and self.spec.branches == 1) or self._is_settled_across(index, thought):
-            self.speaker, closes = index, True
-        if closes:
-            branch.closed_at = trial.num_tokens
-        return closes
+        chains = self.chains
+        if chains is None or self.reason is not None or not chains.take(index, trial):
+            return None
+        if not chains.decide_together or not self.spec.stop.stops(self.evidence):
+            return chains.settle(index)
+        if self._has_answer:
+            chains.is_decided, self.reason = True, StopReason.CERTAIN
+            return None
+        return chains.speak()
 
-    def _is_settled_across(self, index: int, thought: ThoughtSpec) -> bool:
-        """Whether the rule would stop the program if running chains voted as they would answer now, `index` for the leader."""
-        if self.spec.branches == 1:
-            return False
-        votes = {key: len(who) for key, who in self.votes.voters.items()}
-        num_trials = 0
-        for branch in self.branches:
-            if branch.state is BranchState.IN_FLIGHT and branch.trials and is_confident(branch.trials[-1], thought):
-                key = branch.trials[-1].key
-                assert key is not None
-                votes[key] = votes.get(key, 0) + 1
-                num_trials += 1
-        leader = self.branches[index].trials[-1].key
-        if leader is None or not is_confident(self.branches[index].trials[-1], thought):
-            return False
-        counts = tuple(sorted(votes.values(), reverse=True))
-        if votes[leader] != counts[0]:
-            return False
-        evidence = Evidence(
-            counts, self.votes.num_abstentions, self._num_open - num_trials, tuple(self.votes.recent),
-            num_in_flight=self._num_unheard - num_trials, cheapness=self._cheapness,
-        )  # fmt: skip
-        return self.spec.stop.stops(evidence)
+    @property
+    def _has_answer(self) -> bool:
+        """Whether a finished branch has given the answer that leads, running ones counted."""
+        return self.evidence.lead > 0 and not self.evidence.is_contested
 
     def see_answer(self, index: int, distribution: Distribution) -> None:
         """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
@@ -394,8 +388,18 @@ class Program:
         return self.comparisons.may_change_leader(self.votes)
 
     def _stop_if_certain(self) -> None:
-        if self.reason is None and not self._is_open and self.spec.stop.stops(self.evidence):
-            self.reason = StopReason.CERTAIN
+        if (
+            self.reason is not None
+            or self.speaker is not None
+            or self._is_open
+            or not self.spec.stop.stops(self.evidence)
+        ):
+            return
+        if self.chains is not None:
+            if not self._has_answer:
+                return  # a running chain is to speak: who, the next trial says
+            self.chains.is_decided = True
+        self.reason = StopReason.CERTAIN
 
     def _stop_if_used_up(self) -> None:
         is_used_up = self.num_in_flight == 0 and (self.is_closed or len(self.branches) == self.spec.branches)

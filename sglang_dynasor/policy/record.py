@@ -22,6 +22,7 @@ _JUDGE = "`judge`"
 _COMPARED = "`equal` symbolic, model or embedding"
 _STATISTICS = "statistics"
 _LONG_COT = "`long_cot`"
+_SEVERAL = "`long_cot` with `trials` in `stop`"
 _SEARCH = "searches"
 
 # By key: where a record has it, and what it says.
@@ -29,7 +30,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "program": (ALWAYS, "id: the response's id, or the client's program id"),
     "algorithm": (ALWAYS, "as asked for"),
     "answer": (ALWAYS, "the winning answer as written, up to 256 characters; null if no branch gave one"),
-    "certaindex": (ALWAYS, "how sure the program is, in [0, 1]. Of votes 1 - `risk`; of `best_of_n` and searches the best reward, of `mcts` the mean; of a single thought the share of the last `agree` trials that say what the latest says"),
+    "certaindex": (ALWAYS, "how sure the program is, in [0, 1]. Of votes 1 - `risk`; of `best_of_n` and searches the best reward, of `mcts` the mean; of a single thought the share of the last `agree` trials that say what the latest says; of several that decided while they thought the leading answer's share of them"),
     "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one and trusted the less the more were in flight when it ended; once the cap is used up, that as many branches again would"),
     "entropy_certaindex": (ALWAYS, "the paper's (log n - H) / log n over the votes"),
     "votes": (ALWAYS, "answers with their votes, the leading one first (by weight, if votes weigh)"),
@@ -64,10 +65,12 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "num_weak": (_STATISTICS, "branches ended for their low confidence"),
     "answer_entropy": (_STATISTICS, "mean entropy (nats) of the branches' distributions at their answer's first token; null where no branch came to one (`choice`, `number`, `last_line` and `regex` have no mark that tells)"),
     "disagreement": (_STATISTICS, "how far those distributions differ: their Jensen-Shannon divergence (nats); null as above"),
-    "exit": (_LONG_COT, "the rule that closes a thought"),
+    "exit": (_LONG_COT, "the rule by which a thought's own trials close it; `together`: none, what all chains say does"),
     "num_probes": (_LONG_COT, "probes made"),
     "num_probe_tokens": (_LONG_COT, "tokens that probes computed (suffix and trial answer); not in `num_tokens`"),
     "closed_at_tokens": (_LONG_COT, "of each chain, the tokens of its thought when it was closed; null where it ended by itself"),
+    "asked_at_tokens": (_SEVERAL, "of each chain, the tokens of its thought when it was asked"),
+    "shares": (_SEVERAL, "each change of what the chains said together: `tokens` of thought since the first was asked, the `answer` that led (null: a tie, or nobody says any), its `share` of all chains"),
     "trials": (_LONG_COT, "what the winning chain would have answered: `tokens`, `answer`, `probability`"),
     "warning": ('`exit: "published"`', "what that rule is known to lose"),
     "num_nodes": (_SEARCH, "nodes of the tree"),
@@ -121,7 +124,9 @@ def _thoughts(program: Program) -> dict[str, Any]:
         return {}
     trials = [] if winner is None else program.branches[winner].trials
     more: dict[str, Any] = {
-        "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely",
+        "exit": f"{thought.agree} agreeing trials, each at least {thought.level:g} likely"
+        if thought.settles
+        else "together",
         "num_probes": program.num_probes,
         "num_probe_tokens": program.num_probe_tokens,
         "closed_at_tokens": [branch.closed_at for branch in program.branches],
@@ -129,6 +134,12 @@ def _thoughts(program: Program) -> dict[str, Any]:
             {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)} for t in trials
         ],
     }
+    if program.chains is not None and program.chains.decide_together:
+        more["asked_at_tokens"] = [[trial.num_tokens for trial in branch.trials] for branch in program.branches]
+        more["shares"] = [
+            {"tokens": moment.tokens, "answer": shown(moment.leader), "share": round(moment.share, 6)}
+            for moment in program.chains.moments
+        ]
     if program.spec.branches == 1:
         more["certaindex"] = round(agreement(trials, thought.agree), 6)
     if thought.is_published:

@@ -74,6 +74,12 @@ def confidence(evidence: Evidence, level: float) -> bool:
     return evidence.num_votes >= warmup_branches(cap) and evidence.leader_share >= level
 
 
+def trials(evidence: Evidence, level: float) -> bool:
+    """The leading answer has kept a share of at least `level` of all chains, asked while they think, for as long as the client
+    says (chains.py)."""
+    return evidence.standing.is_held and evidence.standing.share >= level
+
+
 def mixture(evidence: Evidence, level: float) -> bool:
     """The mixed answer distribution of three or more branches has an entropy as low as certaindex `level` asks of five votes.
 
@@ -90,12 +96,20 @@ def never(evidence: Evidence, level: float) -> bool:
 
 
 class Rule(NamedTuple):
-    """A rule with its default level and the levels allowed (inclusive)."""
+    """A rule with its default level and the levels allowed."""
 
     stops: Callable[[Evidence, float], bool]
     default: float
     low: float
     high: float
+    excludes_low: bool = False  # the least level is not allowed itself
+
+    def allows(self, level: float) -> bool:
+        return self.low <= level <= self.high and not (self.excludes_low and level == self.low)
+
+    @property
+    def levels(self) -> str:
+        return f"{'(' if self.excludes_low else '['}{self.low:g}, {self.high:g}]"
 
 
 RULES = {
@@ -106,12 +120,13 @@ RULES = {
     "margin": Rule(margin, 0, 0, 0),
     "confidence": Rule(confidence, 0.95, 0.5, 1.0),
     "mixture": Rule(mixture, 0.9, 0.0, 1.0),
+    "trials": Rule(trials, 0.8, 0.5, 1.0, excludes_low=True),
     "reward": Rule(reward, 0.8, 0.0, 1.0),
     "best": Rule(best, 0.95, 0.0, 1.0),
     "never": Rule(never, 0, 0, 0),
 }
 # Rules that judge the vote: a tie never stops, nor an answer that leads by number but not by weight.
-_VOTE_RULES = frozenset(RULES) - {"reward", "best", "never"}
+_VOTE_RULES = frozenset(RULES) - {"reward", "best", "never", "trials"}
 # Rules of which a lower level asks for more.
 _LOW_IS_STRICT = frozenset({"predictive"})
 # Rules that read the logits of running branches (engine/statistics.py).
@@ -132,10 +147,15 @@ class StopRule:
         return any(name in _LOGIT_RULES for name, _ in self.parts)
 
     def uses(self, rule: str) -> bool:
-        return any(name == rule for name, _ in self.parts)
+        return self.level_of(rule) is not None
+
+    def level_of(self, rule: str) -> float | None:
+        """The level that decides, of a rule other than `window`; None: it is no part of this."""
+        return next((level for name, level in self.parts if name == rule), None)
 
     def stops(self, evidence: Evidence) -> bool:
-        """Whether a program with this evidence may end now. A tie of votes never stops, nor a contested lead.
+        """Whether a program with this evidence may end now. A tie of votes never stops, nor a contested lead; but what all chains
+        say may.
 
         An author's own function is asked whatever the votes are.
 
@@ -144,10 +164,11 @@ class StopRule:
         """
         if self.function is not None:
             return self._ask(self.function, evidence)
-        if (evidence.lead == 0 or evidence.is_contested) and any(name in _VOTE_RULES for name, _ in self.parts):
-            return False
-        held = (RULES[name].stops(evidence, level) for name, level in self.parts)
-        return all(held) if self.needs_all else any(held)
+        parts = self.parts
+        if (evidence.lead == 0 or evidence.is_contested) and any(name in _VOTE_RULES for name, _ in parts):
+            parts = () if self.needs_all else tuple(part for part in parts if part[0] == "trials")
+        held = (RULES[name].stops(evidence, level) for name, level in parts)
+        return bool(parts) and all(held) if self.needs_all else any(held)
 
     def _ask(self, function: Callable[[Evidence], Any], evidence: Evidence) -> bool:
         held = function(evidence)
@@ -202,9 +223,9 @@ def parse_stop(text: str) -> StopRule:
             level = float(level_text) if sep else rule.default
         except ValueError:
             level = float("nan")
-        if not rule.low <= level <= rule.high or (name == "window" and level != int(level)):
+        if not rule.allows(level) or (name == "window" and level != int(level)):
             raise FieldError(
-                f"dynasor.stop={text!r}: level {level_text!r} of {name!r} is outside [{rule.low:g}, {rule.high:g}]"
+                f"dynasor.stop={text!r}: level {level_text!r} of {name!r} is outside {rule.levels}"
                 + (" or no whole number" if name == "window" else "")
             )
         parts.append((name, level))

@@ -12,9 +12,21 @@ from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check
 from sglang_dynasor.policy.budget_spec import MOST_BUDGET_PROGRAMS, BudgetSpec, parse_budget
 from sglang_dynasor.policy.equal import COMPARERS, EQUALS
 from sglang_dynasor.policy.rules import StopRule, parse_stop
-from sglang_dynasor.policy.values import ID_VALUES, read_flag, read_frac, read_id, read_seconds, read_whole
+from sglang_dynasor.policy.thought_spec import (
+    EXITS,
+    HOLD_TOKENS,
+    MAX_SUFFIX_CHARS,
+    MAX_WORD_CHARS,
+    MOST_AGREE,
+    MOST_MIN_TOKENS,
+    MOST_PROBE_TOKENS,
+    TOGETHER,
+    ThoughtSpec,
+    check_together,
+    parse_thought,
+)
+from sglang_dynasor.policy.values import ID_VALUES, read_flag, read_frac, read_id, read_seconds, read_text, read_whole
 
-MAX_SUFFIX_CHARS = 1024
 JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
 DEFAULT_GROUP_TOKENS = 128
@@ -22,14 +34,7 @@ DEFAULT_GROUP_TOKENS = 128
 # SmolLM2-135M gives 0.37 to 0.71 whatever the answers are (docs/answers.md).
 SCORES = {"model": 0.7, "embedding": 0.9}
 MOST_GROUP_TOKENS = 8192
-MOST_PROBE_TOKENS = 65_536
-MAX_WORD_CHARS = 32
-MOST_AGREE = 64
-MOST_MIN_TOKENS = 1_000_000
 GREEDY_BELOW = 1e-6  # temperature: SGLang takes the likeliest token there
-# How many probes must agree, how likely each answer must be, and from where on: by how much the client wants thought over.
-# docs/results.md, "Recorded probes", has the replay that these come from.
-EFFORTS = {"low": (1, 0.95, 256), "medium": (2, 0.99, 512), "high": (3, 0.995, 1024)}
 
 _RECORDS = ENGINE_ALGORITHMS.values()
 _OWNERS = {key: record.name for record in _RECORDS for key in record.engine_keys}  # of keys that one algorithm has
@@ -46,7 +51,7 @@ _HELP = {
     "algorithm": (", ".join(ENGINE_ALGORITHMS), "; ".join(record.summary for record in _RECORDS)),
     "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use ({_default('branches')})"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
-    "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')})"),
+    "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')}; long_cot with several branches: that or {TOGETHER})"),
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
     "equal": ("math, text, symbolic, model[:PROBABILITY], embedding[:COSINE]", "which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; " + ", ".join(f"{kind}:{score:g}" for kind, score in SCORES.items()) + ")"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
@@ -59,10 +64,11 @@ _HELP = {
     "group_tokens": ("1 to 8192", f"tokens over which a branch's confidence is averaged (default {DEFAULT_GROUP_TOKENS})"),
     "weak_frac": ("0 to below 1", "running branches less confident than this share of the first ones are ended (default 0: none)"),
     "statistics": ("true, false", "tell confidences, rewards and answer entropies of the branches in the record (default false)"),
-    "exit": ("trial[:PROBABILITY], published", "when a thought is closed; published is the rule of the Dynasor repository, which loses answers (default trial:0.99)"),
+    "exit": (EXITS, "when a thought is closed by its own trials; published is the rule of the Dynasor repository, which loses answers (default trial:0.99; of several that decide together none, unless exit or agree is sent)"),
     "agree": (f"1 to {MOST_AGREE}", "probes in a row that must give the same answer (default 2)"),
     "min_tokens": (f"0 to {MOST_MIN_TOKENS}", "tokens of a thought before it is probed (default 512)"),
     "probe_tokens": (f"1 to {MOST_PROBE_TOKENS}", "tokens from one probe to the next (default: as often as 3 % of the thought pays for)"),
+    "hold_tokens": (f"1 to {MOST_PROBE_TOKENS}", f"with several branches and stop=trials: tokens that each thinks on while the leading answer keeps its share, no fewer than probe_tokens (default {HOLD_TOKENS})"),
     "probe_word": (f"up to {MAX_WORD_CHARS} characters", "a word such as 'wait': a thought is asked only where it has just said that, as DEER does (default: at the end of a line)"),
     "probe_suffix": (f"up to {MAX_SUFFIX_CHARS} characters", "what a thought is followed by when it is asked for its answer (default: think_end and the answer's mark)"),
     "think_end": (f"up to {MAX_SUFFIX_CHARS} characters", "what ends a thought (default: the model's own)"),
@@ -92,20 +98,6 @@ class JudgeSpec:
     bad: str = ""
     is_external: bool = False
     by_steps: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ThoughtSpec:
-    """How a chain of thought is probed, and when it is closed (policy/thought.py)."""
-
-    agree: int
-    level: float  # of a trial answer's probability, in [0, 1]
-    min_tokens: int
-    every_tokens: int | None  # None: as often as their price allows
-    suffix: str = ""  # empty: from the model and the extractor (engine/probe.py)
-    end: str = ""  # empty: the model's own
-    word: str = ""  # empty: it is asked at the end of a line
-    is_published: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +173,11 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
     answer = _text(options, "answer", "auto")
     check_extractor(answer)
     equal = _equal(options, answer, about)
-    stop = parse_stop(_text(options, "stop", level if about.stop == CAREFUL else about.stop))
+    default_stop = level if about.stop == CAREFUL else about.stop
+    if about.is_thought and branches > 1:
+        default_stop = f"{default_stop} or {TOGETHER}"
+    stop = parse_stop(_text(options, "stop", default_stop))
+    check_together(stop, branches, about)
     program = read_id(options, "program")
     deadline_s = read_seconds(options, "deadline_s") if "deadline_s" in options else None
     tenant = read_id(options, "tenant")
@@ -208,7 +204,7 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
             f"dynasor.stop={stop.text!r} with dynasor.answer={answer!r}: nothing marks where such an answer begins; "
             "use answer hash, boxed or auto, or another rule"
         )
-    thought = _thought(options, about)
+    thought = parse_thought(options, stop) if about.is_thought else None
     budget = parse_budget(options)
     if budget is not None and vote == "best":
         raise FieldError(
@@ -314,48 +310,5 @@ def _about(options: dict[str, Any]) -> AlgorithmRecord:
     return about
 
 
-def _thought(options: dict[str, Any], about: AlgorithmRecord) -> ThoughtSpec | None:
-    if not about.is_thought:
-        return None
-    effort = _text(options, "effort", "medium")
-    if effort not in EFFORTS:
-        raise FieldError(f"dynasor.effort={effort!r} is not known; use one of {', '.join(EFFORTS)}")
-    agree, level, min_tokens = EFFORTS[effort]
-    every_tokens: int | None = None
-    rule, sep, text = _text(options, "exit", "trial").partition(":")
-    is_published = rule == "published" and not sep
-    if is_published:
-        agree, level, min_tokens, every_tokens = 3, 0.0, 0, 64
-    elif sep:
-        try:
-            level = float(text)
-        except ValueError:
-            level = -1.0
-    if rule not in ("trial", "published") or (rule == "published" and sep) or not 0 <= level <= 1:
-        raise FieldError(
-            f"dynasor.exit={options['exit']!r} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
-        )
-    if "probe_tokens" in options:
-        every_tokens = read_whole(options, "probe_tokens", 1, MOST_PROBE_TOKENS, "the limit")
-    limits = {"probe_suffix": MAX_SUFFIX_CHARS, "think_end": MAX_SUFFIX_CHARS, "probe_word": MAX_WORD_CHARS}
-    texts = {key: _text(options, key, "") for key in limits}
-    for key, text in texts.items():
-        if len(text) > limits[key]:
-            raise FieldError(f"dynasor.{key} has {len(text)} characters; at most {limits[key]} are allowed")
-    return ThoughtSpec(
-        read_whole(options, "agree", agree, MOST_AGREE, "the limit"),
-        level,
-        read_whole(options, "min_tokens", min_tokens, MOST_MIN_TOKENS, "the limit", low=0),
-        every_tokens,
-        texts["probe_suffix"],
-        texts["think_end"],
-        texts["probe_word"],
-        is_published,
-    )
-
-
 def _text(options: dict[str, Any], key: str, default: str) -> str:
-    value = options.get(key, default)
-    if not isinstance(value, str):
-        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a string: {FIELD_HELP[key][0]}")
-    return value
+    return read_text(options, key, default, FIELD_HELP[key][0])

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from math import ceil
 
 from sglang_dynasor.policy.equal import answer_key
-from sglang_dynasor.policy.spec import ThoughtSpec
+from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
 PRICE_FRAC = 0.03  # of a thought's tokens that asking may take, where the client has not said how often to ask
 FIRST_TRIAL_TOKENS = 4  # that a trial's answer is taken to need before the first one is seen
 MOST_LINE_TOKENS = 64  # waited for, before a thought is asked in the middle of a line
+LIKELY = 0.5  # a trial's answer, for which its chain counts among others
 WAVE_STEPS = 8  # that a probe waits for others at most
 THOUGHTS_PER_WAVE_STEP = 4  # that could be closed: a pass holds up fewer where fewer think, and is worth less waiting
 
@@ -49,6 +50,11 @@ def hesitates(text: str, answer: str | None = None) -> bool:
 def is_confident(trial: Trial, thought: ThoughtSpec) -> bool:
     """Whether a trial counts: it has an answer that is likely enough."""
     return trial.key is not None and trial.probability >= thought.level
+
+
+def is_likely(trial: Trial) -> bool:
+    """Whether a trial speaks for its chain among others: its answer is likelier than not."""
+    return trial.key is not None and trial.probability >= LIKELY
 
 
 def is_settled(trials: Sequence[Trial], thought: ThoughtSpec) -> bool:

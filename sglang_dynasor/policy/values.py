@@ -28,6 +28,14 @@ def read_id(options: dict[str, Any], key: str) -> str | None:
     return value
 
 
+def read_text(options: dict[str, Any], key: str, default: str, allowed: str) -> str:
+    """A string, of which `allowed` says what it may be."""
+    value = options.get(key, default)
+    if not isinstance(value, str):
+        raise FieldError(f"dynasor.{key}={value!r} is a {type(value).__name__}; send a string: {allowed}")
+    return value
+
+
 def read_seconds(options: dict[str, Any], key: str) -> float:
     """Seconds of a key that is there, above 0 to MAX_DEADLINE_S."""
     value = options[key]

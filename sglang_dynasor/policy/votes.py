@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
 from sglang_dynasor.policy.mixture import Mixture
+from sglang_dynasor.policy.standing import NO_STANDING, Standing
 
 
 @dataclass(slots=True)
@@ -84,9 +85,13 @@ class Votes:
         return sorted(self.voters.values(), key=lambda who: (-self.weight(who), -len(who), min(who)))
 
     def evidence(
-        self, num_left: int, mixture: Mixture = NO_MIXTURE, *, num_in_flight: int = 0, cheapness: float = 1.0
-    ) -> Evidence:
-        """What a rule may look at, where `num_left` votes may still come, `num_in_flight` of them under way."""
+        self, num_left: int, mixture: Mixture = NO_MIXTURE, *, num_in_flight: int = 0, cheapness: float = 1.0,
+        standing: Standing = NO_STANDING,
+    ) -> Evidence:  # fmt: skip
+        """What a rule may look at, where `num_left` votes may still come, `num_in_flight` of them under way.
+
+        Another answer than `standing` has may not lead: then the lead is contested.
+        """
         counts = self.counts
         weights: tuple[float, ...] = ()
         is_contested = False
@@ -94,8 +99,11 @@ class Votes:
             ranking = self.ranking
             weights = tuple(map(self.weight, ranking))
             is_contested = len(ranking[0]) < counts[0]
+        if counts and standing.num_chains:
+            leader = standing.leader
+            is_contested |= leader is None or self.voters.get(leader) != self.ranking[0]
         rewards = tuple(self.rewards[voter] for voter in sorted(self.rewards))
         return Evidence(
             counts, self.num_abstentions, max(0, num_left), tuple(self.recent), rewards, weights, is_contested, mixture,
-            num_in_flight, cheapness,
+            num_in_flight, cheapness, standing,
         )  # fmt: skip
