@@ -344,7 +344,7 @@ def test_a_program_alone_runs_wider_than_among_others() -> None:
     assert gangs[0].program.votes_needed == 3
 
 
-@pytest.mark.parametrize(("stop", "expected"), [("careful or trials:0.8", 10), ("careful", 6)])
+@pytest.mark.parametrize(("stop", "expected"), [("careful or trials:0.8", 10), ("careful", 4)])
 def test_chains_that_decide_together_start_together(stop: str, expected: int) -> None:
     """Whatever else runs: few of them decide nothing while they think. Those that vote when they finish are fewer under load."""
     engine = TokenEngine(32, 100_000, 10)
