@@ -64,22 +64,22 @@ def test_what_votes_is_what_is_returned(engine: Any, end: str, answer: str) -> N
 
 
 def test_a_stop_string_is_no_answer(engine: Any) -> None:
-    """`stop: ["\\n####"]` with `auto`: what stands before it answers, and never the stop string itself."""
-    for out in sent(engine, {"stop": ["\n####"]}, "auto"):
+    """`stop: ["####"]` with `auto`: what stands before it answers, and never the stop string itself."""
+    for out in sent(engine, {"stop": ["####"]}, "auto"):
         record = out["meta_info"]["dynasor"]
         assert "####" not in out["text"]
         assert all("#" not in vote["answer"] for vote in record["votes"])
 
 
 def test_cut_branches_do_not_vote_and_the_record_says_what_to_change(engine: Any) -> None:
-    """Nobody has come to an answer at 24 tokens: no votes, no certainty, and a line to act on."""
+    """Nobody has come to an answer at one token: no votes, no certainty, and a line to act on."""
     field = {"branches": 6, "answer": "auto"}
-    params = {"temperature": 1.0, "max_new_tokens": 24, "custom_params": {"dynasor": field}}
+    params = {"temperature": 1.0, "max_new_tokens": 1, "custom_params": {"dynasor": field}}
     record = engine.generate(prompt(QUESTION), params)["meta_info"]["dynasor"]
     assert (record["answer"], record["votes"], record["stop_reason"]) == (None, [], "cap")
     assert record["certaindex"] == 0
     assert record["num_truncated"] == record["num_abstentions"] == 6
-    assert record["hint"].startswith("all 6 branches that ended were cut before an answer was complete, at 24 tokens")
+    assert record["hint"].startswith("all 6 branches that ended were cut before an answer was complete, at 1 tokens")
     assert settled(engine)["num_policy_errors"] == 0
 
 

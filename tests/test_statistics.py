@@ -20,6 +20,9 @@ from warm import WarmServer
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
+WORKED_OUT = [
+    q for q in held_out(100) if q.text.startswith(("Coins", "Pens", "Apples"))
+]  # topics of which few answers are guesses
 JUDGE = {"judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
 
 
@@ -124,7 +127,7 @@ def test_weak_branches_end_early(engine: Any) -> None:
 @pytest.mark.parametrize("stop", ["confidence", "mixture"])
 def test_rules_that_read_logits_stop(engine: Any, stop: str) -> None:
     """They fire on easy questions; an impossible level does not."""
-    prompts = [prompt(q.text) for q in QUESTIONS if q.num_steps <= 2][:8]
+    prompts = [prompt(q.text) for q in WORKED_OUT if q.num_steps <= 2][:8]
     outs = engine.generate(prompts, [params(1.0, stop=stop)] * 8)
     assert sum(out["meta_info"]["dynasor"]["stop_reason"] == "certain" for out in outs) >= 6
     hot = engine.generate(prompts, [params(3.0, stop="mixture:1" if stop == "mixture" else "confidence:1")] * 8)
@@ -224,7 +227,7 @@ def test_a_reward_model_on_another_server(start_engine: Any, tmp_path: Path) -> 
         engine = start_engine(
             scheduler="dynasor", dynasor_strict=True, dynasor_reward_url=server.url, dynasor_reward_timeout_s=30
         )
-        prompts = [prompt(q.text) for q in QUESTIONS[:4]]
+        prompts = [prompt(q.text) for q in WORKED_OUT[:4]]
         field = {"branches": 4, "stop": "never", "vote": "reward"}
         seeds = [11, 12, 13, 14]
         outs = {
