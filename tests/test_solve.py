@@ -96,7 +96,7 @@ def test_a_budget_goes_to_hard_questions(where: str, request: pytest.FixtureRequ
     num_branches: dict[bool, list[int]] = {True: [], False: []}  # by whether answers differ
     for result in results:
         assert result.record["budget_tokens"] == 1600
-        assert result.stop_reason in ("budget", "certain")
+        assert result.stop_reason in ("budget", "certain", "cap")
         num_branches[len(result.record["votes"]) > 1].append(result.num_branches)
     assert all(min(nums) >= 1 for nums in num_branches.values())
     assert mean(num_branches[True]) > 1.5 * mean(num_branches[False])
