@@ -23,8 +23,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = {
     "self_consistency": "python benchmarks/bench_self_consistency.py --num-questions 128",
-    "peers": "make peers",
-    "peers_pairs": "make peers",
+    "peers": "python benchmarks/bench_peers.py --num-questions 96 --repeats 1 --at-once 16 32 64 1 --rates --ways greedy single stock "
+    '"its_hub 1.2.0 doubling" "program, careful" "program, balanced" "program, fast" --csv benchmarks/results/peers',
+    "peers_pairs": "python benchmarks/bench_peers.py --num-questions 96 --repeats 1 --at-once 16 32 64 1 --rates --ways greedy single stock "
+    '"its_hub 1.2.0 doubling" "program, careful" "program, balanced" "program, fast" --csv benchmarks/results/peers',
     "simulate_online": "python benchmarks/simulate_online.py --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys_x32 --costs cpu gpu "
     "--csv benchmarks/results/simulate_online.csv",
     "passthrough": "make bench",
