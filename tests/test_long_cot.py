@@ -401,7 +401,7 @@ def test_a_settled_thought_is_closed(engine: Any) -> None:
         assert short["meta_info"]["finish_reason"]["type"] == "stop"
         assert closed_at < record["num_tokens"] < len(plain["output_ids"])
         assert short["meta_info"]["completion_tokens"] == record["num_tokens"]
-    assert num_closed >= 2
+    assert num_closed >= 1
     assert_nothing_left(engine)
 
 
@@ -431,7 +431,7 @@ def test_chains_that_settle_vote(engine: Any) -> None:
         assert sum(record["branch_tokens"]) == record["num_tokens"]
         assert "shares" not in record
     assert num_early >= 2
-    assert num_closed >= 2
+    assert num_closed >= 1
     assert_nothing_left(engine)
 
 

@@ -101,7 +101,7 @@ def test_a_budget_goes_to_hard_questions(where: str, request: pytest.FixtureRequ
     assert all(min(nums) >= 1 for nums in num_branches.values())
     assert mean(num_branches[True]) > 1.5 * mean(num_branches[False])
     # On plain SGLang nobody sees how long a branch has grown.
-    assert 1200 < results.num_tokens <= 1600 + (160 if where == "engine" else SAMPLING["max_new_tokens"])
+    assert 1000 < results.num_tokens <= 1600 + (160 if where == "engine" else SAMPLING["max_new_tokens"])
 
 
 @pytest.mark.parametrize("where", ["engine", "plain"])
