@@ -401,7 +401,7 @@ def test_a_settled_thought_is_closed(engine: Any) -> None:
         assert short["meta_info"]["finish_reason"]["type"] == "stop"
         assert closed_at < record["num_tokens"] < len(plain["output_ids"])
         assert short["meta_info"]["completion_tokens"] == record["num_tokens"]
-    assert num_closed >= 1
+    assert num_closed >= 2
     assert_nothing_left(engine)
 
 
