@@ -323,43 +323,35 @@ def test_a_fixed_width_holds_whatever_the_load(width: int) -> None:
     assert len(job.running) == (width or 8)
 
 
+def started(engine: TokenEngine, num_programs: int, branches: int, **field: Any) -> Program:
+    """The first of some programs that come together, after one look at what may start."""
+    admission = engine.admission = Admission(engine, FOREVER, {})
+    made = [Program(str(number), parse_field({"branches": branches, **field}, 64)) for number in range(num_programs)]
+    for program in made:
+        job = Job(0, 1, [5] * branches, branches, 0, 5)
+        job.gang = Gang(program, 1, Cost(0, 10), job)
+        engine.jobs.append(job)
+        admission.arrive(job.gang)
+        admission.advance(job.gang)
+    admission.look()
+    return made[0]
+
+
 def test_a_program_alone_runs_wider_than_among_others() -> None:
     """Alone a program that may stop early runs wide, among others narrow, but never fewer than could decide."""
     widths: list[int] = []
     for num_programs in (1, 8):
-        engine = TokenEngine(16, 10_000, 10)
-        admission = engine.admission = Admission(engine, FOREVER, {})
-        gangs: list[Gang] = []
-        for number in range(num_programs):
-            made = Program(str(number), parse_field({"branches": 16}, 64))
-            job = Job(0, 1, [5] * 16, 16, 0, 5)
-            job.gang = Gang(made, 1, Cost(0, 10), job)
-            engine.jobs.append(job)
-            gangs.append(job.gang)
-            admission.arrive(job.gang)
-            admission.advance(job.gang)
-        admission.look()
-        widths.append(gangs[0].program.gang)
+        program = started(TokenEngine(16, 10_000, 10), num_programs, 16)
+        widths.append(program.gang)
     assert widths == [10, 4]
-    assert gangs[0].program.votes_needed == 3
+    assert program.votes_needed == 3
 
 
 @pytest.mark.parametrize(("stop", "expected"), [("careful or trials:0.8", 10), ("careful", 4)])
 def test_chains_that_decide_together_start_together(stop: str, expected: int) -> None:
     """Whatever else runs: few of them decide nothing while they think. Those that vote when they finish are fewer under load."""
-    engine = TokenEngine(32, 100_000, 10)
-    admission = engine.admission = Admission(engine, FOREVER, {})
-    gangs: list[Gang] = []
-    for number in range(8):
-        made = Program(str(number), parse_field({"algorithm": "long_cot", "branches": 10, "stop": stop}, 64))
-        job = Job(0, 1, [5] * 10, 10, 0, 5)
-        job.gang = Gang(made, 1, Cost(0, 10), job)
-        engine.jobs.append(job)
-        gangs.append(job.gang)
-        admission.arrive(job.gang)
-        admission.advance(job.gang)
-    admission.look()
-    assert gangs[0].program.gang == expected
+    program = started(TokenEngine(32, 100_000, 10), 8, 10, algorithm="long_cot", stop=stop)
+    assert program.gang == expected
 
 
 def test_rows_are_kept_for_probes_of_running_thoughts() -> None:
