@@ -1,5 +1,5 @@
 # Every command of the project. `make demo` and `make test` set up all they need.
-.PHONY: help install demo test test-deep lint bench peers soak reasoner thinker card readme docs clean
+.PHONY: help install demo test test-deep lint check-sglang upstream bench peers soak reasoner thinker card readme docs clean
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: on shared cores more of them decode many times slower.
@@ -12,6 +12,8 @@ help:
 	@echo "make test      all tests"
 	@echo "make test-deep 10,000 examples of every property, and more shapes of the kernels"
 	@echo "make lint      ruff, pyright, and who may import whom"
+	@echo "make check-sglang VERSION=0.5.24   what would break with that SGLang, by its source; nothing is installed"
+	@echo "make upstream  SGLang's own tests with the flag and without; any difference fails (some minutes)"
 	@echo "make bench     the benchmarks behind the tables of docs/results.md"
 	@echo "make peers     what users would pick instead of programs, and programs, on one server (hours; goes on where it was cut)"
 	@echo "make soak      15 minutes of overload by clients that misbehave, after which nothing may be left"
@@ -46,6 +48,14 @@ lint: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+upstream: install
+	$(BIN)/python benchmarks/upstream.py
+
+check-sglang: install
+	@folder=$$(mktemp -d) && $(BIN)/python -m pip download --quiet --no-deps --dest $$folder "sglang==$(VERSION)" \
+	&& $(BIN)/python -m zipfile -e $$folder/sglang-*.whl $$folder && $(BIN)/python -m sglang_dynasor_patches.uses $$folder; \
+	code=$$?; rm -r $$folder; exit $$code
+
 bench: install
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[bench]'
 	$(BIN)/python benchmarks/bench_self_consistency.py --num-questions 128 --csv benchmarks/results/self_consistency.csv
@@ -56,6 +66,7 @@ bench: install
 		--csv benchmarks/results/online_bursty --plot docs/online_bursty.png
 	$(BIN)/python benchmarks/bench_statistics.py --num-questions 128 --csv benchmarks/results/statistics.csv
 	$(BIN)/python benchmarks/bench_statistics_overhead.py --csv benchmarks/results/statistics_overhead.csv
+	$(BIN)/python benchmarks/bench_answer_tokens.py --csv benchmarks/results/answer_tokens.csv
 	$(BIN)/python benchmarks/bench_starvation.py --seconds 20 --repeats 2 --csv benchmarks/results/starvation.csv
 	$(BIN)/python benchmarks/bench_long_cot.py --num-questions 48 --repeats 2 --csv benchmarks/results/long_cot.csv
 	$(BIN)/python benchmarks/bench_chains.py --csv benchmarks/results/chains.csv

@@ -7,8 +7,8 @@ passes. Times are of CUDA graphs over as many buffers as it takes, each read onc
 before every replay; median of 50 replays, with the range for ours, and of 10 for the others. "GB/s" counts one read of
 the logits, "of copy" is that over the copy bandwidth, which counts bytes read and written; "read" is a kernel that reads
 the logits and does no more. All ways but flashinfer's softmax give entropies; "eager", "compile" (the same through
-torch.compile) and ours also the 20 likeliest tokens and their mean. "with programs" is row_stats and program_stats with
-its mixture, of eight branches a program, half of them at an answer. What torch.compile takes seconds to make is timed for
+torch.compile) and ours also the 20 likeliest tokens and their mean. "with slots" is row_stats, then half of the rows kept and
+added to the slots of programs of eight branches. What torch.compile takes seconds to make is timed for
 some shapes only; empty means not timed. Without a GPU only the gate runs, on Triton's interpreter.
 """
 
@@ -41,13 +41,14 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from sglang_dynasor_kernels import (  # noqa: E402
-    ProgramStats,
-    RowStats,
-    program_stats,
-    program_stats_ref,
+    SAYING,
+    Addition,
+    add_rows,
+    keep_rows,
     row_stats,
-    row_stats_ref,
 )
+from sglang_dynasor_kernels.program_stats import add_rows_ref, keep_rows_ref  # noqa: E402
+from sglang_dynasor_kernels.row_stats import RowStats, row_stats_ref  # noqa: E402
 
 BATCH_SIZES = [1, 8, 32, 64, 256, 1024]
 VOCAB_SIZES = [32_000, 128_256, 151_936, 262_144]  # Llama 2, Llama 3, Qwen 3, Gemma 3
@@ -77,17 +78,35 @@ def gate(device: str, shapes: list[tuple[int, int]]) -> None:
                 raise SystemExit(f"{what} differs between two runs")
             if not is_close(got[i].cpu(), expected):
                 raise SystemExit(f"{what} differs from the twin's")
-        stats = row_stats_ref(logits, dtype=torch.float32)
-        num = torch.arange(batch_size)
-        columns = (num // 2, num % 3, num.float() / batch_size)
-        more = {"logits": logits, "lse": stats.lse, "entropy": stats.entropy, "at_answer": num % 2 == 0}
-        there = {key: value.to(device) for key, value in more.items()}
-        programs = program_stats(*(c.to(device) for c in columns), batch_size, path="kernel", **there)
-        expected_programs = program_stats_ref(*columns, batch_size, **more)
-        for name, a, b in zip(ProgramStats._fields[:-1], programs[:-1], expected_programs[:-1], strict=True):
+        for name, a, b in zip(
+            ("places", "kept", "total", "entropy"), slots(logits, device), slots(logits), strict=True
+        ):
             if not is_close(a.cpu(), b):
-                raise SystemExit(f"program_stats {batch_size}x{vocab_size} {dtype}: {name} differs from the twin's")
+                raise SystemExit(f"slots {batch_size}x{vocab_size} {dtype}: {name} differs from the twin's")
     print(f"gate passed on {device}: both paths at {shapes}, {list(DTYPES)}")
+
+
+def slots(logits: Tensor, device: str = "") -> tuple[Tensor, ...]:
+    """Half of the rows kept, and added to slots two by two; without a device by the twins, in float64."""
+    num_rows, vocab_size = logits.shape
+    kept, total = (torch.zeros(num_rows, vocab_size, dtype=torch.float64) for _ in range(2))
+    tokens, standing, marks = (
+        torch.zeros(num_rows, dtype=torch.int64),
+        torch.arange(num_rows) % 2 * SAYING,
+        torch.zeros(vocab_size),
+    )
+    given = logits, row_stats_ref(logits).lse.float(), tokens, standing.int(), marks.to(torch.int8)
+    additions = [
+        Addition(i // 2, len(both), both)
+        for i in range(0, num_rows // 2, 2)
+        if (both := [*range(i, min(i + 2, num_rows // 2))])
+    ]
+    if not device:
+        places = keep_rows_ref(kept, *given, 0, num_rows).places
+        return places, kept, total, add_rows_ref(total, kept, additions).entropy
+    kept, total = kept.float().to(device), total.float().to(device)
+    places = keep_rows(kept, *(x.to(device) for x in given), 0, num_rows, path="kernel").places
+    return places, kept, total, add_rows(total, kept, additions, path="kernel").entropy
 
 
 def is_close(got: Tensor, expected: Tensor) -> bool:
@@ -140,18 +159,26 @@ def eager(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 @cache
-def columns(num_rows: int) -> tuple[Tensor, ...]:
-    """Programs of eight branches: program, answer and reward of each row, and every second one at its answer."""
-    num = torch.arange(num_rows, device="cuda")
-    return num // 8, num % 3, num.float(), num % 2 == 0
-
-
-def with_programs(logits: Tensor) -> Any:
-    stats = row_stats(logits, top_k=TOP_K)
-    *given, at_answer = columns(len(logits))
-    return program_stats(
-        *given, -(-len(logits) // 8), logits=logits, lse=stats.lse, entropy=stats.entropy, at_answer=at_answer
+def memory(num_rows: int, vocab_size: int) -> tuple[Any, ...]:
+    """What half of the rows need that say an answer, in programs of eight branches: all of it made before anything is timed."""
+    num_kept = -(-num_rows // 2)
+    kept, total = (torch.empty(num, vocab_size, device="cuda") for num in (num_kept, -(-num_kept // 4)))
+    standing = (1 - torch.arange(num_rows, device="cuda") % 2).int() * SAYING
+    tokens, marks = (
+        torch.zeros(num_rows, dtype=torch.int64, device="cuda"),
+        torch.zeros(vocab_size, device="cuda").to(torch.int8),
     )
+    additions = [
+        Addition(i // 4, len(four), four) for i in range(0, num_kept, 4) if (four := [*range(i, min(i + 4, num_kept))])
+    ]
+    return kept, total, tokens, standing, marks, additions
+
+
+def with_slots(logits: Tensor) -> Any:
+    kept, total, tokens, standing, marks, additions = memory(*logits.shape)
+    lse = row_stats(logits, top_k=TOP_K).lse
+    keep_rows(kept, logits, lse, tokens, standing, marks, 0, len(kept))
+    return add_rows(total, kept, additions)
 
 
 @cache
@@ -188,7 +215,7 @@ def ours(shape: Shape) -> Ways:
         "read us": read,
         "split us": partial(row_stats, top_k=TOP_K, path="split"),
         "row us": partial(row_stats, top_k=TOP_K, path="row"),
-        "with programs us": with_programs,
+        "with slots us": with_slots,
     }
 
 

@@ -96,9 +96,10 @@ def finish_ms(
 ) -> Iterator[float]:
     """What each finished branch costs, in turn."""
     program, forecast = program_of(num_branches, field), Forecast()
-    if program.spec.stop.uses("mixture"):
+    if program.spec.stop.reads_answers:
         for index in range(num_branches):
-            program.see_answer(index, {20 * index + token: -3.0 for token in range(20)})
+            program.see_answer((), {20 * index + token: -3.0 for token in range(20)})
+            program.end_answer(index, ())
     for index, answer in enumerate(answers):
         if closes and index == num_branches // 4:
             program.fail(num_branches - 1, 1, closes=True)

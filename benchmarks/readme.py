@@ -14,6 +14,7 @@ from pathlib import Path
 from sglang_dynasor.algorithms.catalogue import ALGORITHMS, SEARCH_HELP
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
+from sglang_dynasor.observe.metrics import METRICS
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS
 from sglang_dynasor.policy.record import RECORD_HELP
 from sglang_dynasor.policy.spec import FIELD_HELP
@@ -30,16 +31,20 @@ COMMANDS = {
     "simulate_online": "python benchmarks/simulate_online.py --samples DIR/math500_r1_llama8b.jsonl.zst --dataset v2sys_x32 --costs cpu gpu "
     "--csv benchmarks/results/simulate_online.csv",
     "passthrough": "make bench",
+    "passthrough_options": "python benchmarks/bench_passthrough.py --options --rounds 25 --csv benchmarks/results/passthrough_options.csv",
     "statistics": "python benchmarks/bench_statistics.py --num-questions 128",
     "statistics_overhead": "make bench",
+    "answer_tokens": "make bench",
     "online": "git checkout fcffdb7; python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
     "online_points": "git checkout fcffdb7; python benchmarks/bench_online.py --processes poisson --rates 0.3 0.9 1.3 1.8",
     "online_bursty": "git checkout db3a941; python benchmarks/bench_online.py --processes bursty --rates 0.3 0.9 1.3 1.8 "
     '--ways "+gang +certainty" all',
     "starvation": "python benchmarks/bench_starvation.py --seconds 20 --repeats 2",
     "policy_overhead": "make bench",
+    "viewers": "python benchmarks/bench_viewers.py --rounds 8 --csv benchmarks/results/viewers.csv",
     "kernels": "python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv",
     "soak": "make soak",
+    "soak_policy": "python benchmarks/soak_policy.py --csv benchmarks/results/soak_policy.csv",
     "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 1",
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 "
     '--ways "long_cot, every 64 tokens, trial:0.9, 2 agree" "long_cot, at \'wait\', trial:0.9, 2 agree" '
@@ -143,6 +148,12 @@ def reference(name: str) -> str:
             return grid(("key", "where", "meaning"), rows)
         case "status":
             return grid(("counter", "meaning"), [(f"`{key}`", meaning) for key, meaning in STATUS_HELP.items()])
+        case "metrics":
+            rows = [
+                (f"`{key}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help)
+                for key, metric in METRICS.items()
+            ]
+            return grid(("metric", "kind", "labels", "meaning"), rows)
         case _:
             raise ValueError(f"reference:{name} is not known; use one of the cases in benchmarks/readme.py")
 

@@ -44,7 +44,7 @@ MAX_GROWTH_MB = 100
 MAX_WRONG = 50  # wrong answers after which there is nothing more to learn: the server is down, say
 SHARE_ABORTED = SHARE_HUNG_UP = SHARE_MALFORMED = 0.05
 SHARE_PLAIN = 0.2
-SHARE_THINKING = SHARE_JUDGED = 0.1
+SHARE_THINKING = SHARE_JUDGED = SHARE_COMPARED = SHARE_BUDGET = 0.1
 END = "</think>\n####"
 THOUGHT = {"algorithm": "long_cot", "think_end": END, "probe_suffix": END, "probe_tokens": 24, "min_tokens": 24}
 JUDGED = {"vote": "reward", "judge": "self", "judge_suffix": "<judge>", "judge_good": " good", "judge_bad": " bad"}
@@ -93,6 +93,10 @@ class Soak:
             prompt, cap = prompt + "<think>\n", self.rng.choice((1, 1, 4))
         elif self.rng.random() < SHARE_JUDGED:
             field |= JUDGED
+        elif self.rng.random() < SHARE_COMPARED:
+            field["equal"] = "symbolic"
+        elif self.rng.random() < SHARE_BUDGET and "width" not in field:
+            field["budget_tokens"] = self.rng.randint(200, 3000)
         return {"rid": rid, "text": prompt, "sampling_params": program_params(cap, **field)}
 
     async def ask(self, body: dict[str, Any], may_fail: bool = False) -> None:
@@ -179,7 +183,7 @@ class Soak:
         async def client(index: int) -> None:
             nonlocal num_done
             while time.perf_counter() < ends_at:
-                await self.ask(self.body(f"warm-{index}."))
+                await self.ask(self.body(f"warm-{index}-{num_done}."))  # an id is its tenant's for good
                 num_done += 1
 
         started = time.perf_counter()
@@ -232,7 +236,8 @@ def scheduler_rss_mb(server: Server) -> float:
 
 async def soak(server: Server, minutes: float, warm_s: float, seed: int) -> tuple[dict[str, Any], list[str]]:
     """Run the whole thing; return its row, and what is wrong."""
-    no_limit = aiohttp.TCPConnector(limit=0)
+    # A connection each: one that is kept may be closed by a busy server just when the next request goes out on it.
+    no_limit = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=no_limit, timeout=aiohttp.ClientTimeout(total=None)) as session:
         clients = Soak(session, server.url, seed)
         rate = OVERLOAD * await clients.sustained(warm_s)

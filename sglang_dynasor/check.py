@@ -63,6 +63,7 @@ def sglang_rows() -> list[Row]:
     from sglang_dynasor.engine.device import missing_device, serving_device
     from sglang_dynasor_patches.install import check_patch, check_version
     from sglang_dynasor_patches.records import PATCHES
+    from sglang_dynasor_patches.uses import installed_problems
 
     wrong = check_version()
     rows = [Row(f"SGLang {SGLANG_RANGE}", wrong is None, wrong or sglang_version)]
@@ -71,6 +72,8 @@ def sglang_rows() -> list[Row]:
     for patch in PATCHES:
         wrong = check_patch(patch) or check_hook(patch.hook)
         rows.append(Row(f"patch {patch.target.removeprefix('sglang.srt.')}", wrong is None, wrong or patch.kind))
+    num, lacking = installed_problems()
+    rows.append(Row("names of SGLang that are used", not lacking, "; ".join(lacking) or f"all {num} are there"))
     return rows
 
 

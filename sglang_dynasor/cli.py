@@ -1,8 +1,9 @@
-"""`sglang-dynasor`: check this installation, see it work, measure it on a server of your own, or simulate what it would do."""
+"""`sglang-dynasor`: check this installation, see it work, watch it, measure it on a server of your own, or simulate what it would do."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from sglang_dynasor.bench.command import add_bench_options, run_bench
 from sglang_dynasor.check import run_check
 from sglang_dynasor.errors import DynasorError
 from sglang_dynasor.outcome import show
+from sglang_dynasor.page.dashboard import add_dashboard_options, run_dashboard
 from sglang_dynasor.sim.command import add_simulate_options, run_simulate, shown
+from sglang_dynasor.top import run_top
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,6 +36,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_simulate_options(simulate)
     bench = commands.add_parser("bench", help="your own questions on a running server: greedy, n samples, programs")
     add_bench_options(bench)
+    top = commands.add_parser("top", help="the programs in flight on a server, in this terminal")
+    top.add_argument("--url", default="http://127.0.0.1:30000", help="the server (default %(default)s)")
+    top.add_argument(
+        "--api-key",
+        default=os.environ.get("DYNASOR_API_KEY", ""),
+        help="its admin key, if it has one, else its API key (default: what $DYNASOR_API_KEY says)",
+    )
+    top.add_argument("--once", action="store_true", help="print and end")
+    dashboard = commands.add_parser("dashboard", help="the live page of several servers, on this machine")
+    add_dashboard_options(dashboard)
     return parser
 
 
@@ -60,6 +73,10 @@ def main() -> None:
             _run_demo(args)
         elif args.command == "bench":
             raise SystemExit(_run_bench(args))
+        elif args.command == "top":
+            run_top(args.url, args.api_key, once=args.once)
+        elif args.command == "dashboard":
+            run_dashboard(args)
         else:
             show([shown(row) for row in run_simulate(args)])
     except DynasorError as error:

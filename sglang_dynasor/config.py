@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sglang_dynasor.errors import ConfigError
+from sglang_dynasor.errors import ConfigError, quoted
 
 SGLANG_RANGE = ">=0.5.23,<0.5.24"
 # Levels of the rule `predictive` by name, the first the default. docs/results.md has the replay that they come from.
@@ -30,6 +31,11 @@ class DynasorConfig:
     dynasor_reward_timeout_s: float = 10.0
     dynasor_embedding_url: str = ""
     dynasor_equal_timeout_s: float = 10.0
+    dynasor_statistics_mib: int = 64
+    dynasor_templates: str = ""
+    dynasor_default: str = ""
+    dynasor_log: str = ""
+    dynasor_show_texts: bool = False
     dynasor_strict: bool = False
 
     def __post_init__(self) -> None:
@@ -41,22 +47,14 @@ class DynasorConfig:
             raise ConfigError(
                 f"--dynasor-max-branches={self.dynasor_max_branches} is outside [1, 256]; choose a value inside"
             )
-        if self.dynasor_level not in LEVELS:
-            raise ConfigError(f"--dynasor-level={self.dynasor_level!r} is not known; use one of {', '.join(LEVELS)}")
+        check_level(self.dynasor_level, "--dynasor-level")
         if self.dynasor_patience_tokens < -1:
             raise ConfigError(
                 f"--dynasor-patience-tokens={self.dynasor_patience_tokens} is below -1; choose -1 (one KV pool), 0 (order "
                 "of arrival) or a number of tokens"
             )
-        if not 0 <= self.dynasor_width <= 256:
-            raise ConfigError(
-                f"--dynasor-width={self.dynasor_width} is outside [0, 256]; choose 0 (the load decides) or more"
-            )
-        if not _is_price(self.dynasor_max_price):
-            raise ConfigError(
-                f"--dynasor-max-price={self.dynasor_max_price!r} is no price; choose 0 (none) to 1, such as 0.02: what a branch must be worth under the "
-                "heaviest load"
-            )
+        check_width(self.dynasor_width, "--dynasor-width")
+        check_price(self.dynasor_max_price, "--dynasor-max-price")
         if self.dynasor_reward_url and not self.dynasor_reward_url.startswith(("http://", "https://")):
             raise ConfigError(
                 f"--dynasor-reward-url={self.dynasor_reward_url!r} is no address; write http://HOST:PORT of a server started "
@@ -74,6 +72,15 @@ class DynasorConfig:
         if not 0 < self.dynasor_equal_timeout_s <= 600:
             raise ConfigError(
                 f"--dynasor-equal-timeout-s={self.dynasor_equal_timeout_s} is outside (0, 600]; choose seconds inside"
+            )
+        if not 1 <= self.dynasor_statistics_mib <= 65_536:
+            raise ConfigError(
+                f"--dynasor-statistics-mib={self.dynasor_statistics_mib} is outside [1, 65536]; choose MiB inside, at least twelve bytes "
+                "for each token of the vocabulary"
+            )
+        if self.dynasor_log and not os.access(os.path.dirname(self.dynasor_log) or ".", os.W_OK):
+            raise ConfigError(
+                f"--dynasor-log={self.dynasor_log!r} cannot be written: its folder is not there or not writable; choose another file"
             )
         _ = self.tenant_weights
 
@@ -105,8 +112,25 @@ class DynasorConfig:
         return self.scheduler == "dynasor"
 
 
-def _is_price(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+def check_level(value: object, name: str = "level") -> None:
+    """Raises ConfigError for what is no level."""
+    if not isinstance(value, str) or value not in LEVELS:
+        raise ConfigError(f"{name}={quoted(value)} is not known; use one of {', '.join(LEVELS)}")
+
+
+def check_width(value: object, name: str = "width") -> None:
+    """Raises ConfigError for what is no width."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 256:
+        raise ConfigError(f"{name}={quoted(value)} is outside [0, 256]; choose 0 (the load decides) or more")
+
+
+def check_price(value: object, name: str = "max_price") -> None:
+    """Raises ConfigError for what is no price."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ConfigError(
+            f"{name}={quoted(value)} is no price; choose 0 (none) to 1, such as 0.02: what a branch must be worth under the "
+            "heaviest load"
+        )
 
 
 HELP = {
@@ -123,6 +147,14 @@ HELP = {
     "dynasor_reward_timeout_s": "Seconds after which a branch goes on without the reward model's word.",
     "dynasor_embedding_url": "Server of an embedding model (/v1/embeddings) for equal 'embedding'.",
     "dynasor_equal_timeout_s": "Seconds after which two answers stay apart where nobody has said whether they are the same.",
+    "dynasor_statistics_mib": "MiB on the device for the answers of programs that ask for statistics; what finds no room there is mixed on "
+    "the host, from the likeliest tokens.",
+    "dynasor_templates": "TOML file of named, versioned settings that clients ask for as 'NAME@VERSION', and that requests get which send no "
+    "field.",
+    "dynasor_default": "Template or algorithm of requests that send no field, where no row of the file fits; those that cannot be programs are "
+    "served without.",
+    "dynasor_log": "File to which each record is appended as a line of JSON; at the next start the newest are read from it.",
+    "dynasor_show_texts": "Let who may see programs in flight also read their prompts and texts.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }
 

@@ -13,11 +13,16 @@ from pathlib import PurePath
 from typing import Any
 
 import pytest
+import zmq
 from engines import ENGINE_ARGS, assert_nothing_left
 from forked import forked_engine, processes
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; more threads decode many times slower
+
+# SGLang leaves its contexts to the garbage collector. Terminated there, one waits for ever where a socket with something unsent goes in the
+# same collection.
+zmq.Context.__del__ = lambda self: None
 
 # A stall of a shared machine is no failure, and the same cases run everywhere.
 settings.register_profile("shared", deadline=None, derandomize=True)
@@ -41,12 +46,13 @@ def new_engine(options: dict[str, Any]) -> AbstractContextManager[Any]:
 
 
 # The modules that need `warm.py`'s Python or a server of their own: one test process makes these for all of them.
-TOGETHER = {"test_examples", "test_http", "test_patches"}
+TOGETHER = {"test_examples", "test_fault_matrix", "test_http", "test_metrics", "test_patches"}
+WHOLE = {"test_control"}  # modules with a server of their own: each goes to one test process
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Each test goes to the test process that is free, but for those of `TOGETHER`, which one gets whole and first.
+    """Each test goes to the test process that is free, but for those of `TOGETHER`, which one gets whole and first, and of `WHOLE`.
 
     xdist's own groups do not work with pytest 9.2, which lets no plugin change a test's id.
     """
@@ -54,7 +60,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "together" if PurePath(nodeid.split("::")[0]).stem in TOGETHER else nodeid
+            module = PurePath(nodeid.split("::")[0]).stem
+            return "together" if module in TOGETHER else module if module in WHOLE else nodeid
 
     return Scheduling(config, log)
 

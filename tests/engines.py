@@ -25,6 +25,7 @@ GIVEN_BACK = {
     "num_branches_queued",
     "num_branches_promised",
     "num_branches_watched",
+    "num_answer_slots",
 }
 
 

@@ -18,8 +18,20 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from sglang_dynasor.policy.certaindex import entropy_certaindex
-from sglang_dynasor_kernels import program_stats, program_stats_ref, row_stats, row_stats_ref
+from sglang_dynasor_kernels import (
+    BEGUN,
+    ENDS_MARK,
+    FRESH,
+    IS_MARK,
+    NEVER,
+    SAYING,
+    Addition,
+    add_rows,
+    keep_rows,
+    row_stats,
+)
+from sglang_dynasor_kernels.program_stats import add_rows_ref, keep_rows_ref
+from sglang_dynasor_kernels.row_stats import row_stats_ref
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 PATHS = ["split", "row"]
@@ -33,6 +45,7 @@ def deep(*values: Any) -> Any:
 # kernels/README.md, "Tolerances": absolute, and relative to the value.
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5, equal_nan=True)
 row_stats_module = import_module("sglang_dynasor_kernels.row_stats")
+program_stats_module = import_module("sglang_dynasor_kernels.program_stats")
 # What numpy warns of in the interpreter where arithmetic on infinities is meant.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(invalid value encountered in (subtract|divide)|All-NaN slice):RuntimeWarning"
@@ -231,87 +244,118 @@ def test_no_rows(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert got.label_logprobs.shape == (0, 2)
 
 
-def programs(num_rows: int, num_programs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Programs, answers and rewards of rows; some have none."""
-    rewards = normal(num_rows)
-    rewards[::4] = torch.nan
-    return integers(-1, num_programs, num_rows), integers(-1, 4, num_rows, 1)[:, 0], rewards
+def kept_case(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Rows of all standings, and a vocabulary of which a third may end a mark, and a third is one."""
+    logits = (masked if num_rows else normal)(num_rows, vocab_size).to(dtype)
+    return {
+        "logits": logits,
+        "lse": row_stats_ref(logits).lse.float(),
+        "tokens": integers(0, vocab_size, num_rows),
+        "standing": integers(NEVER, SAYING + 1, num_rows, 1)[:, 0].int(),
+        "marks": integers(0, IS_MARK + 1, vocab_size).to(torch.int8),
+    }
 
 
-def check_programs(num_programs: int, *columns: Tensor, **options: Any) -> Any:
-    """The kernels' statistics of programs, once they are equal to the twin's."""
-    got = program_stats(
-        *(column.to(DEVICE) for column in columns), num_programs, path="kernel",
-        **{key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in options.items()},
-    )  # fmt: skip
-    assert_equal_stats(got, program_stats_ref(*columns, num_programs, **options), "kernel")
-    return got
-
-
-@pytest.mark.parametrize("num_programs", [1, deep(3), 9])
-@pytest.mark.parametrize("num_rows", [0, 1, deep(5), 33, deep(150)])
-def test_programs(num_rows: int, num_programs: int) -> None:
-    """Votes, rewards and weights of programs, also of those without rows; rows of no program count nowhere."""
-    columns = programs(num_rows, num_programs)
-    got = check_programs(num_programs, *columns, temperature=0.5)
-    program, answer, rewards = columns
-    for i in range(num_programs):
-        counts = answer[(program == i) & (answer >= 0)].bincount().tolist()
-        assert got.certaindex[i].item() == pytest.approx(entropy_certaindex(counts), abs=1e-6)
-    has_reward = (program >= 0) & ~rewards.isnan()
-    assert (got.reward_weight.cpu() > 0).tolist() == has_reward.tolist()
-    assert got.reward_weight.sum().item() == pytest.approx(len(program[has_reward].unique()), abs=1e-5)
-
-
-def test_certaindex_at_its_ends() -> None:
-    """Unanimous is exactly 1, all different 0 but for rounding; a single vote, and none, exactly 0."""
-    program = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 3])
-    answer = torch.tensor([5, 5, 5, 0, 1, 2, 3, 4, 7, -1])
-    got = check_programs(5, program, answer, torch.full((10,), torch.nan))
-    assert got.certaindex[[0, 2, 3, 4]].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert got.certaindex[1].item() == pytest.approx(0.0, abs=1e-6)
-    assert got.num_votes.tolist() == [3, 5, 1, 0, 0]
+def check_kept(num_kept: int, first: int, end: int, rows: Tensor | None = None, **case: Any) -> tuple[Tensor, Tensor]:
+    """What the kernel keeps, once it is what the twin keeps; the rest of the memory is left alone."""
+    vocab_size = case["logits"].shape[1]
+    kept, expected = torch.full((num_kept, vocab_size), 7.0), torch.full((num_kept, vocab_size), 7.0).double()
+    there = {name: None if value is None else value.to(DEVICE) for name, value in case.items()}
+    kept = kept.to(DEVICE)
+    got = keep_rows(kept, **there, first=first, end=end, rows=None if rows is None else rows.to(DEVICE), path="kernel")
+    twin = keep_rows_ref(expected, **case, first=first, end=end, rows=rows)
+    assert (got.path, twin.path) == ("kernel", "ref")
+    assert torch.equal(got.places.cpu(), twin.places)
+    close(kept.cpu().double(), expected)
+    return got.places.cpu(), kept.cpu()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 2), (7, 508), (3, 9001), deep(300, 40)])
+def test_rows_that_may_stand_at_an_answer_are_kept(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """By standing and by token, those first that do; also without lse, of log-probabilities."""
+    case = kept_case(num_rows, vocab_size, dtype)
+    places, kept = check_kept(num_rows + 2, 2, num_rows + 2, **case)
+    standing, mark = case["standing"], case["marks"][case["tokens"]]
+    says, may = standing == SAYING, ((standing == FRESH) & (mark == IS_MARK)) | ((standing == BEGUN) & (mark > 0))
+    stands = says | may
+    assert (places >= 0).tolist() == stands.tolist()
+    assert [*places[says].tolist(), *places[may].tolist()] == list(range(2, 2 + int(stands.sum())))
+    close(kept[places[stands].long()], case["logits"].float().softmax(1)[stands])
+    logprobs = case["logits"].float().log_softmax(1)
+    check_kept(num_rows + 2, 2, num_rows + 2, **case | {"logits": logprobs, "lse": None})
+
+
+def test_more_rows_than_places() -> None:
+    """The first ones are kept, more rows than are counted at once, but for those that only may stand at an answer; none where there is no place."""
+    case = kept_case(300, 40) | {"standing": torch.full((300,), SAYING, dtype=torch.int32)}
+    assert check_kept(9, 3, 8, **case)[0].tolist() == [3, 4, 5, 6, 7, *[-1] * 295]
+    assert check_kept(9, 3, 3, **case)[0].tolist() == [-1] * 300
+    case["standing"][:] = BEGUN
+    case["standing"][[150, 299]] = SAYING
+    case["marks"][:] = ENDS_MARK
+    assert check_kept(9, 3, 8, **case)[0].tolist() == [5, 6, 7, *[-1] * 147, 3, *[-1] * 148, 4]
+    assert check_kept(4, 0, 4, **kept_case(0, 40))[0].tolist() == []
+
+
+def test_rows_of_a_larger_batch_are_kept() -> None:
+    """Only the rows given are looked at, with a stride; a token outside the vocabulary ends no mark."""
+    case = kept_case(9, 508)
+    rows = torch.tensor([7, 1, 4])
+    case["standing"], case["lse"] = torch.tensor([BEGUN] * 3, dtype=torch.int32), case["lse"][rows]
+    case["tokens"][7] = int(case["marks"].argmax())
+    case["tokens"][[1, 4]] = torch.tensor([int(case["marks"].argmin()), 508])
+    case["logits"] = torch.cat([case["logits"], torch.full((9, 4), torch.nan)], dim=1)[:, :508]
+    assert check_kept(4, 0, 4, rows, **case)[0].tolist() == [0, -1, -1]
+
+
+def check_added(total: Tensor, kept: Tensor, additions: list[Addition]) -> tuple[Tensor, Tensor]:
+    """What the kernels add and say, once it is what the twin says; the same bits in a second run."""
+    sums, again, expected = (total.clone().to(DEVICE), total.clone().to(DEVICE), total.double())
+    got = add_rows(sums, kept.to(DEVICE), additions, path="kernel")
+    twin = add_rows_ref(expected, kept.double(), additions)
+    assert (got.path, twin.path) == ("kernel", "ref")
+    close(sums.cpu().double(), expected)
+    close(got.entropy.cpu().double(), twin.entropy)
+    second = add_rows(again, kept.to(DEVICE), additions, path="kernel")
+    assert torch.equal(got.entropy.nan_to_num(), second.entropy.nan_to_num())
+    assert torch.equal(sums.nan_to_num(), again.nan_to_num())
+    return got.entropy.cpu(), sums.cpu()
+
+
 @pytest.mark.parametrize("vocab_size", [2, 508, 9001])
-def test_mixture(vocab_size: int, dtype: torch.dtype) -> None:
-    """Entropy of the mixture and its two parts, of the rows at an answer or of all, with masked vocabularies."""
-    columns = programs(12, 3)
-    logits = masked(12, vocab_size).to(dtype)
-    stats = row_stats_ref(logits)
-    options = {"logits": logits, "lse": stats.lse.float(), "entropy": stats.entropy.float()}
-    check_programs(3, *columns, **options)
-    got = check_programs(4, *columns, **options, at_answer=integers(0, 2, 12).bool())
-    assert got.mixture_entropy[3].isnan()  # a program without rows
+def test_slots_are_added_to(vocab_size: int) -> None:
+    """To fresh slots, whatever was in them, and to held ones; the others are left alone. The entropy is that of the mean."""
+    kept = masked(8, vocab_size).softmax(1)
+    total = torch.full((5, vocab_size), torch.nan)
+    first, total = check_added(total, kept, [Addition(3, 2, [1, 2]), Addition(0, 1, [7])])
+    close(first[0], torch.distributions.Categorical(probs=kept[[1, 2]].mean(0)).entropy())
+    assert total[[1, 2, 4]].isnan().all()
+    second, _ = check_added(total, kept, [Addition(3, 5, [0, 5, 6])])
+    close(second[0], torch.distributions.Categorical(probs=kept[[1, 2, 0, 5, 6]].mean(0)).entropy())
 
 
 def test_disagreement_at_its_ends() -> None:
-    """Rows that are alike do not disagree; rows that exclude each other disagree by log n."""
-    logits = torch.full((5, 508), -torch.inf)
-    logits[[0, 1, 2, 3, 4], [3, 3, 70, 80, 90]] = 2.0
-    program = torch.tensor([0, 0, 1, 1, 1])
-    stats = row_stats_ref(logits)
-    got = check_programs(
-        2, program, program, torch.zeros(5), logits=logits, lse=stats.lse.float(), entropy=stats.entropy.float()
-    )
-    close(got.disagreement.cpu(), torch.tensor([0.0, log(3)]))
+    """The entropy of distributions that are alike is theirs; of such that exclude each other it is log n."""
+    kept = torch.eye(508)[[3, 3, 70, 80, 90]]
+    entropy, _ = check_added(torch.zeros(2, 508), kept, [Addition(0, 2, [0, 1]), Addition(1, 3, [2, 3, 4])])
+    close(entropy, torch.tensor([0.0, log(3)]))
 
 
-def test_a_bad_row_spoils_its_own_program_only() -> None:
-    """NaN in a row at an answer is NaN in its own program's mixture only; away from answers it does not count."""
-    logits = normal(6, 508)
-    logits[1, 5] = logits[4, 5] = torch.nan
-    program = torch.tensor([0, 0, 1, 1, 2, 2])
-    stats = row_stats_ref(logits)
-    got = check_programs(
-        3, program, program, torch.zeros(6), logits=logits, lse=stats.lse.float(), entropy=stats.entropy.float(),
-        at_answer=torch.tensor([True, True, True, True, False, True]),
-    )  # fmt: skip
-    for part in (got.mixture_entropy, got.mean_entropy, got.disagreement):
-        assert part.isnan().tolist() == [True, False, False]
+def test_a_bad_row_spoils_its_own_slot_only() -> None:
+    """NaN from the logits on: kept as NaN, and its slot says NaN; the one beside it does not."""
+    case = kept_case(4, 508) | {"standing": torch.full((4,), SAYING, dtype=torch.int32)}
+    case["logits"][1, 5] = torch.nan
+    case["lse"] = row_stats_ref(case["logits"]).lse.float()
+    _, kept = check_kept(4, 0, 4, **case)
+    assert kept.isnan().all(1).tolist() == [False, True, False, False]
+    entropy, total = check_added(torch.zeros(2, 508), kept, [Addition(0, 2, [0, 1]), Addition(1, 2, [2, 3])])
+    assert entropy.isnan().tolist() == total.isnan().any(1).tolist() == [True, False]
 
 
-def test_no_programs() -> None:
-    got = check_programs(0, *programs(5, 0))
-    assert got.reward_weight.tolist() == [0.0] * 5
+def test_nothing_to_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launch."""
+    for name in ("add_kernel", "entropy_kernel", "keep_kernel"):
+        monkeypatch.setattr(program_stats_module, name, None)
+    assert check_added(torch.zeros(2, 508), torch.zeros(2, 508), [])[0].shape == (0,)
+    check_kept(4, 0, 4, **kept_case(0, 40))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -85,8 +86,11 @@ class TokenEngine:
     def num_plain_waiting(self) -> int:
         return len(self.queue)
 
-    def waiting(self) -> Iterator[Waiting]:
-        return (Waiting(job.arrival, 4.0, Cost(0, self.longest)) for job in self.queue)
+    def has_adapter_room(self, gang: Gang) -> bool:
+        return True
+
+    def waiting(self, num: int) -> Iterator[Waiting]:
+        return (Waiting(job.arrival, 4.0, Cost(0, self.longest)) for job in islice(self.queue, num))
 
     def progress_tokens(self, gang: Gang) -> int:
         return sum(run.done for run in gang.owner.running)
@@ -282,6 +286,42 @@ def test_a_leader_computes_the_prompt_and_its_siblings_follow() -> None:
     assert (len(job.running), engine.admission.promised) == (4, {})
 
 
+def test_what_waits_is_queued_as_it_would_stand_in_the_engine_s_queue() -> None:
+    """Branches that follow their leader, and those that programs need for which there was no room."""
+    engine = engine_of(4, 100, 10)
+    for _ in range(2):
+        engine.arrive(replace(program(), prompt=7))
+    assert engine.admission.queued == (0, 0, 0)  # nobody has looked yet
+    engine.step()
+    assert engine.admission.queued == (3 + 4, 49, 7)  # one leads, three follow it, four wait; a prompt is computed once
+    engine.run(1)
+    assert engine.admission.queued == (4, 28, 7)
+    engine.run(4)
+    engine.run(1)
+    engine.step()
+    assert engine.admission.queued == (3, 21, 0)  # its followers: the prompt is being computed
+    engine.run(1)
+    assert engine.admission.queued == (0, 0, 0)
+
+
+def test_who_waits_for_nothing_is_not_queued() -> None:
+    """A program whose branches of its own width are in flight stands in line until the next look; one without room stays."""
+    engine = engine_of(5, 1000, 10)
+    engine.arrive(job := program(width=4, num_branches=8))
+    engine.step()
+    engine.run(1)
+    assert job.gang is not None
+    assert (len(job.running), job.gang.ticket.is_waiting) == (4, True)
+    assert engine.admission.queued == (0, 0, 0)
+    engine.step()
+    assert engine.admission.queued == (0, 0, 0)
+    engine.arrive(program(width=8, num_branches=8))
+    engine.step()
+    assert engine.admission.queued == (8, 8, 1)
+    engine.admission.leave(job.gang)  # nobody has looked since: it is not counted any more all the same
+    assert engine.admission.queued == (8, 8, 1)
+
+
 def test_where_prompts_are_not_shared_nobody_leads() -> None:
     """All start at once."""
     engine = engine_of(4, 100, 10)
@@ -349,7 +389,7 @@ def test_a_program_alone_runs_wider_than_among_others() -> None:
 
 @pytest.mark.parametrize(("stop", "expected"), [("careful or trials:0.8", 10), ("careful", 4)])
 def test_chains_that_decide_together_start_together(stop: str, expected: int) -> None:
-    """Whatever else runs: few of them decide nothing while they think. Those that vote when they finish are fewer under load."""
+    """Few of them decide nothing while they think. Those that vote when they finish are fewer under load."""
     program = started(TokenEngine(32, 100_000, 10), 8, 10, algorithm="long_cot", stop=stop)
     assert program.gang == expected
 

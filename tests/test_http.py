@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from browser import chromium, needs_chromium
 from engines import REASONER, ROOT
 from questions import held_out, prompt
 from server import Server
@@ -38,9 +42,54 @@ def generate(server: Server, **field: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/generate", json=body, timeout=120)
 
 
+TEMPLATES = """
+["vote@1"]
+branches = 3
+answer = "hash"
+
+["vote@2"]
+branches = 4
+answer = "hash"
+
+["asked@1"]
+branches = 2
+answer = "hash"
+before = "Q: "
+after = "\\nA:\\n"
+
+["told@1"]
+branches = 2
+answer = "hash"
+before = """
+# Of requests without a field; other tests send other models, and these endpoints only where a field is refused or not.
+DEFAULTS = """
+[[default]]
+endpoint = "/v1/responses"
+template = "vote"
+
+[[default]]
+model = "voter"
+template = "vote@1"
+"""
+
+
+def templates(more: str = "") -> str:
+    """The operator's file; `told` puts the whole question before a chat's own words, which are none then."""
+    return f"{TEMPLATES}{json.dumps(QUESTION.text)}\n{more}\n{DEFAULTS}"
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = Server(tmp_path_factory.mktemp("server") / "log", "--scheduler", "dynasor", "--enable-metrics")
+def template_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("templates") / "t.toml"
+    file.write_text(templates())
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, template_file: Path) -> Iterator[Server]:
+    running = Server(
+        tmp_path_factory.mktemp("server") / "log", "--scheduler", "dynasor", "--enable-metrics", "--dynasor-templates", str(template_file),
+    )  # fmt: skip
     try:
         running.wait()
         yield running
@@ -331,6 +380,34 @@ def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: st
     assert response.status_code == 200, response.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ({"text": ""}, {}, "the prompt has no tokens"),
+        ({"input_ids": [5, 10**6]}, {}, "input_ids has 1000000, outside [0, "),
+        ({"input_ids": [-5]}, {}, "input_ids has -5, outside [0, "),
+        ({"text": "Q"}, {"top_k": 2**31}, "top_k=2147483648 is above 2147483647"),
+    ],
+)
+def test_what_ends_sglang_by_itself_is_a_400(
+    server: Server, prompt: dict[str, Any], sampling: dict[str, Any], message: str
+) -> None:
+    """Where the field is there. Nobody beside it is disturbed."""
+    params = {**sampling, "custom_params": {"dynasor": "self_consistency"}}
+    response = httpx.post(f"{server.url}/generate", json={**prompt, "sampling_params": params}, timeout=60)
+    assert response.status_code == 400
+    assert message in response.text
+    assert httpx.get(f"{server.url}/health_generate", timeout=60).status_code == 200
+
+
+def test_tokens_of_the_vocabulary_are_served(server: Server) -> None:
+    body = {
+        "input_ids": [5, 6, 7],
+        "sampling_params": {"max_new_tokens": 4, "top_k": 2**31 - 1, "custom_params": {"dynasor": {"branches": 2}}},
+    }
+    assert httpx.post(f"{server.url}/generate", json=body, timeout=60).status_code == 200
+
+
 def test_a_beam_search_of_sglang_s_own_is_a_400(server: Server) -> None:
     """SGLang drops the field from it."""
     body = {"text": "Q", "sampling_params": {"beam_width": 2, "custom_params": {"dynasor": "self_consistency"}}}
@@ -345,6 +422,146 @@ def test_greedy_branches_are_a_400(server: Server) -> None:
     response = httpx.post(f"{server.url}/generate", json=body, timeout=60)
     assert response.status_code == 400
     assert "greedy" in response.text
+
+
+def newest(server: Server) -> dict[str, Any]:
+    """The newest record."""
+    return httpx.get(f"{server.url}/dynasor/programs?state=done&limit=1", timeout=30).json()[0]
+
+
+def test_a_template_is_asked_for_by_its_name(server: Server) -> None:
+    """The newest version, one by number, one with a key of the client's; text goes around the prompt. The record says which."""
+    for asked, name, cap in (
+        ("vote", "vote@2", 4),
+        ("vote@1", "vote@1", 3),
+        ({"template": "vote", "branches": 2}, "vote@2", 2),
+    ):
+        body = {
+            "text": prompt(QUESTION.text),
+            "sampling_params": {"max_new_tokens": 200, "custom_params": {"dynasor": asked}},
+        }
+        record = httpx.post(f"{server.url}/generate", json=body, timeout=120).json()["meta_info"]["dynasor"]
+        assert (record["template"], record["cap"]) == (name, cap)
+    body = {"text": QUESTION.text, "return_prompt_token_ids": True, "sampling_params": {"max_new_tokens": 200}}
+    plain, asked, wrapped = (
+        httpx.post(f"{server.url}/generate", json=each, timeout=120).json()
+        for each in (
+            {**body, "text": prompt(QUESTION.text)},
+            {**body, "sampling_params": {"max_new_tokens": 200, "custom_params": {"dynasor": "plain"}}},
+            {**body, "sampling_params": {"max_new_tokens": 200, "custom_params": {"dynasor": "asked"}}},
+        )
+    )
+    assert wrapped["prompt_token_ids"] == plain["prompt_token_ids"] != asked["prompt_token_ids"]
+    assert wrapped["meta_info"]["dynasor"]["template"] == "asked@1"
+    assert "dynasor" not in asked["meta_info"]
+    wrong = generate(server, template="nobody")
+    assert wrong.status_code == 400
+    assert "the templates are vote, asked, told" in wrong.text
+
+
+def test_a_chat_has_its_template_around_it(server: Server) -> None:
+    """The question is the template's; the answer and the tokens are those of a chat that asks it itself."""
+    body = {"model": "any", "max_tokens": 200, "return_meta_info": True}
+    answers = [
+        httpx.post(f"{server.url}/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": text}], "custom_params": {"dynasor": field}}, timeout=120).json()
+        for text, field in ((QUESTION.text, {"branches": 2, "answer": "hash"}), ("", "told"))
+    ]  # fmt: skip
+    assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+    assert answers[1]["choices"][0]["meta_info"]["dynasor"]["template"] == "told@1"
+
+
+def test_clients_that_cannot_send_a_field_have_programs(server: Server) -> None:
+    """Responses, Messages, Ollama, a router that drops it: by endpoint and model, where the request can be one."""
+    chat = {"model": "voter", "messages": [{"role": "user", "content": QUESTION.text}], "stream": False}
+    served = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"][0]["id"]
+    text = {"prompt": prompt(QUESTION.text), "model": "voter", "stream": False}
+    bodies: dict[str, Any] = {
+        "/v1/responses": {"model": served, "input": QUESTION.text, "max_output_tokens": 200, "temperature": 1},
+        "/v1/messages": {**chat, "max_tokens": 200, "temperature": 1},
+        "/v1/chat/completions": {**chat, "max_tokens": 200},
+        "/v1/completions": {**text, "max_tokens": 200},
+        "/api/chat": {**chat, "options": {"num_predict": 200}},
+        "/api/generate": {**text, "options": {"num_predict": 200}},
+    }
+
+    def counted() -> list[tuple[int, int]]:
+        rows = httpx.get(f"{server.url}/dynasor/templates", timeout=30).json()["defaults"]
+        return [(row["num_given"], row["num_plain"]) for row in rows]
+
+    before, rows = server.status()["num_programs"], counted()
+    for number, (path, body) in enumerate(bodies.items(), 1):
+        response = httpx.post(server.url + path, json=body, timeout=120)
+        assert response.status_code == 200, response.text
+        assert "####" in response.text, path
+        assert server.status()["num_programs"] == before + number, path
+        assert newest(server)["template"] == ("vote@2" if path == "/v1/responses" else "vote@1")
+    for path, body in (
+        ("/v1/chat/completions", {**chat, "max_tokens": 9, "temperature": 0}),
+        ("/v1/chat/completions", {**chat, "max_tokens": 9, "n": 2}),
+        ("/v1/completions", {**text, "max_tokens": 9, "custom_params": {"dynasor": "plain"}}),
+        ("/api/chat", {**chat, "options": {"num_predict": 9, "temperature": 0}}),
+        ("/generate", {"text": "Q", "sampling_params": {"max_new_tokens": 1}}),
+        ("/v1/chat/completions", {**chat, "model": "other", "max_tokens": 9}),
+    ):
+        assert httpx.post(server.url + path, json=body, timeout=60).status_code == 200
+    assert httpx.get(f"{server.url}/health_generate", timeout=60).status_code == 200
+    assert server.status()["num_programs"] == before + len(bodies)
+    given = [(a[0] - b[0], a[1] - b[1]) for a, b in zip(counted(), rows, strict=True)]
+    assert given == [(1, 0), (5, 3)]
+
+
+def test_templates_are_read_again_while_the_server_runs(server: Server, template_file: Path) -> None:
+    """A new version is the newest from then on; a wrong file is a 400 with its line, and changes nothing."""
+    reload = f"{server.url}/dynasor/templates/reload"
+    template_file.write_text(templates('["vote@3"]\nbranches = 1000\n'))
+    refused = httpx.post(reload, timeout=30)
+    line = templates('["vote@3"]').split("\n").index('["vote@3"]') + 2
+    assert refused.status_code == 400
+    assert f"t.toml:{line}: vote@3: dynasor.branches=1000 is outside" in refused.json()["error"]
+    template_file.write_text(templates('["vote@3"]\nbranches = 2\nanswer = "hash"\n'))
+    listed = httpx.post(reload, timeout=30).json()["templates"]
+    assert [t["template"] for t in listed if t["is_newest"]] == ["asked@1", "told@1", "vote@3"]
+    assert generate(server, template="vote").json()["meta_info"]["dynasor"]["template"] == "vote@3"
+    template_file.write_text(templates())
+    assert httpx.post(reload, timeout=30).json()["templates"][-1]["removed_at"]
+
+
+def test_a_record_is_its_tenant_s(server: Server) -> None:
+    """Another's request with the same rid is refused; its own is a rerun. What was refused has claimed no id."""
+    body = {"text": prompt(QUESTION.text), "rid": "theirs", "sampling_params": {"max_new_tokens": 50}}
+
+    def send(field: dict[str, Any], **params: Any) -> httpx.Response:
+        sampling = {**body["sampling_params"], "custom_params": {"dynasor": field}, **params}
+        return httpx.post(f"{server.url}/generate", json={**body, "sampling_params": sampling}, timeout=120)
+
+    assert send({"branches": 2, "tenant": "a"}).json()["meta_info"]["dynasor"]["tenant"] == "a"
+    refused = send({"branches": 2, "tenant": "b"})
+    assert refused.status_code == 400
+    assert "rid='theirs' is another tenant's" in refused.text
+    assert httpx.get(f"{server.url}/dynasor/programs/theirs", timeout=30).json()["tenant"] == "a"
+    assert send({"branches": 3, "tenant": "a"}).json()["meta_info"]["dynasor"]["cap"] == 3
+    body["rid"] = "first"
+    assert send({"branches": 2, "program": "claimed", "tenant": "b"}, temperature=-1).status_code == 400  # by SGLang
+    assert send({"branches": 2, "program": "claimed", "tenant": "a"}).status_code == 200
+
+
+def test_a_client_forges_no_line_of_the_log(server: Server) -> None:
+    """What is refused is logged by SGLang: on one line, and not whole."""
+    forged = "x\n[2026-01-01] ERROR forged line"
+    for field in (
+        {forged: 1},
+        {"stop": forged},
+        {"answer": f"regex:({forged}"},
+        {"program": forged},
+        {"y" * 1_000_000: 1},
+    ):
+        response = generate(server, **field)
+        assert response.status_code == 400
+        assert len(response.text) < 2_000
+    log = server.log.read_text()
+    assert "forged line" in log
+    assert not re.search(r"^\[2026-01-01\] ERROR forged", log, re.M)
+    assert "y" * 200 not in log
 
 
 def test_an_unknown_program_is_a_404(server: Server) -> None:
@@ -364,10 +581,11 @@ def wait_until_idle(server: Server) -> dict[str, Any]:
 
 
 def test_a_disconnect_frees_every_branch(server: Server) -> None:
-    """A client that hangs up leaves nothing behind."""
+    """A client that hangs up leaves nothing behind but its record."""
     before = wait_until_idle(server)
     body = {
         "text": prompt(QUESTION.text),
+        "rid": "hung-up",
         "sampling_params": {
             "max_new_tokens": 900,
             "ignore_eos": True,
@@ -383,11 +601,14 @@ def test_a_disconnect_frees_every_branch(server: Server) -> None:
         time.sleep(0.1)
     assert after["num_aborted"] == before["num_aborted"] + 1
     assert after["num_programs"] == before["num_programs"]
+    record = httpx.get(f"{server.url}/dynasor/programs/hung-up", timeout=30).json()
+    assert record["stop_reason"] == "aborted"
+    assert record["num_tokens"] > record["num_branches"] > 1
     assert generate(server).status_code == 200
 
 
-def test_an_abort_answers_the_client_and_frees_every_branch(server: Server) -> None:
-    """/abort_request by the client's own rid ends all branches; the client is told it was aborted."""
+def test_an_abort_answers_the_client_with_what_there_is(server: Server) -> None:
+    """/abort_request by the client's own rid ends all branches; the client is told so, with the text and the record so far."""
     import threading
 
     answers: list[httpx.Response] = []
@@ -400,13 +621,132 @@ def test_an_abort_answers_the_client_and_frees_every_branch(server: Server) -> N
     )
     sender.start()
     for _ in range(100):
-        if server.status()["num_held_programs"]:
+        if server.status()["num_branches_inside"]:
             break
         time.sleep(0.05)
+    time.sleep(0.5)
     httpx.post(f"{server.url}/abort_request", json={"rid": "to-abort"}, timeout=30)
     sender.join(60)
-    assert "abort" in answers[0].text.lower()
+    out, record = answers[0].json(), answers[0].json()["meta_info"]["dynasor"]
+    assert answers[0].status_code == 200
+    assert out["text"]
+    assert out["meta_info"]["finish_reason"]["type"] == "abort"
+    assert out["meta_info"]["finish_reason"]["message"] == "Aborted: 0 of 64 branches had finished"
+    assert record["stop_reason"] == "aborted"
+    assert out["meta_info"]["completion_tokens"] == record["num_tokens"] > record["num_branches"]
+    assert httpx.get(f"{server.url}/dynasor/programs/to-abort", timeout=30).json() == record
     wait_until_idle(server)
+
+
+def events(response: httpx.Response) -> Iterator[tuple[str, Any]]:
+    """Name and value of what a stream of the live page brings."""
+    name = ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def test_who_watches_sees_a_program_come_and_go(server: Server) -> None:
+    """Its branches while it runs, then its record; what a client called it comes as it was sent."""
+    wait_until_idle(server)
+    name = '<script>alert("1")</script>\n\ndata: {}'
+    body = {
+        "text": prompt(QUESTION.text), "rid": name,
+        "sampling_params": {
+            "max_new_tokens": 400, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 6, "width": 3, "answer": "hash", "tenant": "watched"}},
+        },
+    }  # fmt: skip
+    with (
+        ThreadPoolExecutor() as pool,
+        httpx.stream("GET", f"{server.url}/dynasor/events", timeout=60) as response,
+    ):
+        assert response.headers["content-type"].startswith("text/event-stream")
+        stream = events(response)
+        kind, hello = next(stream)
+        assert (kind, hello["has_texts"]) == ("hello", False)
+        sent = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=120)
+        states: list[dict[str, Any]] = []
+        for kind, value in islice(stream, 240):  # a minute or two
+            if kind == "state":
+                (scheduler,) = value["schedulers"]
+                states += [program for program in scheduler["programs"] if program["id"] == name]
+                assert scheduler["rows"]["of"] > 0
+            elif kind == "finished" and (found := [row for row in value if row["program"] == name]):
+                break
+        record = sent.result().json()["meta_info"]["dynasor"]
+    assert states
+    assert states[-1]["tenant"] == "watched"
+    assert any(
+        branch["state"] == "running" and branch["num_tokens"] > 0 for state in states for branch in state["branches"]
+    )
+    (row,) = found
+    assert {key: row[key] for key in record} == record
+    assert row["latency_s"] > 0
+    (sums,) = [line for line in value_of(server)["sums"] if line["tenant"] == "watched"]
+    assert sums["num_tokens"] == record["num_tokens"]
+
+
+def value_of(server: Server) -> dict[str, Any]:
+    """What a look finds now."""
+    with httpx.stream("GET", f"{server.url}/dynasor/events", timeout=60) as response:
+        return next(value for kind, value in events(response) if kind == "state")
+
+
+@needs_chromium
+def test_who_watches_in_a_browser_sees_a_program_come_and_go(server: Server) -> None:
+    """Its lanes while it runs, then its row; with nothing that the page complained of."""
+    body = {
+        "text": prompt(QUESTION.text), "rid": "in-a-browser",
+        "sampling_params": {"max_new_tokens": 600, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 5, "width": 5, "answer": "hash"}}},
+    }  # fmt: skip
+
+    async def watch() -> None:
+        async with chromium() as tab, httpx.AsyncClient(timeout=120) as client:
+            await tab.look_like(1280, 800)
+            await tab.go(f"{server.url}/dynasor")
+            await tab.until("document.getElementById('dot').classList.contains('on')")
+            sent = asyncio.create_task(client.post(f"{server.url}/generate", json=body))
+            await tab.until("document.querySelector('#flight-table .open')?.textContent === 'in-a-browser'", 60)
+            await tab.until(
+                "document.querySelector('#flight-table .lanes')?.getAttribute('aria-label')?.includes(' running')", 60
+            )
+            record = (await sent).json()["meta_info"]["dynasor"]
+            row = "[...document.querySelectorAll('#finished-table tr')].find((tr) => tr.innerText.includes('in-a-browser'))"
+            await tab.until(f"Boolean({row})", 60)
+            shown = await tab.ask(f"{row}.innerText")
+            assert f"{record['num_branches']} of 5" in shown
+            assert f"{record['num_tokens']:,}" in shown
+            assert tab.problems == []
+
+    asyncio.run(watch())
+
+
+def test_looking_costs_nothing_where_nobody_looks(server: Server) -> None:
+    """Five viewers are one look, twice a second; after the last of them there is none."""
+    with ExitStack() as stack:
+        streams = [
+            events(stack.enter_context(httpx.stream("GET", f"{server.url}/dynasor/events", timeout=60)))
+            for _ in range(5)
+        ]
+        for stream in streams:
+            next(value for kind, value in stream if kind == "state")
+        before = server.status()["num_looks"]
+        time.sleep(3)
+        assert 2 <= server.status()["num_looks"] - before <= 7
+    time.sleep(1)
+    before = server.status()["num_looks"]
+    time.sleep(2)
+    assert server.status()["num_looks"] == before
+
+
+def test_the_page_is_served_with_its_policy(server: Server) -> None:
+    response = httpx.get(f"{server.url}/dynasor", timeout=30)
+    assert response.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    assert httpx.get(f"{server.url}/dynasor/page/page.js", timeout=30).status_code == 200
+    assert httpx.get(f"{server.url}/dynasor/page/nothing.js", timeout=30).status_code == 404
 
 
 def test_nothing_of_a_branch_leaks(server: Server) -> None:

@@ -7,9 +7,9 @@ import os
 import subprocess
 import sys
 from functools import partial
-from math import exp, inf, nan
+from math import inf, nan
 from pathlib import Path
-from statistics import mean, pvariance
+from statistics import mean
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,17 +21,25 @@ from torch.distributions import Categorical
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+import sglang_dynasor_kernels
 from sglang_dynasor.engine import statistics
-from sglang_dynasor.engine.statistics import Observer, Watched, compute
-from sglang_dynasor.policy.certaindex import answer_entropy, entropy_certaindex
+from sglang_dynasor.engine.slots import Added, Memory
+from sglang_dynasor.engine.statistics import Observer, Step, Watched, compute
 from sglang_dynasor_kernels import (
-    choose_path,
-    program_stats,
-    program_stats_ref,
+    BEGUN,
+    ENDS_MARK,
+    FRESH,
+    IS_MARK,
+    NEVER,
+    SAYING,
+    Addition,
+    add_rows,
+    keep_rows,
     row_confidence,
     row_stats,
-    row_stats_ref,
 )
+from sglang_dynasor_kernels.program_stats import add_rows_ref, keep_rows_ref
+from sglang_dynasor_kernels.row_stats import choose_path, row_stats_ref
 
 VOCAB_SIZE = 20_001  # no multiple of anything: SGLang pads it, and may hand out rows cut from the padded ones
 PACKAGE = ROOT / "kernels" / "sglang_dynasor_kernels"
@@ -95,34 +103,69 @@ def test_every_launch_compiles_for_hopper(monkeypatch: pytest.MonkeyPatch) -> No
         logits = normal(3, 20_000).to(dtype)
         row_stats(logits, torch.tensor([0, 1]), rows=torch.tensor([0, 1]), path=path)
         row_stats(logits[:1, :501], path=path)
-        stats = row_stats_ref(logits, dtype=torch.float32)
-        columns = torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]), torch.zeros(3)
-        program_stats(
-            *columns, 2, path="kernel", logits=logits, lse=stats.lse, entropy=stats.entropy,
-            at_answer=torch.ones(3, dtype=torch.bool),
-        )  # fmt: skip
-        program_stats(*columns, 1, path="kernel")
+        kept, tokens, marks = (
+            torch.empty(4, 20_000),
+            torch.zeros(3, dtype=torch.int64),
+            torch.zeros(20_000).to(torch.int8),
+        )
+        standing = torch.tensor([NEVER, BEGUN, SAYING], dtype=torch.int32)
+        for lse, rows in ((torch.zeros(3), None), (None, tokens)):
+            keep_rows(kept, logits, lse, tokens, standing, marks, 0, 2, rows=rows, path="kernel")
+        add_rows(kept, kept.clone(), [Addition(3, 2, [0])], path="kernel")
     row_kernels = ["split_kernel", "merge_kernel"] * 2, ["row_kernel"] * 2
-    program_kernels = ["_mixture_kernel", "_program_stats_kernel", "_program_stats_kernel"]
+    program_kernels = ["keep_kernel", "keep_kernel", "add_kernel", "entropy_kernel"]
     assert [name for name, _ in compiled] == row_kernels[0] + program_kernels + row_kernels[1] + program_kernels
 
 
 def test_after_the_warm_up_no_step_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """At start the engine compiles what it may launch; then no number of rows, of watched rows or of judges brings another."""
     compiled = compile_only(monkeypatch)
-    watch = SimpleNamespace(faults=SimpleNamespace(fall_back=lambda where, error: pytest.fail(f"{where}: {error}")))
-    Observer(watch).warm_up(VOCAB_SIZE, torch.device("cpu"))  # type: ignore[arg-type]
+    watch: Any = SimpleNamespace(reader=SimpleNamespace(ends={1}, marks={2}))
+    observer = Observer(watch, Memory(40, 33), VOCAB_SIZE)
+    observer.__dict__["group"] = SimpleNamespace(rank_in_group=0)
+    observer.warm_up(torch.device("cpu"))
     warm = set(compiled)
-    assert {name for name, _ in warm} == {"row_kernel", "split_kernel", "merge_kernel"}
+    row_kernels, program_kernels = (
+        {"row_kernel", "split_kernel", "merge_kernel"},
+        {"keep_kernel", "add_kernel", "entropy_kernel"},
+    )
+    assert {name for name, _ in warm} == row_kernels | program_kernels
+    assert observer._sums is not None
+    monkeypatch.setattr(statistics, "keep_rows", partial(keep_rows, path="kernel"))
+    monkeypatch.setattr(statistics, "add_rows", partial(add_rows, path="kernel"))
+    slot: Any = None
     for path in ("split", "row"):
         monkeypatch.setattr(statistics, "row_stats", partial(row_stats, path=path))
         for num_rows in (1, 2, 3, 16, 33):
+            added = [Added(slot, Addition(i, num_rows, [0] * num_rows)) for i in range(num_rows)]
             for rows in (list(range(num_rows)), [num_rows - 1]):
+                tokens = torch.zeros(num_rows, dtype=torch.int64)
+                step = Step(observer._sums, added, [SAYING] * len(rows), tokens, num_rows, 66)
                 for labels in (None, [(0, 1)] * len(rows)):
                     watched = Watched(rows, [], [], labels, is_whole=len(rows) == num_rows)
-                    compute(torch.zeros(num_rows, VOCAB_SIZE), watched)
-                    compute(torch.zeros(num_rows, 20_032)[:, :VOCAB_SIZE], watched)
+                    compute(torch.zeros(num_rows, VOCAB_SIZE), watched, step)
+                    compute(torch.zeros(num_rows, 20_032)[:, :VOCAB_SIZE], watched, step)
     assert set(compiled) == warm
+
+
+def test_every_exported_name_has_a_caller_in_the_engine() -> None:
+    """What nobody in the engine uses is not exported, nor kept beside it: but for twins, every function of the modules is called."""
+    engine = "\n".join(path.read_text() for path in (ROOT / "sglang_dynasor" / "engine").glob("*.py"))
+    imported = {
+        alias.name
+        for node in ast.walk(ast.parse(engine.replace("from __future__ import annotations", "")))
+        if isinstance(node, ast.ImportFrom) and node.module == "sglang_dynasor_kernels"
+        for alias in node.names
+    }
+    assert imported == set(sglang_dynasor_kernels.__all__)
+    for name in imported:
+        assert engine.count(f"{name}(") or engine.count(f" {name}"), name
+    sources = {path: path.read_text() for path in PACKAGE.glob("*.py")}
+    everything = engine + "\n".join(sources.values())
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                assert everything.count(node.name) > 1, f"{path.name}: nobody uses {node.name}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -175,10 +218,12 @@ def test_the_cpu_runs_the_twin_in_float32() -> None:
     for part, other in zip(got[:-1], expected[:-1], strict=True):
         torch.testing.assert_close(part, other.to(part.dtype), rtol=1e-5, atol=1e-5)
         assert part.dtype in (torch.float32, torch.int32)
-    columns = torch.zeros(64, dtype=torch.int64), torch.arange(64) % 3, torch.ones(64)
-    programs = program_stats(*columns, 2, logits=logits, lse=got.lse, entropy=got.entropy)
-    assert all(part.dtype in (torch.float32, torch.int32) for part in programs[:-1])
-    assert got.path == programs.path == "ref"
+    kept, total, tokens = torch.empty(2, 508), torch.empty(1, 508), torch.zeros(64, dtype=torch.int64)
+    standing = torch.full((64,), SAYING, dtype=torch.int32)
+    rows = keep_rows(kept, logits, got.lse, tokens, standing, torch.zeros(508).to(torch.int8), 0, 2)
+    mixed = add_rows(total, kept, [Addition(0, 2, [0, 1])])
+    assert (rows.places.dtype, mixed.entropy.dtype) == (torch.int32, torch.float32)
+    assert got.path == rows.path == mixed.path == "ref"
 
 
 def test_fewer_tokens_than_asked_for() -> None:
@@ -200,38 +245,22 @@ def test_a_bad_row_on_the_cpu(rows: list[int] | None) -> None:
     assert stats.top_ids[1 - bad].tolist() == [2, 0, 1, -1]
 
 
-def test_program_stats_by_definition() -> None:
-    """The twin says what counting by hand and the policy's certaindex say."""
-    program = torch.tensor([0, 1, 0, -1, 0, 1, 0, 7, 2])
-    answer = torch.tensor([4, 1, 4, 4, 9, 2, -1, 4, -1])
-    rewards = torch.tensor([0.2, nan, 0.9, 5.0, nan, 0.4, 0.3, 5.0, nan])
-    at_answer = torch.tensor([1, 1, 1, 1, 0, 1, 0, 1, 0]).bool()
-    logits = normal(9, 50)
-    rows = row_stats_ref(logits)
-    stats = program_stats_ref(
-        program, answer, rewards, 3, logits=logits, lse=rows.lse, entropy=rows.entropy, at_answer=at_answer
-    )
-    assert {part.dtype for part in stats[:-1]} == {torch.float64, torch.int32}
-    counts = [[2, 1], [1, 1], []]
-    assert stats.num_votes.tolist() == [3, 2, 0]
-    assert stats.vote_entropy.tolist() == pytest.approx([answer_entropy(c) for c in counts])
-    assert stats.certaindex.tolist() == pytest.approx([entropy_certaindex(c) for c in counts])
-    values = [[0.2, 0.9, 0.3], [0.4]]
-    assert stats.reward_mean.tolist() == pytest.approx([mean(v) for v in values] + [nan], nan_ok=True)
-    assert stats.reward_max.tolist() == pytest.approx([0.9, 0.4, nan], nan_ok=True)
-    assert stats.reward_variance.tolist() == pytest.approx([pvariance(values[0]), 0.0, nan], nan_ok=True, abs=1e-7)
-    total = sum(exp(v / 0.2) for v in values[0])
-    weights = [exp(v / 0.2) / total for v in values[0]]
-    assert stats.reward_weight.tolist() == pytest.approx(
-        [weights[0], 0, weights[1], 0, 0, 1, weights[2], 0, 0], abs=1e-6
-    )
-    for i, members in enumerate(([0, 2], [1, 5])):
-        probs = logits[members].double().softmax(1)
-        mixture, alone = Categorical(probs=probs.mean(0)).entropy(), Categorical(probs=probs).entropy().mean()
-        torch.testing.assert_close(stats.mixture_entropy[i], mixture)
-        torch.testing.assert_close(stats.mean_entropy[i], alone)
-        torch.testing.assert_close(stats.disagreement[i], mixture - alone)
-    assert stats.disagreement[2].isnan()
+def test_slots_by_definition() -> None:
+    """The twins keep softmax and say what the entropy of a mean is, over several steps."""
+    logits = normal(6, 50)
+    kept, total = torch.empty(6, 50).double(), torch.full((2, 50), nan).double()
+    standing = torch.tensor([FRESH, BEGUN, FRESH, NEVER, SAYING, BEGUN], dtype=torch.int32)
+    marks = torch.zeros(50, dtype=torch.int8)
+    marks[7], marks[8] = ENDS_MARK, IS_MARK
+    tokens = torch.tensor([8, 7, 7, 8, 9, 8])
+    places = keep_rows_ref(kept, logits, row_stats_ref(logits).lse, tokens, standing, marks, 0, 6).places
+    assert places.tolist() == [1, 2, -1, -1, 0, 3]
+    probs = logits.double().softmax(1)
+    torch.testing.assert_close(kept[:4], probs[[4, 0, 1, 5]])
+    add_rows_ref(total, kept, [Addition(1, 1, [0])])
+    mixed = add_rows_ref(total, kept, [Addition(1, 3, [2, 1]), Addition(0, 1, [3])]).entropy
+    torch.testing.assert_close(mixed[0], Categorical(probs=probs[[0, 1, 4]].mean(0)).entropy())
+    torch.testing.assert_close(mixed[1], Categorical(probs=probs[5]).entropy())
 
 
 LOGITS = torch.zeros(4, 10)
@@ -256,16 +285,27 @@ def test_row_errors(case: str) -> None:
             row_stats(*args, **options, path=path)
 
 
-def test_program_errors() -> None:
-    index, rewards = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
-    with pytest.raises(ValueError, match="answer_index of shape \\(3,\\): give \\[4\\]"):
-        program_stats(index, index[:3], rewards, 2)
-    with pytest.raises(ValueError, match="give those of row_stats"):
-        program_stats(index, index, rewards, 2, logits=LOGITS)
-    with pytest.raises(ValueError, match="give \\[4, V\\]"):
-        program_stats(index, index, rewards, 2, logits=LOGITS[:2], lse=rewards, entropy=rewards)
-    with pytest.raises(ValueError, match="temperature=0 must be at least 1e-30"):
-        program_stats(index, index, rewards, 2, temperature=0)
+def test_slot_errors() -> None:
+    """What is wrong is said, with what to give; nothing is written."""
+    kept, tokens, standing = torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32)
+    marks = torch.zeros(10).to(torch.int8)
+    for path in ("ref", "kernel"):
+        keep = partial(keep_rows, kept, LOGITS, path=path)
+        with pytest.raises(ValueError, match="tokens of shape \\(3,\\): give \\[4\\]"):
+            keep(None, tokens[:3], standing, marks, 0, 4)
+        with pytest.raises(ValueError, match="marks of shape \\(9,\\): give \\[10\\]"):
+            keep(None, tokens, standing, marks[:9], 0, 4)
+        with pytest.raises(ValueError, match="places from 2 to 5 are outside 0 to 4"):
+            keep(None, tokens, standing, marks, 2, 5)
+        for additions, message in (
+            ([Addition(4, 1, [0])], "from 0 to 3"),
+            ([Addition(1, 1, [0]), Addition(1, 2, [0])], "give each once"),
+            ([Addition(1, 1, [])], "give 1 to 1"),
+            ([Addition(1, 1, [0, 1])], "slot 1 of 1 rows with places \\[0, 1\\]"),
+            ([Addition(1, 1, [4])], "from 0 to 3"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                add_rows(kept, kept, additions, path=path)
 
 
 @pytest.mark.parametrize(

@@ -601,13 +601,10 @@ def test_thoughts_that_the_cache_does_not_keep_are_refused(monkeypatch: pytest.M
     """SGLang would free KV that probes have published."""
     monkeypatch.setattr(validation, "get_serving", lambda: SimpleNamespace(strip_thinking_cache=is_stripped))
     monkeypatch.setattr(validation, "get_memory", lambda: SimpleNamespace(disable_radix_cache=False))
-    manager, request = (
-        SimpleNamespace(tokenizer=Tokenizer(**vars(tokenizer_of(set())))),
-        SimpleNamespace(return_logprob=False),
-    )
+    manager = SimpleNamespace(tokenizer=Tokenizer(**vars(tokenizer_of(set()))))
     expected = pytest.raises(FieldError, match="--strip-thinking-cache") if is_stripped else nullcontext()
     with expected:
-        validation._check_thought(parse_field(FIELD, 64), request, {}, manager)  # type: ignore[arg-type]
+        validation.check_spec(parse_field(FIELD, 64), manager)
 
 
 @pytest.mark.engine
@@ -618,11 +615,14 @@ def test_n_choices_are_a_program(start_engine: Any) -> None:
     text = prompt(QUESTIONS[1].text, think=True)  # whose lengths differ
     field = {"answer": "hash", "stop": "window:2"}  # of twelve, two in a row agree long before the last is done
     params = {"temperature": 1.0, "max_new_tokens": 300, "n": 12, "custom_params": {"dynasor": field}}
-    outs = engine.generate(text, params)
-    records = [out["meta_info"]["dynasor"] for out in outs]
-    assert len(outs) == 12
-    assert len({record["program"] for record in records}) == 1
-    whole = [out for out in outs if out["meta_info"]["finish_reason"].get("matched") is not None]
+    for _ in range(4):  # now and then all end together
+        outs = engine.generate(text, params)
+        records = [out["meta_info"]["dynasor"] for out in outs]
+        assert len(outs) == 12
+        assert len({record["program"] for record in records}) == 1
+        whole = [out for out in outs if out["meta_info"]["finish_reason"].get("matched") is not None]
+        if len(whole) < 12:
+            break
     assert 2 <= len(whole) < 12
     assert sum("####" in out["text"] for out in whole) >= 2  # that agreed
     params["custom_params"] = {"dynasor": {**field, "stop": "never"}}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 
 from sglang_dynasor.config import DynasorConfig
-from sglang_dynasor.engine.validation import check_place
+from sglang_dynasor.engine.place import check_place
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.near_miss import _is_within, near_miss
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from sglang.srt.managers.auxiliary_output import CommittedTokens, CompositeHostAuxiliaryOutput
 
-from sglang_dynasor.engine.faults import Faults
 from sglang_dynasor.engine.hooks import consume
 from sglang_dynasor.engine.live import BranchTag, JudgeTag, LiveProgram, ProbeTag, Tag, set_tag
+from sglang_dynasor.engine.slots import Memory
 from sglang_dynasor.engine.statistics import (
     HostStatistics,
     Logprobs,
@@ -69,7 +69,7 @@ def test_a_device_s_table_says_what_the_host_s_logprobs_say(rows: list[int]) -> 
     which = watched(rows, [req(1)] * 4, tags, num_rows)
     values = logits(num_rows)
     values[rows[2], 7:] = -inf  # fewer tokens than TOP_K
-    table, logprobs = Table(compute(values, which)), compute_on_cpu(values, which)
+    table, logprobs = Table.of(compute(values, which), 4), compute_on_cpu(values, which)
     assert table.confidences == pytest.approx(logprobs.confidences, rel=1e-5)
     expected = values[rows].double().log_softmax(1)
     for i, labels in enumerate(LABELS):
@@ -78,6 +78,8 @@ def test_a_device_s_table_says_what_the_host_s_logprobs_say(rows: list[int]) -> 
             assert logprobs.label_logprobs(i, labels) == pytest.approx(expected[i, list(labels)].tolist(), rel=1e-5)
             assert table.label_logprobs(i, labels) == pytest.approx(expected[i, list(labels)].tolist(), rel=1e-5)
         assert logprobs.distribution(i) == pytest.approx(table.distribution(i), rel=1e-5)
+        entropy = torch.distributions.Categorical(logits=expected[i]).entropy().item()
+        assert table.entropy(i) == pytest.approx(logprobs.entropy(i), rel=1e-5) == pytest.approx(entropy, rel=1e-5)
         assert len(table.distribution(i)) == (7 if i == 2 else 20)
 
 
@@ -88,6 +90,7 @@ def test_a_row_without_numbers_has_no_distribution() -> None:
     found = compute_on_cpu(values, watched([0, 1], [req(1)] * 2, [branch(), branch()], 2))
     assert found.confidences[0] != found.confidences[0]
     assert found.distribution(0) == {}
+    assert found.entropy(0) != found.entropy(0)
     assert len(found.distribution(1)) == 20
 
 
@@ -96,11 +99,14 @@ class Told:
 
     def __init__(self) -> None:
         self.reader = SimpleNamespace(ends={104})
-        self.faults = Faults(is_strict=True)
         self.seen: list[tuple[Any, int, Any]] = []
+        self.told: list[tuple[Any, float]] = []
 
-    def see(self, req: Any, tag: Any, token: int, distribution: Any) -> None:
-        self.seen.append((req, token, distribution()))
+    def see(self, req: Any, tag: Any, token: int, found: Any, i: int) -> None:
+        self.seen.append((req, token, found.distribution(i)))
+
+    def mixed(self, added: Any, entropy: float) -> None:
+        self.told.append((added, entropy))
 
 
 @pytest.mark.parametrize("way", ["hook", "SGLang's", "composite"])
@@ -115,7 +121,7 @@ def test_only_new_tokens_are_told(way: str) -> None:
     found = compute_on_cpu(logits(6), watched(list(range(6)), reqs, tags, 6))
     assert isinstance(found, Logprobs)
     told = Told()
-    statistics = HostStatistics(found, watched(list(range(6)), reqs, tags, 6), told)  # type: ignore[arg-type]
+    statistics = HostStatistics(found, watched(list(range(6)), reqs, tags, 6), [], told)  # type: ignore[arg-type]
     commits = [
         CommittedTokens(start, tuple(r.output_ids[start:end])) if end > start else None
         for r, start in zip(reqs, starts, strict=True)
@@ -142,7 +148,7 @@ def test_only_new_tokens_are_told(way: str) -> None:
 def test_rows_are_found_again_only_when_the_requests_change() -> None:
     """The same requests keep what was found; others, a longer list of them, or nobody who asks do not."""
     inside = SimpleNamespace(num_watched=2)
-    observer = Observer(SimpleNamespace(inside=inside))  # type: ignore[arg-type]
+    observer = Observer(SimpleNamespace(inside=inside), Memory(1, 1), VOCAB_SIZE)  # type: ignore[arg-type]
     asked, plain = req(1, tag=branch()), req(1)
     batch: Any = SimpleNamespace(reqs=[plain, asked])
     observer.watch(batch)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_dynasor.policy.order import MOST_IDLE, MOST_SKIPPED, Order, Plain, Service, Ticket
+from sglang_dynasor.policy.line import Need, Service, Ticket
+from sglang_dynasor.policy.order import MOST_IDLE, MOST_SKIPPED, Order, Plain
 
 FOREVER = 10**9
 
@@ -395,3 +396,65 @@ def seconds_per_change(num_waiting: int) -> float:
 def test_cost_grows_no_faster_than_the_logarithm() -> None:
     """10,000 waiting against 100: log n doubles; a scan would cost a hundred times as much."""
     assert seconds_per_change(10_000) < 6 * seconds_per_change(100)
+
+
+# What is needed by those who wait
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from("wsed"), st.integers(1, 9)), max_size=60))
+def test_what_is_needed_is_that_of_those_who_wait(events: list[tuple[int, str, int]]) -> None:
+    """Whatever they do: wait again with another need, stop waiting twice, end while they wait."""
+    order = Order(FOREVER)
+    tickets = [order.arrive("", None) for _ in range(5)]
+    for index, what, num in events:
+        if what == "w":
+            order.wait(tickets[index], num, Need(num, num * 10, num % 2))
+        elif what == "e":
+            order.end(tickets[index])
+        else:
+            order.stop_waiting(tickets[index])
+    needs = [ticket.need for ticket in tickets if ticket.is_waiting]
+    assert order.needed == tuple(sum(need[i] for need in needs) for i in range(3))
+
+
+# After a fault
+
+
+def test_a_sound_line_is_found_sound() -> None:
+    """Whatever was done to it."""
+    rng, order, tickets = random.Random(3), Order(50), list[Ticket]()
+    assert order.is_sound()
+    for _ in range(2000):
+        what, ticket = rng.randrange(6), rng.choice(tickets) if tickets else None
+        if what == 0 or ticket is None:
+            tickets += stand(order, rng.randrange(100), tenant=rng.choice("abc"))
+        elif what == 1:
+            order.end(ticket)
+            tickets.remove(ticket)
+        elif what == 2:
+            order.wait(ticket, rng.randrange(100))
+        elif what == 3:
+            order.charge(ticket, rng.randrange(-5, 20))
+        elif what == 4:
+            order.stop_waiting(ticket)
+        else:
+            for candidate in order.candidates():
+                if candidate is not None and rng.random() < 0.3:
+                    order.stop_waiting(candidate)
+                    break
+        assert order.is_sound()
+
+
+@pytest.mark.parametrize(
+    ("name", "of_line", "wrong"),
+    [
+        ("num_alive", False, 1), ("num_waiting", False, 3), ("num_waiting", True, 1), ("by_length", True, []),
+        ("by_age", True, []), ("least_served", False, []), ("most_served", False, []), ("alive", True, {}),
+    ],
+)  # fmt: skip
+def test_a_line_that_lies_is_found(name: str, of_line: bool, wrong: object) -> None:
+    """Each count, and each heap that has lost somebody."""
+    order = Order(50)
+    stand(order, 5, 6)
+    setattr(order.line("") if of_line else order, name, wrong)
+    assert not order.is_sound()

@@ -132,12 +132,10 @@ def run_broken(breakage: str, *args: str) -> subprocess.CompletedProcess[str]:
             (),
             "patch sglang.srt.managers.scheduler.Scheduler.abort_request: parameters are self, recv_req; expected self",
         ),
-        ("", ("--speculative-algorithm", "NGRAM"), "--speculative-algorithm='NGRAM'"),
         ("", ("--dynasor-max-branches", "0"), "--dynasor-max-branches=0 is outside [1, 256]"),
-        ("", ("--pp-size", "2"), "--pp-size=2"),
-        ("", ("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"), "--enable-dp-attention=True"),
+        ("import os; os.environ['SGLANG_RUST_SERVER'] = '1'", (), "SGLANG_RUST_SERVER"),
     ],
-    ids=["version", "signature", "speculative", "range", "pipeline", "dp attention"],
+    ids=["version", "signature", "range", "rust"],
 )
 def test_what_cannot_be_served_stops_the_start_with_one_line(
     breakage: str, args: tuple[str, ...], message: str

@@ -24,7 +24,8 @@ class Rows(SimpleNamespace):
     def __init__(self, num_plain: int = 0):
         super().__init__(
             whole=Room(ROWS, 10_000), shares_prompts=False, free_rows=ROWS, free_tokens=10_000, num_branches=0,
-            num_plain_waiting=num_plain, waiting=lambda: iter(()), progress_tokens=lambda gang: 0,
+            num_plain_waiting=num_plain, waiting=lambda num: iter(()), progress_tokens=lambda gang: 0,
+            has_adapter_room=lambda gang: True,
         )  # fmt: skip
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import log
 from typing import Any
 
 import pytest
@@ -349,7 +350,7 @@ def test_defaults_fit_any_limit() -> None:
     assert set(FIELD_HELP) == set(
         "algorithm branches width stop answer deadline_s tenant vote judge judge_suffix judge_good judge_bad group_tokens "
         "weak_frac statistics equal exit agree min_tokens probe_tokens hold_tokens probe_word probe_suffix think_end effort program budget_tokens budget "
-        "budget_programs".split()
+        "budget_programs template".split()
     )
 
 
@@ -496,8 +497,69 @@ def test_branches_at_their_answer_count_before_they_finish() -> None:
         if finished:
             p.finish(0, "#### 1", 1)
         for index, token in enumerate(tokens):
-            p.see_answer(index, {token: 0.0})
+            p.see_answer((), {token: 0.0})
+            p.end_answer(index, ())
         assert p.reason is reason
+
+
+def test_disagreement_and_doubt_are_rules_too() -> None:
+    """Three that doubt alike disagree in nothing; a level below their doubt does not stop, nor one below what they disagree by."""
+    coin = {1: log(0.5), 2: log(0.5)}
+    for stop, distributions, reason in (
+        ("disagreement:0.1", [coin] * 3, StopReason.CERTAIN),
+        ("answer_entropy:0.5", [coin] * 3, None),
+        ("answer_entropy:0.7", [coin] * 3, StopReason.CERTAIN),
+        ("disagreement:0.5", [{1: 0.0}, {1: 0.0}, {2: 0.0}], None),
+        ("disagreement:0.7", [{1: 0.0}, {1: 0.0}, {2: 0.0}], StopReason.CERTAIN),
+        ("margin and disagreement:0.7", [{1: 0.0}, {1: 0.0}, {2: 0.0}], None),
+    ):
+        p = program(stop=stop)
+        start(p, 4)
+        p.finish(0, "#### 1", 1)
+        for index, distribution in enumerate(distributions):
+            p.see_answer((), distribution)
+            p.end_answer(index, ())
+        assert p.reason is reason
+
+
+def test_the_rule_waits_for_what_the_device_tells() -> None:
+    """What the host would say of cut distributions is too low, and would stop it; the device's word alone does, or does not."""
+    for told, reason in ((1.3, None), (1.15, StopReason.CERTAIN)):
+        p = program(stop="disagreement:0.2")
+        start(p, 4)
+        p.finish(0, "#### 1", 1)
+        for index in range(3):
+            p.see_answer((), {1: log(0.6), 2 + index: log(0.05)}, 1.0)
+            if not index:
+                p.mix_on_device(())
+            p.end_answer(index, ())
+        assert p.reason is None
+        p.mix_answers((), 2, 1.05)  # two branches are too few
+        assert p.reason is None
+        p.mix_answers((), 3, told)
+        assert p.reason is reason
+        if reason is None:
+            p.mix_on_host(())
+            assert p.mixture.disagreement < 0.2
+            p.end_answer(3, (9,))
+            assert p.reason is StopReason.CERTAIN  # it was the device that kept it from that
+
+
+def test_what_is_told_after_the_decision_is_in_the_record() -> None:
+    """If it is not written yet; what is not told then the host has mixed."""
+    for is_told, disagreement in ((True, 0.5), (False, log(2))):
+        p = program(stop="mixture", statistics=True)
+        start(p, 2)
+        for index in range(2):
+            p.see_answer((), {index: 0.0}, 0.3)
+            p.mix_on_device(())
+            p.end_answer(index, ())
+        p.reason = StopReason.DEADLINE
+        if is_told:
+            p.mix_answers((), 2, 0.8)
+        record = p.record()
+        assert record["disagreement"] == pytest.approx(disagreement, abs=1e-6)
+        assert record["num_answer_tokens"] == 2
 
 
 def test_who_is_mixed_must_include_the_leader() -> None:
@@ -506,9 +568,12 @@ def test_who_is_mixed_must_include_the_leader() -> None:
     start(p, 4)
     p.finish(3, "#### 9", 1)
     for index in range(3):
-        p.see_answer(index, {1: 0.0})
+        p.see_answer((), {1: 0.0})
+        p.end_answer(index, ())
     assert p.reason is None
-    p.see_answer(3, {1: 0.0})
+    p.see_answer((), {1: 0.0})
+    assert p.reason is None  # it may go on
+    p.end_answer(3, ())
     assert p.reason is StopReason.CERTAIN
 
 
@@ -604,20 +669,50 @@ def test_the_best_branch_speaks_also_where_nothing_can_be_read() -> None:
 
 def test_owners_keep_programs_apart() -> None:
     """The same field again is welcome; another tenant's, or one with other settings, is not; old ones are forgotten."""
-    owners = Owners(size=2)
+    owners, records = Owners(size=4), RecordBook()
 
-    def send(**field: Any) -> None:
-        owners.check(parse_field({"program": "p", "branches": 4, **field}, 64))
+    def send(rid: str, **field: Any) -> None:
+        owners.claim(rid, parse_field({"program": "p", "branches": 4, **field}, 64), records)
 
-    send()
-    send()
+    send("1")
+    send("2")
     with pytest.raises(FieldError, match=r"dynasor\.program='p' is another tenant's"):
-        send(tenant="b")
+        send("3", tenant="b")
     with pytest.raises(FieldError, match=r"dynasor\.program='p' was declared with other settings"):
-        send(branches=5)
-    send(program="q", tenant="b")
-    send(program="r", tenant="b")
-    send(tenant="b")  # by now nobody's
+        send("4", branches=5)
+    send("3", program="q", tenant="b")  # neither the id nor the rid of what was refused is taken
+    send("4", program="r", tenant="b")
+    send("5", tenant="b")  # by now nobody's
+
+
+@pytest.mark.parametrize(
+    ("rid", "field", "wrong"),
+    [
+        ("mine", {}, None),  # a rerun
+        ("mine", {"branches": 2}, None),  # with other settings
+        ("mine", {"tenant": "other"}, "rid='mine' is another tenant's"),
+        ("mine", {"tenant": ""}, "rid='mine' is another tenant's"),
+        ("new", {"program": "mine"}, None),  # its own branches, under the id of a request of its own
+        ("new", {"program": "mine", "tenant": "other"}, "program='mine' is another tenant's"),
+        ("new", {"tenant": "other"}, None),
+        ("done", {}, None),
+        ("done", {"tenant": "other"}, "rid='done' is another tenant's"),
+        ("nobody's", {"tenant": ""}, None),
+        ("nobody's", {}, "rid=\"nobody's\" is another tenant's"),
+    ],
+)
+def test_a_record_is_overwritten_by_its_own_tenant_only(rid: str, field: dict[str, Any], wrong: str | None) -> None:
+    """Whether it is in flight under its rid, or has been answered."""
+    owners, records = Owners(), RecordBook()
+    records.keep("done", {"program": "done", "tenant": "me"})
+    records.keep("nobody's", {"program": "nobody's"})
+    owners.claim("mine", parse_field({"tenant": "me"}, 64), records)
+    asked = {key: value for key, value in ({"tenant": "me"} | field).items() if value}
+    if wrong is None:
+        owners.claim(rid, parse_field(asked, 64), records)
+    else:
+        with pytest.raises(FieldError, match=wrong):
+            owners.claim(rid, parse_field(asked, 64), records)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from others import OtherServer
 
 from sglang_dynasor.engine.beside import MOST_AT_ONCE
 from sglang_dynasor.engine.judge import MOST_STEPS, reward_texts
@@ -38,7 +39,7 @@ def model(answer: bytes, status: int = 200, delay_s: float = 0.0) -> Iterator[st
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = OtherServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -96,9 +97,36 @@ def test_a_promise_holds_no_branch_back_where_nothing_runs(num_running: int, num
         def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> int:
             return self.memory_budget.total_offset
 
-    admission, room = Mock(plain_rows=None, latest_plain=9, promised_tokens=100), Mock()
+    admission = Mock(plain_rows=None, last_rank=inf, latest_plain=9, promised_tokens=100)
+    room = Mock(kept_out_rank=inf, rank=lambda req: 0)
     kind: Any = Adder
     adder: Any = adder_class(kind, room, admission)()  # type: ignore[arg-type]
     assert adder.add_one_req(branch(1), False, None) == seen
     assert adder.memory_budget.total_offset == 110
     assert adder.add_one_req(branch(None), False, None) == 110
+
+
+@pytest.mark.parametrize(
+    ("rank", "arrival", "is_let_in"), [(0, 9, True), (0, 10, False), (1, 3, False), (-1, 10, True), (1, 0, False)]
+)
+def test_plain_requests_that_came_since_the_look_keep_to_it(rank: int, arrival: int, is_let_in: bool) -> None:
+    """A program of rank 0 waits, and is not to be overtaken by who came after the ninth, nor by anybody less urgent."""
+
+    class Adder:
+        def __init__(self) -> None:
+            self.memory_budget = SimpleNamespace(total_offset=0)
+            self.running_batch = SimpleNamespace(reqs=[])
+            self.can_run_list: list[Any] = []
+
+        def add_one_req(self, req: Any, has_chunked_req: bool, truncation_align_size: int | None) -> str:
+            return "let in"
+
+    admission = Mock(plain_rows=None, last_rank=0, latest_plain=9, promised_tokens=0)
+    req = branch(None)
+    req.rank, req.dynasor_arrival = rank, arrival
+    # Where one of rank 0 waits for an adapter's place, only the more urgent start.
+    for kept_out_rank, expected in ((inf, is_let_in), (0, rank < 0)):
+        room = Mock(kept_out_rank=kept_out_rank, rank=lambda req: req.rank)
+        kind: Any = Adder
+        adder: Any = adder_class(kind, room, admission)()  # type: ignore[arg-type]
+        assert (adder.add_one_req(req, False, None) == "let in") is expected

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.ledger import FEWEST_BRANCHES, BudgetBook
-from sglang_dynasor.policy.budget import branch_worth
+from sglang_dynasor.policy.budget import Budget, branch_worth
 from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.program import Program, StopReason
@@ -218,6 +218,36 @@ def test_a_program_that_is_gone_holds_nothing_back() -> None:
     assert table.budget.budget.held_tokens == {}
 
 
+@pytest.mark.parametrize("name", ["offer", "take", "hold"])
+def test_a_look_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """An exception in its middle loses nobody: the look stays due, and says so."""
+    table = Table(SharedBudget(400, 2))
+    table.come(hard(16))
+    table.come(hard(16))
+    stock, num_raised = getattr(Budget, name), 0
+
+    def raising(*args: Any) -> Any:
+        nonlocal num_raised
+        if table.num_tokens and not num_raised:
+            num_raised += 1
+            raise ZeroDivisionError
+        return stock(*args)
+
+    monkeypatch.setattr(Budget, name, raising)
+    while True:
+        try:
+            table.run()
+            break
+        except ZeroDivisionError:
+            assert table.budget.is_looked_at
+    assert num_raised == 1
+    assert all(one.program.reason is not None for one in table.jobs)
+    table.budget.leave(0)
+    table.budget.leave(1)
+    table.run()
+    assert not table.budget.is_looked_at
+
+
 def test_so_many_end_in_one_look() -> None:
     """Hundreds would hold up a step; the others end in the next looks."""
     budget = SharedBudget(100, 100)
@@ -393,12 +423,12 @@ def test_a_server_knows_what_a_branch_takes() -> None:
 def test_a_budget_is_declared_once() -> None:
     """By its tenant, with one number of tokens."""
     book = BudgetBook()
-    book.check(shared(), 200)
-    book.check(shared(stop="fast"), 200)
+    book.claim(shared(), 200)
+    book.claim(shared(stop="fast"), 200)
     with pytest.raises(FieldError, match="declared with budget_tokens=1000 and budget_programs=10"):
-        book.check(shared(999), 200)
+        book.claim(shared(999), 200)
     with pytest.raises(FieldError, match="another tenant's"):
-        book.check(shared(tenant="t"), 200)
+        book.claim(shared(tenant="t"), 200)
     own = parse_field({"budget_tokens": 5}, 64)
-    book.check(own, 200)
-    book.check(parse_field({"budget_tokens": 6, "tenant": "t"}, 64), 200)
+    book.claim(own, 200)
+    book.claim(parse_field({"budget_tokens": 6, "tenant": "t"}, 64), 200)

@@ -8,18 +8,25 @@ import shutil
 import time
 from math import exp
 from pathlib import Path
-from statistics import mean
+from statistics import mean, pvariance
 from typing import Any
 
 import pytest
-from engines import CHECKPOINT, settled, status_of
+import torch
+from engines import CHECKPOINT, assert_nothing_left, settled, status_of
 from questions import held_out, prompt
 from safetensors.torch import load_file, save_file
+from sglang.srt.managers import scheduler
 from transformers import AutoTokenizer
 from warm import WarmServer
 
+from sglang_dynasor.engine import controller
+from sglang_dynasor.engine.slots import Memory, Slots
+from sglang_dynasor.engine.watch import Watch
+
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(40)
+VOCAB_SIZE = 552  # of the tiny reasoner
 WORKED_OUT = [
     q for q in held_out(100) if q.text.startswith(("Coins", "Pens", "Apples"))
 ]  # topics of which few answers are guesses
@@ -103,6 +110,9 @@ def test_every_voter_is_judged_before_it_votes(engine: Any) -> None:
         assert record["stop_reason"] == "cap"
         assert len(record["rewards"]) == 8
         assert all(reward is not None and 0 <= reward <= 1 for reward in record["rewards"])
+        assert record["reward_mean"] == pytest.approx(mean(record["rewards"]), abs=1e-5)
+        assert record["reward_max"] == pytest.approx(max(record["rewards"]), abs=1e-5)
+        assert record["reward_variance"] == pytest.approx(pvariance(record["rewards"]), abs=1e-5)
         assert record["num_judge_tokens"] == 16
         assert 0 < record["leader_share"] <= 1
     status = settled(engine)
@@ -122,6 +132,68 @@ def test_weak_branches_end_early(engine: Any) -> None:
         assert all(record["stop_reason"] == "cap" and record["num_branches"] == 16 for record in records)
         assert all(record["num_abstentions"] >= record["num_weak"] for record in records)
     assert spent[0.9] < spent[0.0]
+
+
+def test_the_answer_s_entropy_is_that_of_sglang_s_logprobs(engine: Any) -> None:
+    """Of one branch: its doubt of each token of its answer, what ends it included, and nobody to disagree with."""
+    for question in QUESTIONS[:4]:
+        field = params(1.0, branches=1, statistics=True)
+        out = engine.generate(prompt(question.text), field, return_logprob=True, top_logprobs_num=VOCAB_SIZE)
+        record, tops = out["meta_info"]["dynasor"], out["meta_info"]["output_top_logprobs"]
+        num = record["num_answer_tokens"]
+        assert 2 <= num <= 4
+        rows = [[logprob for logprob, _, _ in top if logprob > -50] for top in tops[-num:]]
+        assert record["answer_entropy"] == pytest.approx(
+            -sum(exp(x) * x for row in rows for x in row), rel=1e-3, abs=1e-4
+        )
+        assert record["disagreement"] == pytest.approx(0.0, abs=1e-5)  # float32
+
+
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_slots_are_exact_whatever_the_scheduler_does(
+    start_engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overlap: bool
+) -> None:
+    """Prompts in chunks, programs retracted in the middle of their answers, others that end while rows are kept, too few slots."""
+    rows: dict[Any, list[Any]] = {}
+    log, see, add, mix = tmp_path / "told", Watch._see, Slots.add, Watch._mixed
+
+    def seeing(self: Watch, live: Any, req: Any, tag: Any, token: int, found: Any, i: int) -> None:
+        self.row = found.rows[i].double().exp()  # type: ignore[attr-defined]
+        Slots.watch = self  # type: ignore[attr-defined]
+        see(self, live, req, tag, token, found, i)
+
+    def adding(self: Slots, tag: Any, said: Any, place: int, num: int) -> None:
+        rows.setdefault((id(tag.live), said), []).append(Slots.watch.row)  # type: ignore[attr-defined]
+        add(self, tag, said, place, num)
+
+    def mixing(self: Watch, live: Any, added: Any, entropy: float) -> None:
+        there = rows[id(live), added.slot.said][: added.addition.num_rows]
+        mean = torch.stack(there).mean(0)
+        error = abs(entropy + torch.special.xlogy(mean, mean).sum().item())
+        with log.open("a") as out:
+            out.write(json.dumps([len(there), added.addition.num_rows, error]) + "\n")
+        mix(self, live, added, entropy)
+
+    monkeypatch.setattr(Watch, "_see", seeing)
+    monkeypatch.setattr(Slots, "add", adding)
+    monkeypatch.setattr(Watch, "_mixed", mixing)
+    monkeypatch.setattr(controller, "share_out", lambda mib, vocab_size: Memory(24, 6))
+    monkeypatch.setattr(scheduler, "TEST_RETRACT", True)
+    monkeypatch.setattr(scheduler, "TEST_RETRACT_INTERVAL", 9)
+    engine = start_engine(
+        scheduler="dynasor", dynasor_strict=True, chunked_prefill_size=32, disable_overlap_schedule=not overlap
+    )
+    fields = [{"stop": "never", "statistics": True}, {"stop": "mixture:0.5"}, {"stop": "fast or disagreement:2"}]
+    prompts = [prompt(q.text) for q in QUESTIONS[:9]]
+    outs = engine.generate(prompts, [params(1.3, branches=8, **field) for field in fields * 3])
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert all(there == num and error < 1e-4 for there, num, error in told)
+    assert max(num for _, num, _ in told) >= 4
+    records = [out["meta_info"]["dynasor"] for out in outs]
+    assert all(record["disagreement"] >= 0 and record["num_answer_tokens"] > 0 for record in records)
+    assert any(record["stop_reason"] == "certain" for record in records)
+    assert status_of(engine)["num_answers_without_slot"] > 0
+    assert_nothing_left(engine)  # no slot either
 
 
 @pytest.mark.parametrize("stop", ["confidence", "mixture"])

@@ -58,6 +58,9 @@ def test_the_wheel_holds_every_module(dist: Path) -> None:
         assert expected <= names, f"not in the wheel: {sorted(expected - names)}"
     assert {f"{package}/py.typed" for package in list(PACKAGES)[:3]} <= names
     assert "sglang_dynasor/cpu_platform/pyproject.toml" in names
+    assert {
+        f"sglang_dynasor/page/static/{path.name}" for path in (ROOT / "sglang_dynasor/page/static").iterdir()
+    } <= names
     tops = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"sglang_dynasor", "sglang_dynasor_kernels", "sglang_dynasor_patches"}
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from sglang_dynasor.policy.allocation import votes_needed
 from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.rules import parse_stop
+from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.policy.width import NEAR_BEST, SPREAD, Load, best_width, cost, time_to_finish
 
 CPU, GPU = 8, 53  # fixed rows: 3.2 ms and 0.4 ms a row; 8 ms and 0.15 ms a row
@@ -108,3 +110,20 @@ def test_equal_evidence_gives_the_same_width_in_every_order() -> None:
     """Which branch said what makes no difference to the rule, nor here."""
     one, other = Evidence((3, 1), 0, 12, ("a", "a", "b", "a")), Evidence((3, 1), 0, 12, ("b", "a", "a", "a"))
     assert best_width(one, CAREFUL, 0.5, IDLE_CPU) == best_width(other, CAREFUL, 0.5, IDLE_CPU)
+
+
+@pytest.mark.parametrize("num_others", [0, 7, 31])
+def test_thoughts_start_together_where_they_differ(num_others: int) -> None:
+    """Where they mostly agree, a few that finish decide for less; idle on a GPU all of them are sooner."""
+    spec = parse_field({"algorithm": "long_cot", "branches": 16, "answer": "hash"}, 64)
+    evidence = Program("p", spec).evidence
+
+    def width(drift: float, fixed_rows: int, *, decides_together: bool = True) -> int:
+        load = Load(fixed_rows, 3 * num_others, num_others)
+        return best_width(evidence, spec.stop, drift, load, decides_together=decides_together)
+
+    for fixed_rows in (CPU, GPU):
+        assert width(0.5, fixed_rows) == 16
+        assert width(0.5, fixed_rows, decides_together=False) < 16
+    assert width(0.95, 4) == 3
+    assert (width(0.95, GPU) == 16) == (num_others == 0)

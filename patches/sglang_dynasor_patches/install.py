@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -16,9 +17,9 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.version import __version__ as sglang_version
 
 from sglang_dynasor.config import SGLANG_RANGE
-from sglang_dynasor.errors import PatchError
+from sglang_dynasor.errors import DynasorError, PatchError
 from sglang_dynasor_patches.patch import Patch, Role
-from sglang_dynasor_patches.records import PATCHES, SERVER_ARGS
+from sglang_dynasor_patches.records import FENCE, MESSAGES, PATCHES, SERVER_ARGS
 
 _ROLES: dict[str, tuple[Role, ...]] = {
     "run_detokenizer_process": (),
@@ -80,14 +81,23 @@ def register() -> None:
     _problems[:] = preflight(roles)
     if _problems:
         roles = tuple(role for role in roles if role == "flag")
+    elif roles:
+        pkgutil.resolve_name(MESSAGES)()  # not a hook: SGLang's own seam for types of messages
     for patch in PATCHES:
         if patch.role in roles and not (_problems and check_patch(patch)):
-            HookRegistry.register(patch.target, pkgutil.resolve_name(patch.hook), HookType(patch.kind))
+            HookRegistry.register(patch.target, _guarded(patch), HookType(patch.kind))
     if is_main:
         # Also where hooks are missing: it is what refuses then. Not a hook: SGLang's own seam for the arguments of sgl.Engine.
         from sglang.srt.entrypoints.engine import Engine
 
         Engine.server_args_class = staticmethod(pkgutil.resolve_name(SERVER_ARGS))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _guarded(patch: Patch) -> Callable[..., Any]:
+    hook = pkgutil.resolve_name(patch.hook)
+    # In the front process a wrong field is raised for SGLang to answer; in the others nobody would.
+    passes = DynasorError if patch.role == "main" else ()
+    return pkgutil.resolve_name(FENCE)(patch.kind, hook, passes) if patch.is_fenced else hook
 
 
 def unproved(roles: tuple[Role, ...]) -> list[str]:
@@ -97,7 +107,8 @@ def unproved(roles: tuple[Role, ...]) -> list[str]:
         if patch.role not in roles:
             continue
         hook = pkgutil.resolve_name(patch.hook)
-        is_registered = any(entry[1] is hook for entry in HookRegistry._hooks.get(patch.target, ()))
+        registered = (entry[1] for entry in HookRegistry._hooks.get(patch.target, ()))
+        is_registered = any(getattr(entry, "__wrapped__", entry) is hook for entry in registered)
         target: Any = pkgutil.resolve_name(patch.target)
         is_wrapped = hasattr(getattr(target, "__func__", target), "__wrapped__")
         if not (is_registered and patch.target in HookRegistry._patched and is_wrapped):

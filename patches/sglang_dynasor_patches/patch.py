@@ -20,3 +20,4 @@ class Patch:
     role: Role
     why: str
     remove_when: str  # what SGLang would have to offer
+    is_fenced: bool = True  # what it raises does not reach SGLang; False: it runs at the start, which must stop then

@@ -29,7 +29,7 @@ def ledger() -> str:
             *rows,
             "",
             "Besides, `Engine.server_args_class` (a seam of SGLang's own) takes the options of",
-            '`sgl.Engine(scheduler="dynasor")`.',
+            '`sgl.Engine(scheduler="dynasor")`, and `io_struct.hook_custom_types` our types of messages.',
             "",
         ]
     )

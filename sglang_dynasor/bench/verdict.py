@@ -10,7 +10,7 @@ from sglang_dynasor.bench.intervals import Change
 from sglang_dynasor.bench.run import Measured
 from sglang_dynasor.bench.table import WIDE, Line, Table
 from sglang_dynasor.bench.ways import GREEDY, STOCK, Asking, Solved
-from sglang_dynasor.policy.equal import as_number
+from sglang_dynasor.policy.quantity import as_number
 
 FIRST = 20  # questions on which it is found out whether golds and answers are of one form
 LEAST_FORMS = 5  # answered ones, below which nothing is said of it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,16 @@ from sglang_dynasor.engine.ends import Ends
 from sglang_dynasor.engine.findings import Findings
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.judge import Judging
-from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, hide, set_record
+from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, Times, hide, note_end, set_record, tag_of
+from sglang_dynasor.engine.load import note_start
 from sglang_dynasor.engine.readings import Readings
 from sglang_dynasor.engine.req import go_on_from, make_branch
 from sglang_dynasor.engine.reward_model import RewardModel
+from sglang_dynasor.engine.slots import Slots
 from sglang_dynasor.engine.thoughts import Thoughts
 from sglang_dynasor.engine.voting import Voting
 from sglang_dynasor.engine.watch import Watch
-from sglang_dynasor.policy.program import BranchState
+from sglang_dynasor.policy.program import BranchState, StopReason
 from sglang_dynasor.policy.reading import reading_chars
 
 if TYPE_CHECKING:
@@ -59,6 +62,8 @@ class Branches:
         expected_tokens = int(self.admission.forecast.length_tokens(live.program))
         for _ in range(num_branches):
             tag = BranchTag(live, live.program.start_branch(), self)
+            if live.is_traced:
+                live.times[tag.index] = Times(time.perf_counter())
             req = live.reqs[tag.index] = make_branch(self.scheduler, live.parent, self.inside.new_rid(), tag)
             self.thoughts.begin(tag)
             self.inside.charge(tag, expected_tokens)
@@ -92,12 +97,12 @@ class Branches:
         if self.programs.holds(live) and live.program.branches[index].state is BranchState.IN_FLIGHT:
             self._read(live, index, live.reqs[index], reward)
 
-    def expire(self, live: LiveProgram) -> None:
-        """The deadline has come: what has finished is read, unjudged, and then the program is answered."""
+    def close(self, live: LiveProgram, why: StopReason) -> None:
+        """Its time is up, or the operator wants its answer: what has finished is read, unjudged, and then the program is answered."""
         if live.program.reason is None:
             for index in self.ends.end_judges(live):
                 self._read(live, index, live.reqs[index])
-        self.readings.add(live, 0, self.ends.expire)
+        self.readings.add(live, 0, lambda live: self.ends.close(live, why))
 
     def _read(self, live: LiveProgram, index: int, req: Req, reward: float | None = None) -> None:
         num_chars = reading_chars(live.program.spec, len(req.output_ids_through_stop))
@@ -120,7 +125,8 @@ class Branches:
         gang = tag.live.gang
         if not gang.is_prompt_cached and len(req.output_ids):
             gang.is_prompt_cached = True
-            if self.programs.holds(tag.live):
+            if tag.live.parent is not None and self.programs.holds(tag.live):
+                note_start(tag.live.parent, req)
                 self.admission.follow(gang)
         if tag.asking is not None:
             self.thoughts.note_output(req, tag)
@@ -132,7 +138,7 @@ class Branches:
         program, branch = live.program, live.program.branches[index]
         if req.finished_len is None:
             req.finished_len = len(req.output_ids)
-        branch.num_cached_tokens = req.cached_tokens
+        note_end(live, index, req)
         self.inside.end_probe(live, index)
         if branch.state is BranchState.IN_FLIGHT:
             is_asked = program.reason is None and self.programs.holds(live)
@@ -156,10 +162,12 @@ class Branches:
 class SentBranches:
     """Who looks after the branches that clients send: SGLang's own requests, that vote together."""
 
-    def __init__(self, ends: Ends, voting: Voting, readings: Readings):
+    def __init__(self, ends: Ends, voting: Voting, readings: Readings, slots: Slots):
         self.ends = ends
+        self.slots = slots
         self.voting = voting
         self.readings = readings
+        self.unread: dict[Req, None] = {}  # that have ended, and whose clients wait until they are read
 
     def go_on(self, live: LiveProgram) -> None:
         if live.program.reason is not None:
@@ -173,12 +181,13 @@ class SentBranches:
         branch = live.program.branches[index]
         if req.finished_len is None:
             req.finished_len = len(req.output_ids)
-        branch.num_cached_tokens = req.cached_tokens
+        note_end(live, index, req)
         if branch.state is BranchState.IN_FLIGHT and isinstance(req.finished_reason, FINISH_ABORT):
             self.voting.fail(live, index, req, req.finished_reason.to_json())
         num_chars = reading_chars(live.program.spec, len(req.output_ids_through_stop))
         if not self.readings.add(live, num_chars, partial(self._vote, index=index, req=req)):
             hide(req)  # its client waits for the record, too
+            self.unread[req] = None
 
     def _vote(self, live: LiveProgram, index: int, req: Req) -> None:
         try:
@@ -187,10 +196,12 @@ class SentBranches:
             live.reqs.pop(index, None)
             set_record(req, {**live.program.record(), "index": index})
         finally:
-            if req.finished_output:  # it was hidden until now
+            if req in self.unread:  # it was hidden until now
+                del self.unread[req]
                 req.finished_output = None
                 self.ends.send(req)
         self.go_on(live)
+        self.ends.programs.forget_unused()
 
     def is_lost(self, req: Req, tag: SentTag, abort: AbortReq) -> None:
         if tag.live.program.branches[tag.index].state is BranchState.IN_FLIGHT:
@@ -198,4 +209,7 @@ class SentBranches:
             self.voting.fail(tag.live, tag.index, req, why)
 
     def has_left(self, tag: SentTag) -> None:
-        """Nothing: no thought of a client's is asked."""
+        """With the last one that is there the slots are free: nobody says when such a program is over."""
+        if not any((other := tag_of(req)) and other.is_inside for req in tag.live.reqs.values()):
+            self.slots.release(tag.live)
+            tag.live.program.rest()

@@ -114,8 +114,9 @@ class Comparing:
             live.comparisons[index] = None
             is_symbolic = program.spec.comparer == "symbolic"
             texts = {i: (b.key if is_symbolic else b.answer) or "" for i, b in enumerate(program.branches)}
-            if self.findings is not None:
-                self.findings.ask((live.number, index), program.spec, texts[index], {i: texts[i] for i in others})
+            key, known = (live.number, index), {i: texts[i] for i in others}
+            if self.findings is not None and not self.findings.ask(key, program.spec, texts[index], known):
+                self.findings.lost[key] = None
             if program.spec.comparer == "model":
                 self._ask_model(live, index, others[0])
 

@@ -15,37 +15,46 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.common import touch_waiting_prefix
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_device, get_parallel
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.branches import Branches, SentBranches
-from sglang_dynasor.engine.ends import Ends, refusal
-from sglang_dynasor.engine.faults import Faults
+from sglang_dynasor.engine.control import Control
+from sglang_dynasor.engine.ends import Ends
+from sglang_dynasor.engine.fence import Fence, guarded
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.intake import Intake
 from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, arrival_of, tag_of
+from sglang_dynasor.engine.messages import Told
+from sglang_dynasor.engine.meter import Meter
 from sglang_dynasor.engine.programs import Programs
 from sglang_dynasor.engine.queue import Front
-from sglang_dynasor.engine.req import FINISH_ENDED
+from sglang_dynasor.engine.req import FINISH_ENDED, refusal
 from sglang_dynasor.engine.room import SchedulerRoom
+from sglang_dynasor.engine.slots import Slots, share_out
 from sglang_dynasor.engine.statistics import Observer
-from sglang_dynasor.engine.teller import TOLD_RID, Teller
+from sglang_dynasor.engine.teller import Teller
 from sglang_dynasor.engine.voting import Voting
 from sglang_dynasor.engine.watch import Watch
 from sglang_dynasor.policy.admission import Admission
+from sglang_dynasor.policy.program import StopReason
 
 
 class Controller:
     """Made when SGLang has sized its pools."""
 
-    def __init__(self, scheduler: Any, config: DynasorConfig):
+    def __init__(self, scheduler: Any, config: DynasorConfig, fence: Fence):
         parallel = get_parallel()
         # Whether SGLang lets this rank read the clock (`_poll_timeout_aborts`).
         is_first_rank = parallel.pp_rank == parallel.attn_tp_rank == parallel.attn_cp_rank == 0
         self.scheduler = scheduler
-        self.faults = Faults(config.dynasor_strict)
-        self.programs = Programs()
+        self.config = config
+        self.fence = fence
+        vocab_size = scheduler.model_config.vocab_size
+        memory = share_out(config.dynasor_statistics_mib, vocab_size)
+        self.slots = Slots(memory.num_slots)
+        self.programs = Programs(self.slots)
         self.teller = Teller(scheduler, config)
         self.front = Front(scheduler)
         self.room = SchedulerRoom(scheduler, self.front, self._start)
@@ -58,19 +67,23 @@ class Controller:
             config.dynasor_max_price,
         )
         self.inside = Inside(scheduler, self.front, self.admission)
-        voting = Voting(scheduler.tokenizer, self.admission.forecast, self.faults)
+        voting = Voting(scheduler.tokenizer, self.admission.forecast, fence)
         self.ends = Ends(
-            scheduler, self.inside, self.programs, voting, self.teller.rewards, self.teller.findings, self.faults
+            scheduler, self.inside, self.programs, voting, self.teller.rewards, self.teller.findings, fence
         )
-        watch = Watch(scheduler.tokenizer, self.inside, self.ends)
-        self.observer = Observer(watch)
+        watch = Watch(scheduler.tokenizer, self.inside, self.ends, self.slots)
+        self.observer = Observer(watch, memory, vocab_size)
         teller = self.teller if is_first_rank else None
         rewards, findings = (teller.rewards, teller.findings) if teller is not None else (None, None)
         self.branches = Branches(scheduler, self.inside, self.ends, voting, watch, rewards, findings)
         self.intake = Intake(
-            self.room, self.inside, self.ends, self.branches, SentBranches(self.ends, voting, self.branches.readings), teller,
+            self.room, self.inside, self.ends, self.branches, SentBranches(self.ends, voting, self.branches.readings, self.slots), teller,
             config.dynasor_max_branches, config.dynasor_level,
         )  # fmt: skip
+        self.control = Control(self)
+        self.sleeps_when_idle = (
+            get_device().sleep_on_idle
+        )  # the first rank alone sleeps; what follows from it is for all
 
     @property
     def is_idle(self) -> bool:
@@ -82,18 +95,25 @@ class Controller:
         thoughts, comparing = self.branches.thoughts, self.branches.comparing
         return {
             **self.ends.totals.as_dict(),
-            "num_policy_errors": self.faults.num,
+            "num_policy_errors": self.fence.num,
+            "num_fresh_starts": self.fence.num_fresh_starts,
+            "is_aside": int(self.fence.is_aside),
             "num_held_programs": len(self.programs.held),
             "num_waiting_programs": self.admission.order.num_waiting,
             "num_budgets": len(self.admission.budgets.by_id),
             "num_client_programs": len(self.programs.sent),
-            "num_branches_inside": self.inside.num_reqs,
+            "num_branches_inside": self.inside.num_reqs + len(self.fence.orphans),
             "num_branches_queued": len(self.front),
             "num_branches_promised": sum(self.admission.promised.values()),
+            "num_branches_expected": self.admission.queued.num_branches,
             "fixed_rows": self.admission.fixed_rows,
             "max_overtaken_tokens": self.admission.max_overtaken_tokens,
+            "patience_tokens": self.admission.order.patience_tokens,
+            "price": self.admission.price if self.programs.held else 0.0,
             "num_branches_watched": self.inside.num_watched,
             "num_steps_watched": self.observer.num_steps,
+            "num_answer_slots": self.slots.num - len(self.slots.free),
+            "num_answers_without_slot": self.slots.num_without,
             "num_reward_errors": self.teller.rewards.num_errors,
             "num_comparisons": comparing.num,
             "num_merges": comparing.num_merges,
@@ -101,7 +121,19 @@ class Controller:
             "num_probe_waves": thoughts.num_waves,
             "num_probe_tokens_read": thoughts.num_tokens_read,
             "num_probe_tokens_cached": thoughts.num_tokens_cached,
+            "num_looks": self.control.num_looks,
         }
+
+    def measure(self, collector: Any) -> None:
+        """Count programs beside SGLang's own metrics."""
+        order = self.admission.order
+        self.ends.meter = Meter(collector, order.weights, order.patience_tokens)
+
+    def report(self, stats: Any) -> None:
+        """SGLang is about to set its gauges: what waits here counts as queued, and ours are set."""
+        stats.num_queue_reqs.total = len(self.scheduler.waiting_queue) + self.admission.queued.num_branches
+        if self.ends.meter is not None:
+            self.ends.meter.report(self.status())
 
     def take(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
         """SGLang queues a request."""
@@ -114,33 +146,21 @@ class Controller:
     def _start(self, live: LiveProgram, num_branches: int) -> None:
         self.branches.start(live, num_branches)
 
+    @guarded("admit")  # by itself: what SGLang then takes of its queue is noted all the same
     def admit(self, running_batch: Any) -> None:
         """Start what fits, before SGLang fills its next prefill batch."""
         thoughts = self.branches.thoughts
         self.room.running_batch = running_batch
         # An engine that sleeps when it is idle would sleep over what waits.
-        self.branches.readings.open_step(has_bound=self.scheduler.idle_sleeper is None or not running_batch.is_empty())
+        self.branches.readings.open_step(has_bound=not (self.sleeps_when_idle and running_batch.is_empty()))
         thoughts.make_due()
-        try:
-            for gang in self.admission.share_out():
-                self.ends.guarded(gang.owner, self.ends.answer)
-            head = self.admission.look()
-            if head is not None:  # its prompt is used next: the radix cache evicts others first
-                touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
-        except Exception as error:
-            self.faults.fall_back("admission", error)
-            self._let_all_in()
+        for gang in self.admission.share_out():
+            self.ends.guarded(gang.owner, self.ends.answer)
+        head = self.admission.look()
+        if head is not None:  # its prompt is used next: the radix cache evicts others first
+            touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
         thoughts.send()
         self.front.open_batch(running_batch)
-
-    def _let_all_in(self) -> None:
-        """As stock would: everything waits in SGLang's queue, in order of arrival."""
-        self.admission.is_plain_due = True
-        for live in list(self.programs.held.values()):
-            live.program.granted = None  # nobody could grant it more
-            if not any(live.in_flight()):
-                self.admission.stop_waiting(live.gang)
-                self._start(live, live.program.num_unused)
 
     @property
     def holds_back(self) -> bool:
@@ -170,7 +190,8 @@ class Controller:
             try:
                 if not req.finished():
                     tag.keeper.has_output(req, tag)
-                elif not req.finished_output:  # with overlap a finished request comes by twice
+                # With overlap a finished request comes by twice, and may be about to speak the second time: hidden, it would not.
+                elif tag.is_inside and not req.finished_output:
                     self.inside.leave(req, tag)
                     tag.keeper.has_ended(req, tag)
             except Exception as error:
@@ -191,25 +212,22 @@ class Controller:
         return is_internal
 
     def _note_departure(self, req: Req) -> None:
-        self.admission.note_departure(arrival_of(req), len(req.origin_input_ids) + len(req.output_ids))
+        num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        self.admission.note_departure(arrival_of(req), num_tokens, self.room.rank(req))
 
     def abort(self, abort: AbortReq) -> None:
-        """A client gave up, or the first rank tells something."""
-        if abort.rid and abort.rid.startswith(TOLD_RID):
-            try:
-                self._hear(abort.rid)
-            except Exception as error:
-                self.faults.fall_back("told", error)
-            return
+        """A client gave up."""
         for rid, live in list(self.programs.held.items()):
             if abort.abort_all or rid.startswith(abort.rid or ""):
-                self.ends.abort(live, abort.finished_reason)
+                self.ends.guarded(live, lambda live: self.ends.abort(live, abort.finished_reason))
 
     # What the first rank tells
 
-    def due(self) -> list[AbortReq]:
+    def due(self) -> list[Told | AbortReq]:
         """What time has brought about. Only on the first rank; SGLang broadcasts it with the next requests."""
-        due = list(self.teller.due(self.programs.numbered.__contains__, self.admission.fixed_rows))
+        due: list[Told | AbortReq] = list(
+            self.teller.due(self.programs.numbered.__contains__, self.admission.fixed_rows)
+        )
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
             due += self._waited_too_long(time.perf_counter() - limit_s)
         return due
@@ -225,24 +243,22 @@ class Controller:
             and 0 < live.parent.time_stats.wait_queue_entry_time < since
         ]
 
-    def _hear(self, rid: str) -> None:
+    def hear(self, told: Told) -> None:
         """Act on what the first rank tells (teller.py)."""
-        assert_same("dynasor hears %s", rid)
-        what, *parts = rid.removeprefix(TOLD_RID).split(":")
-        if what == "fixed-rows":
-            self.admission.fixed_rows = int(parts[0])
+        assert_same("dynasor hears %s", told)
+        what, parts = told.what, told.parts
+        if what == "fixed_rows":
+            (self.admission.fixed_rows,) = parts
             return
-        live = self.programs.numbered.get(int(parts[0]))
+        number, *rest = parts
+        live = self.programs.numbered.get(number)
         if what == "reward":
-            index, reward = int(parts[1]), float.fromhex(parts[2]) if parts[2] else None
-            self.teller.rewards.forget((int(parts[0]), index))
+            self.teller.rewards.forget((number, rest[0]))
             if live is not None:
-                self.ends.guarded(live, lambda live: self.branches.judging.settle(live, index, reward))
+                self.ends.guarded(live, lambda live: self.branches.judging.settle(live, *rest))
         elif what == "same":
-            index, into = int(parts[1]), int(parts[2]) if parts[2] else None
-            score = float.fromhex(parts[3]) if parts[3] else None
-            self.teller.findings.forget((int(parts[0]), index))
+            self.teller.findings.forget((number, rest[0]))
             if live is not None:
-                self.ends.guarded(live, lambda live: self.branches.comparing.settle(live, index, into, score))
+                self.ends.guarded(live, lambda live: self.branches.comparing.settle(live, *rest))
         elif live is not None:
-            self.ends.guarded(live, self.branches.expire)
+            self.ends.guarded(live, lambda live: self.branches.close(live, StopReason.DEADLINE))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from sglang_dynasor.engine.beside import Beside, Key
 from sglang_dynasor.engine.embedding import EmbeddingServer
+from sglang_dynasor.engine.fence import guarded
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.symbolic import shared_worker
 
@@ -26,6 +27,7 @@ class Findings:
     """One place to ask for each comparer. What the model finds comes by itself (comparing.py): only its time-out is kept here."""
 
     def __init__(self, embedding_url: str, timeout_s: float):
+        self.lost: dict[Key, None] = {}  # that could not be asked about: told as found to be nobody's
         self._embedding = EmbeddingServer(embedding_url, timeout_s)
         then = f"{_APART}. Check that it serves an embedding model and answers within --dynasor-equal-timeout-s={timeout_s:g}"
         self._beside: dict[str, Beside[Finding]] = {
@@ -38,21 +40,30 @@ class Findings:
             ),
         }
 
-    def ask(self, key: Key, spec: ProgramSpec, answer: str, known: Mapping[int, str]) -> None:
-        """Have an answer compared with known ones (1 or more, by branch); the finding is among `given` within the time-out."""
+    @guarded("ask")  # on the first rank only: the others go on, and so does it
+    def ask(self, key: Key, spec: ProgramSpec, answer: str, known: Mapping[int, str]) -> bool:
+        """Have an answer compared with known ones (1 or more, by branch); the finding is among `given` within the time-out.
+
+        Returns:
+            True; anything else means that it was not asked about.
+        """
         finders: dict[str, Callable[[], Finding]] = {
             "symbolic": partial(self._by_formula, answer, known),
             "embedding": partial(self._by_embedding, answer, known, spec),
         }
         find = finders.get(spec.comparer)
         self._beside[spec.comparer].ask(key, None if find is None else lambda: find)
+        return True
 
     def given(self) -> Iterator[tuple[Key, Finding | None]]:
         """Findings that have come, None for those that will not in time, until they are forgotten."""
-        return chain.from_iterable(beside.given() for beside in self._beside.values())
+        lost = ((key, None) for key in self.lost)
+        return chain(lost, *(beside.given() for beside in self._beside.values()))
 
+    @guarded("forget")
     def forget(self, key: Key) -> None:
         """The finding has been used, or is no longer wanted."""
+        self.lost.pop(key, None)
         for beside in self._beside.values():
             beside.forget(key)
 

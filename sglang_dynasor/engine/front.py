@@ -1,24 +1,37 @@
-"""What the front process answers besides texts: a program's record in the response, and two routes."""
+"""What the front process adds to SGLang's answers: a program's record, kept for who asks later, and its usage."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
-from fastapi.responses import JSONResponse
-
-from sglang_dynasor.engine.flag import config_of
+from sglang_dynasor.engine.flag import config_of, has_many_fronts, serves_programs
+from sglang_dynasor.engine.page import note_record
+from sglang_dynasor.engine.templates import book_of
 from sglang_dynasor.engine.validation import budgets_of
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor.observe.ledger import RecordBook
+from sglang_dynasor.observe.log import RecordLog
 
 
 def records_of(tokenizer_manager: Any) -> RecordBook:
-    """The newest records of the programs this front process answered."""
+    """The newest records of the programs this front process answered; those of its log, if it has one, from before it started."""
     if not hasattr(tokenizer_manager, "_dynasor_records"):
-        tokenizer_manager._dynasor_records = RecordBook()
+        book = tokenizer_manager._dynasor_records = RecordBook()
+        if (log := log_of(tokenizer_manager)) is not None:
+            for line in log.newest(book.size):
+                book.keep(line["id"], line["record"])
     return tokenizer_manager._dynasor_records
+
+
+def log_of(tokenizer_manager: Any) -> RecordLog | None:
+    """Where records are written; None without --dynasor-log."""
+    if not hasattr(tokenizer_manager, "_dynasor_log"):
+        path = config_of(tokenizer_manager.server_args).dynasor_log
+        tokenizer_manager._dynasor_log = RecordLog(Path(path)) if path else None
+    return tokenizer_manager._dynasor_log
 
 
 def add_record(
@@ -40,46 +53,54 @@ def add_record(
     meta_info["dynasor"] = record
     book = records_of(tokenizer_manager)
     book.keep(meta_info["id"], record)
+    note_record(tokenizer_manager, record, state)
+    if (log := log_of(tokenizer_manager)) is not None:
+        log.write({"id": meta_info["id"], "at": time.time(), "record": record})
     if record["program"] != meta_info["id"]:
         book.keep(record["program"], record)  # branches sent by the client: the latest of them tells the most
     elif "num_tokens" in record:
-        meta_info["completion_tokens"] = record["num_tokens"]  # usage is what was generated, not what was shown
+        state.dynasor_usage = usage = usage_of(record, meta_info["prompt_tokens"])
+        if details := meta_info.get("cached_tokens_details"):  # siblings find what the first has just computed
+            details["device"] = details.get("device", 0) + usage["cached_tokens"] - meta_info["cached_tokens"]
+        meta_info.update(usage)
         budgets_of(tokenizer_manager).learn(record)
 
 
+def usage_of(record: dict[str, Any], prompt_tokens: int) -> dict[str, int]:
+    """What a program took, each kind of token of all branches that ran, as SGLang's `meta_info` names them.
+
+    Args:
+        prompt_tokens: of its prompt; counted once at least.
+    """
+    num_prompts = max(1, sum(tokens > 0 for tokens in record["branch_tokens"]))
+    return {
+        "prompt_tokens": num_prompts * prompt_tokens,
+        "completion_tokens": record["num_tokens"],
+        "cached_tokens": record["num_cached_tokens"],
+        "reasoning_tokens": record.get("num_reasoning_tokens", 0),
+    }
+
+
+def count_usage(tokenizer_manager: Any, state: Any, recv_obj: Any, i: int) -> None:
+    """Let SGLang's own counters of tokens see what `usage` says: the answer alone is what was shown, not what was taken."""
+    usage: dict[str, int] | None = getattr(state, "dynasor_usage", None)
+    if usage is None:
+        return
+    for kind in ("prompt_tokens", "completion_tokens", "cached_tokens"):
+        getattr(recv_obj, kind)[i] = usage[kind]
+
+
 def check_schedulers(result: Any, cls: Any, server_args: Any, *args: Any, **kwargs: Any) -> None:
-    if not config_of(server_args).is_on or server_args.dp_size > 1:
+    if not config_of(server_args).is_on:
+        return
+    # Where requests come in here files are read now, and one that is wrong is told.
+    if result[0] is not None and serves_programs(server_args) and not has_many_fronts(server_args):
+        book_of(result[0])
+        records_of(result[0])
+    if server_args.dp_size > 1:
         return  # the data-parallel controller drops what it does not know; each scheduler checks itself
     infos = next((part.scheduler_infos for part in result if hasattr(part, "scheduler_infos")), [])
     if not infos or any("dynasor" not in info for info in infos):
         raise PatchError(
             "--scheduler dynasor: a scheduler process started without the hooks; see its log for the plugin"
         )
-
-
-def add_routes(server_args: Any, *args: Any, **kwargs: Any) -> None:
-    if not config_of(server_args).is_on:
-        return
-    from sglang.srt.entrypoints import http_server
-
-    router = APIRouter(prefix="/dynasor")
-
-    def manager() -> Any:
-        return http_server.get_global_state().tokenizer_manager
-
-    @router.get("/programs/{program_id}")
-    async def program(program_id: str) -> JSONResponse:
-        """The record of an answered program, by the response's id or the client's program id."""
-        record = records_of(manager()).find(program_id)
-        if record is not None:
-            return JSONResponse(record)
-        message = f"program {program_id!r} is not known: not answered yet, never sent, or older than the newest 10,000"
-        return JSONResponse({"error": message}, status_code=404)
-
-    @router.get("/status")
-    async def status() -> JSONResponse:
-        """Counters of each scheduler since it started."""
-        states = await manager().get_internal_state()
-        return JSONResponse([state.get("dynasor", {}) for state in states])
-
-    http_server.app.include_router(router)

@@ -45,7 +45,7 @@ class Inside:
     def put_back(self, req: Req) -> None:
         """Queue one that was retracted: it comes back before new work."""
         queue_time(self.scheduler, req)
-        self.front.put(req)
+        self.front.put(req, is_retracted=True)
 
     def enter(self, tag: Tag) -> None:
         """It is SGLang's from here on."""

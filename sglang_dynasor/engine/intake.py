@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
 from sglang_dynasor.engine.branches import Branches, SentBranches
 from sglang_dynasor.engine.ends import Ends
+from sglang_dynasor.engine.gate import Gate
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import LiveProgram, SentTag, set_arrival, set_tag, tag_of
-from sglang_dynasor.engine.req import FINISH_ENDED
+from sglang_dynasor.engine.req import FINISH_ENDED, turn_away
 from sglang_dynasor.engine.room import SchedulerRoom
 from sglang_dynasor.engine.teller import Teller
 from sglang_dynasor.engine.voting import constraint_of
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.admission import Gang
 from sglang_dynasor.policy.program import Program
-from sglang_dynasor.policy.spec import ProgramSpec, parse_field
+from sglang_dynasor.policy.spec import ProgramSpec
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
+
+
+def field_of(req: Req) -> Any:
+    """What a request's `dynasor` field says; None where it has none. SGLang takes any value there."""
+    params: Any = req.sampling_params.custom_params
+    return params.get("dynasor") if isinstance(params, dict) else None
 
 
 class Intake:
@@ -41,43 +50,57 @@ class Intake:
         self.branches = branches
         self.sent = sent
         self.teller = teller
-        self.max_branches = max_branches
+        self.gate = Gate(room.scheduler, max_branches)
         self.level = level
+        self.refusal = ""  # why no new program is taken; empty: they are
 
     def take(self, enqueue: Callable[..., None], req: Req, is_retracted: bool) -> None:
         """Take in a request. `enqueue` is SGLang's own queueing of it."""
         self.ends.enqueue = enqueue
-        params = req.sampling_params.custom_params
-        field = params.get("dynasor") if isinstance(params, dict) else None  # SGLang takes any value there
+        # SGLang's first step, which those that are held must take too: without a priority a request has the least, or it may have none.
+        if not self.scheduler._set_or_validate_priority(req):
+            self.scheduler._release_aborted_request(req)
+            return
+        field = field_of(req)
         # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
         is_plain = field is None or is_retracted or tag_of(req) is not None or req.to_finish is not None
-        if is_plain or req.finished() or req.sampling_params.max_new_tokens == 0:
+        if self.gate.is_forged(req):
+            self._refuse(req, f"rid={quoted(req.rid)} begins with a NUL, as the server's own do")
+            return
+        if is_plain or req.finished() or self.gate.is_warm_up(req):
             if not is_retracted:
                 self._note(req)
             enqueue(req, is_retracted)
             return
         try:
-            spec = parse_field(field, self.max_branches, self.level)
-            if spec.program is not None:
-                live = self._join(req, spec.program, spec)
-            elif self._is_queue_full():
-                self.ends.tell_full(req)
-                return
-            else:
-                live = self._hold(req, spec)
-        except Exception as error:
-            self.ends.faults.fall_back("intake", error)
-            enqueue(req, is_retracted)
+            spec = self.gate.read(req, field, self.level)
+        except FieldError as error:
+            self._refuse(req, str(error))
             return
+        if spec.program is not None:
+            live = self._join(req, spec.program, spec)
+        elif self.refusal or self._is_queue_full():
+            turn_away(self.scheduler, req, self.refusal or "The request queue is full.")
+            return
+        elif not self.gate.is_open and req.rid in self.programs.held:  # one front process would not have let it come
+            self._refuse(req, f"rid={quoted(req.rid)} is that of a program that is served; send another, or none")
+            return
+        else:
+            live = self._hold(req, spec)
         if live.parent is not None:
             self.ends.guarded(live, self.branches.advance)
         elif (tag := tag_of(req)) is None:  # decided already, or more requests than the cap
+            # It never enters the cache, by whose way out SGLang's sessions know that a turn is over.
+            self.scheduler._release_aborted_request(req)
             self.ends.answer_at_once(req, live.program)
         else:
             live.reqs[tag.index] = req
             self.inside.enter(tag)
             self._note(req)
             enqueue(req, is_retracted)
+
+    def _refuse(self, req: Req, message: str) -> None:
+        turn_away(self.scheduler, req, message, HTTPStatus.BAD_REQUEST)
 
     def take_back(self, req: Req) -> bool:
         """One of our own was retracted: it comes back before new work. Returns whether it does.
@@ -100,7 +123,7 @@ class Intake:
             self.ends.replace(old)
         program = self._program(req.rid, spec, req)
         live = self.programs.number(program, req)
-        live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live)
+        live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live, self.room.rank(req))
         req.time_stats.set_wait_queue_entry_time()
         self.admission.arrive(live.gang)
         if spec.budget is not None:
@@ -130,5 +153,5 @@ class Intake:
 
     def _note(self, req: Req) -> None:
         """Remember when a request that is no program came."""
-        if arrival := self.admission.note_arrival():
+        if arrival := self.admission.note_arrival(self.room.rank(req)):
             set_arrival(req, arrival)

@@ -12,7 +12,7 @@ from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import JudgeTag, LiveProgram
 from sglang_dynasor.engine.req import make_side
 from sglang_dynasor.engine.reward_model import RewardModel
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.spec import JudgeSpec
 
 if TYPE_CHECKING:
@@ -39,19 +39,19 @@ def judge_tokens(judge: JudgeSpec, tokenizer: Any) -> JudgeTokens:
     suffix = tokenizer.encode(judge.suffix, add_special_tokens=False)
     if not suffix:
         raise FieldError(
-            f"dynasor.judge_suffix={judge.suffix!r} is no token of this model; send a text that asks it to judge"
+            f"dynasor.judge_suffix={quoted(judge.suffix)} is no token of this model; send a text that asks it to judge"
         )
     labels: list[int] = []
     for key, text in (("good", judge.good), ("bad", judge.bad)):
         ids = tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             raise FieldError(
-                f"dynasor.judge_{key}={text!r} is {len(ids)} tokens of this model; send a text that is one (mind a leading space)"
+                f"dynasor.judge_{key}={quoted(text)} is {len(ids)} tokens of this model; send a text that is one (mind a leading space)"
             )
         labels += ids
     if labels[0] == labels[1]:
         raise FieldError(
-            f"dynasor.judge_good={judge.good!r} and judge_bad={judge.bad!r} are the same token; send two different ones"
+            f"dynasor.judge_good={quoted(judge.good)} and judge_bad={quoted(judge.bad)} are the same token; send two different ones"
         )
     return JudgeTokens(tuple(suffix), labels[0], labels[1])
 
@@ -111,8 +111,11 @@ class Judging:
         tokenizer = self.scheduler.tokenizer
         if judge.is_external:
             live.judges[index] = None
-            if self.rewards is not None:
-                self.rewards.ask_about((live.number, index), partial(reward_texts, tokenizer, req, judge))
+            key = live.number, index
+            if self.rewards is not None and not self.rewards.ask_about(
+                key, partial(reward_texts, tokenizer, req, judge)
+            ):
+                self.rewards.lost[key] = None
             return True
         tokens = judge_tokens(judge, tokenizer)
         tag = JudgeTag(live, index, self, labels=(tokens.good, tokens.bad))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,12 +11,22 @@ from sglang.srt.managers.schedule_batch import Req
 
 from sglang_dynasor.engine.mould import Mould
 from sglang_dynasor.policy.admission import Gang
+from sglang_dynasor.policy.mixture import Said
 from sglang_dynasor.policy.program import BranchState, Program
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import AbortReq
 
     from sglang_dynasor.policy.confidence import Confidence
+
+
+@dataclass(slots=True)
+class Times:
+    """Of a branch, in seconds of `time.perf_counter`; 0: not yet."""
+
+    queued: float
+    first_token: float = 0.0
+    ended: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -36,7 +47,15 @@ class LiveProgram:
     mould: Mould | None = None  # of its branches, once the first was made
     lead: str | None = None  # the end of its prompt, once somebody asked
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
+    is_answered: bool = False  # its client has what it will get
+    times: dict[int, Times] = field(default_factory=dict[int, Times])  # of its branches, where it is traced
     gang: Gang = field(init=False)  # programs whose branches clients send have none
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether SGLang traces its request."""
+        times: Any = None if self.parent is None else self.parent.time_stats
+        return times is not None and times.trace_ctx.tracing_enable
 
     def in_flight(self) -> Iterator[Req]:
         """Its branches that have not left."""
@@ -101,6 +120,15 @@ class Asking:
 
 
 @dataclass(slots=True)
+class Answering:
+    """The answer of a running branch, as far as it is said (reader.py)."""
+
+    num_open: int  # braces that are open; 0: it ends with its line
+    is_escaped: bool = False  # the next character is a sign
+    said: Said = ()
+
+
+@dataclass(slots=True)
 class BranchTag(Tag):
     """A branch. One that goes on for another, whose thought was closed, begins with that one's tokens."""
 
@@ -108,7 +136,8 @@ class BranchTag(Tag):
     given_tokens: int = 0  # it began with
     spent_tokens: int = 0  # that the Req before it generated
     asking: Asking | None = None  # of a thought that is asked now and then
-    is_at_answer: bool = field(default=False, init=False)  # its answer comes next (statistics.py)
+    answering: Answering | None = field(default=None, init=False)  # it says its answer, or will next
+    num_answer_tokens: int = field(default=0, init=False)  # that were followed
     may_be_weak: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,6 +201,16 @@ def generated_tokens(req: Req, num_tokens: int) -> int:
     """Tokens that the model generated for what `req` is, `num_tokens` being in its output."""
     tag = tag_of(req)
     return tag.generated(num_tokens) if isinstance(tag, BranchTag) else num_tokens
+
+
+def note_end(live: LiveProgram, index: int, req: Req) -> None:
+    """What is known of a branch from the Req that ends: found in the cache, generated in its thought, and when."""
+    branch = live.program.branches[index]
+    branch.num_cached_tokens = min(req.cached_tokens, len(req.origin_input_ids))
+    branch.num_reasoning_tokens = generated_tokens(req, req.reasoning_tokens) if req.require_reasoning else 0
+    if (times := live.times.get(index)) is not None:
+        times.first_token = times.first_token or getattr(req.time_stats, "prefill_finished_time", 0.0)
+        times.ended = time.perf_counter()
 
 
 def arrival_of(req: Req) -> int:

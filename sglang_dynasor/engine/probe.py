@@ -15,7 +15,7 @@ from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
 from sglang_dynasor.engine.live import ProbeTag
 from sglang_dynasor.engine.req import make_side
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.algorithm import LONG_COT
 from sglang_dynasor.policy.answers import THINK_ENDS, extract_answer, is_complete
 from sglang_dynasor.policy.equal import answer_key
@@ -78,19 +78,19 @@ def _thought_tokens(suffix: str, end: str, word: str, extractor: str, tokenizer:
         end = f"{mark}\n\n"
     elif not end.strip():
         raise FieldError(
-            f"dynasor.think_end={end!r} is white space, which is in any thought; send what ends one, such as '</think>'"
+            f"dynasor.think_end={quoted(end)} is white space, which is in any thought; send what ends one, such as '</think>'"
         )
     if not suffix:
         lead = _lead(extractor)
         if not lead:
             raise FieldError(
-                f"dynasor.answer={extractor!r} with algorithm {LONG_COT.name!r}: nothing tells how to ask for such an answer; "
+                f"dynasor.answer={quoted(extractor)} with algorithm {LONG_COT.name!r}: nothing tells how to ask for such an answer; "
                 "send probe_suffix"
             )
         suffix = end + lead
     if _holds_answer(suffix, extractor):
         raise FieldError(
-            f"dynasor.probe_suffix={suffix!r} has an answer in it already, as dynasor.answer={extractor!r} reads it: every trial would "
+            f"dynasor.probe_suffix={quoted(suffix)} has an answer in it already, as dynasor.answer={quoted(extractor)} reads it: every trial would "
             "give that one; send a text that only asks"
         )
     ids = {

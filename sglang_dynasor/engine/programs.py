@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 from sglang_dynasor.engine.live import LiveProgram
+from sglang_dynasor.engine.slots import Slots
 from sglang_dynasor.policy.program import Program
 
 if TYPE_CHECKING:
@@ -17,16 +18,17 @@ MAX_CLIENT_PROGRAMS = 4096  # programs whose branches clients send; the one long
 class Programs:
     """Those whose answer a client waits for, and those whose branches clients send."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: Slots) -> None:
+        self.slots = slots
         self.held: dict[str, LiveProgram] = {}  # by the client's rid, in order of arrival
         self.numbered: dict[int, LiveProgram] = {}  # the same by number
         self.sent: OrderedDict[str, LiveProgram] = OrderedDict()  # by program id, the longest unused first
-        self._num = 0
+        self.num = 0  # that were numbered
 
     def number(self, program: Program, parent: Req) -> LiveProgram:
         """The next program for a client's request. It is not held yet."""
-        self._num += 1
-        return LiveProgram(program, parent, self._num)
+        self.num += 1
+        return LiveProgram(program, parent, self.num)
 
     def hold(self, live: LiveProgram) -> None:
         """From here on it owes its client an answer. Its rid is not held yet."""
@@ -42,13 +44,21 @@ class Programs:
         self.numbered.pop(live.number, None)
         if live.parent is not None and self.holds(live):
             del self.held[live.parent.rid]
+        self.slots.release(live)
 
     def join(self, program_id: str, fresh: Program) -> LiveProgram:
         """The program that a client's branch belongs to; `fresh` where it is the first."""
         live = self.sent.setdefault(program_id, LiveProgram(fresh, parent=None))
         self.sent.move_to_end(program_id)
-        if len(self.sent) > MAX_CLIENT_PROGRAMS:
-            oldest = next((key for key, old in self.sent.items() if not old.program.num_in_flight), None)
-            if oldest is not None and oldest != program_id:
-                del self.sent[oldest]
+        self.forget_unused()  # not this one, the newest
         return live
+
+    def forget_unused(self) -> None:
+        """Keep to MAX_CLIENT_PROGRAMS, but for those in flight.
+
+        Two at most are looked at: where many are in flight at once, nobody looks through all of them for each request.
+        """
+        for _ in range(min(2, len(self.sent) - MAX_CLIENT_PROGRAMS)):
+            program_id, oldest = self.sent.popitem(last=False)
+            if oldest.program.num_in_flight:
+                self.sent[program_id] = oldest

@@ -27,16 +27,16 @@ class Readings:
 
     def __init__(self, guarded: Callable[[LiveProgram, Callable[[LiveProgram], None]], None]):
         self._guarded = guarded
-        self._waiting: deque[Reading] = deque()
+        self.waiting: deque[Reading] = deque()
         self._left = STEP_CHARS
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self.waiting)
 
     def add(self, live: LiveProgram, num_chars: int, read: Callable[[LiveProgram], None]) -> bool:
         """Read now, or later. Returns whether it was now; then what `read` raises is the caller's."""
-        if self._waiting or not self._has_room(num_chars):
-            self._waiting.append(Reading(live, num_chars, read))
+        if self.waiting or not self._has_room(num_chars):
+            self.waiting.append(Reading(live, num_chars, read))
             return False
         self._left -= num_chars
         read(live)
@@ -45,8 +45,8 @@ class Readings:
     def open_step(self, *, has_bound: bool = True) -> None:
         """Read what waits, as far as this step goes; without a bound all of it."""
         self._left = STEP_CHARS
-        while self._waiting and (not has_bound or self._has_room(self._waiting[0].num_chars)):
-            reading = self._waiting.popleft()
+        while self.waiting and (not has_bound or self._has_room(self.waiting[0].num_chars)):
+            reading = self.waiting.popleft()
             self._left -= reading.num_chars
             self._guarded(reading.live, reading.read)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 from array import array
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -20,9 +23,9 @@ _DEFAULT_SEED = 42  # what SGLang gives a request without one
 class FINISH_ENDED(BaseFinishReason):
     """The program no longer needs this branch. A normal stop to the client: text so far, no error."""
 
-    def to_json(self) -> dict[str, Any]:
-        # `matched` must be None: SGLang trims the text by a string and the ids by an int.
-        return {"type": "stop", "matched": None}
+    # `matched` must be None: SGLang trims the text by a string and the ids by an int. No function of ours, because SGLang calls
+    # it where no guard is (fence.py).
+    to_json = staticmethod(partial(dict[str, Any], type="stop", matched=None))  # pyright: ignore[reportAssignmentType]
 
 
 def branch_seed(seed: int | None, index: int) -> int:
@@ -77,10 +80,9 @@ def _from_sglang(scheduler: Any, parent: Any, rid: str) -> Req:
         extra_key=parent.extra_key,
         cache_salt=parent.cache_salt,
         disagg_mode=scheduler.disaggregation_mode,
-        metrics_collector=parent.metrics_collector,
-        time_stats=parent.time_stats,
-    )
+    )  # without the parent's time stats and their collector: a branch is no request to SGLang's histograms
     req.tokenizer = parent.tokenizer
+    req.lora_id = parent.lora_id  # not given above: SGLang would add it to the parent's key of the cache once more
     req.logprob_start_len = parent.logprob_start_len
     return req
 
@@ -115,13 +117,37 @@ def make_side(scheduler: Any, branch: Any, ids: list[int], rid: str, tag: Tag, m
         extra_key=branch.extra_key,
         cache_salt=branch.cache_salt,
         disagg_mode=scheduler.disaggregation_mode,
-        time_stats=branch.time_stats,
     )
     req.tokenizer = scheduler.tokenizer
+    req.lora_id = branch.lora_id
     req.logprob_start_len = -1
     scheduler.init_req_max_new_tokens(req)
     set_tag(req, tag)
     return req
+
+
+def stand_in(parent: Any, speaker: Req) -> Req:
+    """Another Req that says to the client of `parent` what `speaker`, which may be running still, has said so far."""
+    told = object.__new__(Req)
+    vars(told).update(vars(speaker))
+    told.output_ids = speaker.output_ids[:]
+    told.surr_offset = told.read_offset = None  # nothing of it has been shown
+    told.rid, told.http_worker_ipc, told.stream = parent.rid, parent.http_worker_ipc, parent.stream
+    told.finished_output = None
+    return told
+
+
+def refusal(message: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE) -> dict[str, Any]:
+    """The finish reason of a request that is refused, by default for lack of room or time."""
+    return {"type": "abort", "status_code": status.value, "message": message}
+
+
+def turn_away(scheduler: Any, req: Req, message: str, status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE) -> None:
+    """Refuse a request before it is queued, as SGLang does beyond --max-queued-requests: what it holds for it is given back."""
+    if req.to_finish is None:  # else SGLang refuses it itself, and the turn under way in its session is another's
+        scheduler._release_aborted_request(req)
+    scheduler.beam_coordinator.retire_group(req)
+    scheduler.send_abort_output(AbortReq(rid=req.rid, finished_reason=refusal(message, status)), req)
 
 
 def queue_time(scheduler: Any, req: Req) -> None:

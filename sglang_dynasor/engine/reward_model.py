@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from math import exp
 from typing import Any
 
 from sglang_dynasor.engine.beside import Beside, Key
+from sglang_dynasor.engine.fence import guarded
 
 # The operator's own server: never through a proxy that the environment names.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -25,6 +27,7 @@ class RewardModel(Beside[float]):
 
     def __init__(self, url: str, timeout_s: float):
         self.url = url.rstrip("/")
+        self.lost: dict[Key, None] = {}  # that could not be asked about: told as no reward
         super().__init__(
             timeout_s,
             "reward",
@@ -33,9 +36,22 @@ class RewardModel(Beside[float]):
             f"--dynasor-reward-timeout-s={timeout_s:g}",
         )
 
-    def ask_about(self, key: Key, make_texts: Callable[[], list[str]]) -> None:
-        """Have texts (each of prompt and branch, 1 or more) rewarded; the result is among `given` within the time-out."""
+    @guarded("ask_about")  # on the first rank only: the others go on, and so does it
+    def ask_about(self, key: Key, make_texts: Callable[[], list[str]]) -> bool:
+        """Have texts (each of prompt and branch, 1 or more) rewarded; the result is among `given` within the time-out.
+
+        Returns:
+            True; anything else means that it was not asked about.
+        """
         self.ask(key, lambda: partial(self._reward, make_texts()))
+        return True
+
+    def given(self) -> Iterator[tuple[Key, float | None]]:
+        return chain(((key, None) for key in self.lost), super().given())
+
+    def forget(self, key: Key) -> None:
+        self.lost.pop(key, None)
+        super().forget(key)
 
     def _reward(self, texts: list[str]) -> float:
         return min(rewards_of(post(f"{self.url}/classify", {"text": texts}, self.timeout_s)))

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
+from heapq import nlargest, nsmallest
 from itertools import islice
+from math import inf
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import CLIP_MAX_NEW_TOKENS, AddReqResult, PrefillAdder
 
+from sglang_dynasor.engine.adapters import Adapter, fit_together, is_any_kept_out
+from sglang_dynasor.engine.fence import override
 from sglang_dynasor.engine.live import LiveProgram, arrival_of, internal_tag_of
 from sglang_dynasor.engine.queue import Front
 from sglang_dynasor.policy.admission import Admission, Gang, Waiting
@@ -68,9 +73,43 @@ class SchedulerRoom:
     def num_plain_waiting(self) -> int:
         return len(self.scheduler.waiting_queue) - len(self.front)
 
-    def waiting(self) -> Iterator[Waiting]:
-        for req in islice(self.scheduler.waiting_queue, len(self.front), None):
-            yield Waiting(arrival_of(req), req.sampling_params.max_new_tokens, self._cost(req))
+    @property
+    def is_short_of_adapters(self) -> bool:
+        """Whether SGLang would pass over one of ours in its queue, until who runs with other adapters has left."""
+        return self.scheduler.enable_lora and is_any_kept_out(
+            self.scheduler, self._running_adapters(), (req.lora_id for req in self.front.reqs)
+        )
+
+    @property
+    def kept_out_rank(self) -> float:
+        """The rank from which on plain requests leave adapters' places to ours, which wait for one; infinite: none does."""
+        return min(map(self.rank, self.front.reqs)) if self.is_short_of_adapters else inf
+
+    def has_adapter_room(self, gang: Gang) -> bool:
+        if not self.scheduler.enable_lora:
+            return True
+        if self.is_short_of_adapters:  # who went before this one waits for an adapter's place
+            return False
+        adapter = gang.owner.parent.lora_id
+        there = {*self._running_adapters(), *(req.lora_id for req in self.front.reqs)}
+        return adapter in there or fit_together(self.scheduler, there | {adapter})
+
+    def _running_adapters(self) -> Iterator[Adapter]:
+        """As SGLang counts them: who has finished stays in the batch while prompts are computed, and needs no place."""
+        chunked = self.scheduler.chunked_req
+        running = (*self._running.reqs, *(() if chunked is None else (chunked,)))
+        return (req.lora_id for req in running if not req.finished())
+
+    def waiting(self, num: int) -> Iterator[Waiting]:
+        plain = islice(self.scheduler.waiting_queue, len(self.front), None)
+        if self.scheduler.enable_priority_scheduling:  # SGLang sorts when it looks, and new ones came since
+            first = nsmallest if self.scheduler.policy.priority_sign > 0 else nlargest
+            plain = first(num, plain, key=attrgetter("priority"))  # it may be long: nothing of ours for each
+        for req in islice(plain, num):
+            yield Waiting(arrival_of(req), req.sampling_params.max_new_tokens, self._cost(req), self.rank(req))
+
+    def rank(self, req: Req) -> int:
+        return self.front.rank(req)
 
     def progress_tokens(self, gang: Gang) -> int:
         return sum(len(req.output_ids) for req in gang.owner.in_flight())
@@ -124,29 +163,34 @@ def branch_cost(req: Req, page_size: int, *, is_cached: bool) -> Cost:
 def adder_class(base: type[PrefillAdder], room: SchedulerRoom, admission: Admission) -> type[PrefillAdder]:
     """A subclass of SGLang's PrefillAdder that leaves alone what is promised to gangs."""
 
-    class ProgramAdder(base):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            room.running_batch = self.running_batch
-            self.num_plain_left = admission.plain_rows
-            self.latest_plain = admission.latest_plain
-            self.memory_budget.total_offset += admission.promised_tokens
+    def open_pass(original: Callable[..., None], adder: Any, *args: Any, **kwargs: Any) -> None:
+        original(adder, *args, **kwargs)
+        room.running_batch = adder.running_batch
+        adder.num_plain_left = admission.plain_rows
+        adder.latest_plain = min((admission.last_rank, admission.latest_plain), (room.kept_out_rank, -1))
+        adder.memory_budget.total_offset += admission.promised_tokens
 
-        def add_one_req(self, req: Req, has_chunked_req: bool, truncation_align_size: int | None) -> AddReqResult:
-            if internal_tag_of(req) is not None:
-                # Where nothing runs, a promise to those behind it must not hold it back: nothing would leave, ever.
-                lifted = 0 if self.running_batch.reqs or self.can_run_list else admission.promised_tokens
-                self.memory_budget.total_offset -= lifted
-                try:
-                    return super().add_one_req(req, has_chunked_req, truncation_align_size)
-                finally:
-                    self.memory_budget.total_offset += lifted
-            if self.num_plain_left == 0 or arrival_of(req) > self.latest_plain:
-                return AddReqResult.OTHER
-            num_before = len(self.can_run_list)
-            result = super().add_one_req(req, has_chunked_req, truncation_align_size)
-            if self.num_plain_left is not None:
-                self.num_plain_left -= len(self.can_run_list) - num_before
-            return result
+    def add(original: Callable[..., AddReqResult], adder: Any, req: Req, *args: Any, **kwargs: Any) -> AddReqResult:
+        if internal_tag_of(req) is not None:
+            # Where nothing runs, a promise to those behind it must not hold it back: nothing would leave, ever.
+            lifted = 0 if adder.running_batch.reqs or adder.can_run_list else admission.promised_tokens
+            adder.memory_budget.total_offset -= lifted
+            try:
+                return original(adder, req, *args, **kwargs)
+            finally:
+                adder.memory_budget.total_offset += lifted
+        if adder.num_plain_left == 0 or (room.rank(req), arrival_of(req)) > adder.latest_plain:
+            return AddReqResult.OTHER
+        num_before = len(adder.can_run_list)
+        result = original(adder, req, *args, **kwargs)
+        if adder.num_plain_left is not None:
+            adder.num_plain_left -= len(adder.can_run_list) - num_before
+        return result
+
+    class ProgramAdder(base):
+        num_plain_left: int | None = None  # None: as many as fit
+        latest_plain: tuple[float, float] = inf, inf  # rank and arrival
+        __init__ = override(base.__init__, open_pass)  # pyright: ignore[reportAssignmentType]
+        add_one_req = override(base.add_one_req, add)
 
     return ProgramAdder

@@ -1,7 +1,6 @@
 """What only the first rank finds out, with its clock and over the network, and tells the other ranks.
 
-It rides SGLang's next broadcast of requests, as an abort of a rid that no request has: SGLang ignores it, and every rank's
-controller acts on it in the same iteration.
+It rides SGLang's next broadcast of requests, and every rank's controller acts on it in the same iteration.
 """
 
 from __future__ import annotations
@@ -11,19 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sglang.srt.managers.io_struct import AbortReq
-
 from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.fence import guarded
 from sglang_dynasor.engine.findings import Finding, Findings
+from sglang_dynasor.engine.messages import Told
 from sglang_dynasor.engine.reward_model import RewardModel
 from sglang_dynasor.policy.pace import Pace
-
-TOLD_RID = "\0dynasor-told-"  # then what is told, and of what, parted by colons
-
-
-def told(*parts: object) -> AbortReq:
-    """The message, as SGLang broadcasts it."""
-    return AbortReq(rid=TOLD_RID + ":".join(map(str, parts)))
 
 
 class Teller:
@@ -38,11 +30,12 @@ class Teller:
         self._pace = Pace()
         self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
 
+    @guarded("date")
     def date(self, number: int, deadline_s: float) -> None:
         """Tell when program `number` has been there for so many seconds."""
         self._undated.append((number, deadline_s))
 
-    def due(self, is_held: Callable[[int], bool], fixed_rows: int) -> Iterator[AbortReq]:
+    def due(self, is_held: Callable[[int], bool], fixed_rows: int) -> Iterator[Told]:
         """What is to be told now. What has not been heard is told again: SGLang may drop what a poll returns.
 
         Args:
@@ -58,16 +51,15 @@ class Teller:
             entry = heapq.heappop(self._deadlines)
             if is_held(entry[1]):
                 reached.append(entry)
-                yield told("deadline", entry[1])
+                yield Told(what="deadline", parts=(entry[1],))
         for entry in reached:
             heapq.heappush(self._deadlines, entry)
         for (number, index), reward in self.rewards.given():
-            yield told("reward", number, index, "" if reward is None else reward.hex())
+            yield Told(what="reward", parts=(number, index, reward))
         for (number, index), finding in self.findings.given():
-            into, score = finding or Finding(None)
-            yield told("same", number, index, "" if into is None else into, "" if score is None else score.hex())
+            yield Told(what="same", parts=(number, index, *(finding or Finding(None))))
         if self._see_step(now) and (rows := self._pace.news(fixed_rows)) is not None:
-            yield told("fixed-rows", rows)
+            yield Told(what="fixed_rows", parts=(rows,))
 
     def _see_step(self, now: float) -> bool:
         """Time the step that has just been run. Returns whether there was one."""

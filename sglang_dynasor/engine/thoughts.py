@@ -63,7 +63,7 @@ class Thoughts:
         self._line_ends = line_ends
         self._go_on = go_on
         self._due: list[BranchTag] = []  # to be asked before the next prefill batch
-        self._made: list[tuple[Req, ProbeTag]] = []  # probes that wait to be computed together
+        self.made: list[tuple[Req, ProbeTag]] = []  # probes that wait to be computed together
         self._num_steps = 0  # that the first of them has waited
 
     @property
@@ -167,28 +167,28 @@ class Thoughts:
             assert_same("dynasor asks %s at %d tokens", req.rid, num_tokens)
             live.probes[tag.index] = probe
             program.num_probes += 1
-            self._made.append((probe, aside))
+            self.made.append((probe, aside))
 
     def send(self) -> None:
         """Queue the probes that were made, if it is time. Last in a step: they go with what else was started."""
-        if not self._made:
+        if not self.made:
             return
         # Not what its program has ended or retracted meanwhile.
-        self._made = [(probe, tag) for probe, tag in self._made if tag.live.probes.get(tag.index) is probe]
-        if not self._made:
+        self.made = [(probe, tag) for probe, tag in self.made if tag.live.probes.get(tag.index) is probe]
+        if not self.made:
             self._num_steps = 0
             return
         self._num_steps += 1
         is_due = is_wave_due(
-            len(self._made) + self.admission.num_probes,
+            len(self.made) + self.admission.num_probes,
             self.admission.num_thoughts,
             self._num_steps,
             is_pass_next=self.inside.front.is_pass_due,
-            is_urgent=any(tag.live.program.may_close(tag.index) for _, tag in self._made),
+            is_urgent=any(tag.live.program.may_close(tag.index) for _, tag in self.made),
         )
         if not is_due:
             return
-        made, self._made, self._num_steps = self._made, [], 0
+        made, self.made, self._num_steps = self.made, [], 0
         self.num_waves += 1
         for probe, tag in reversed(made):
             self.inside.put(probe, tag)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 
-from sglang_dynasor.engine.faults import Faults
+from sglang_dynasor.engine.fence import Fence
 from sglang_dynasor.engine.live import LiveProgram, SentTag, generated_tokens, tag_of
 from sglang_dynasor.engine.req import FINISH_ENDED
 from sglang_dynasor.engine.texts import Texts
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Voting:
     """What a finished branch says is told to its program."""
 
-    def __init__(self, tokenizer: Any, forecast: Forecast, faults: Faults):
+    def __init__(self, tokenizer: Any, forecast: Forecast, fence: Fence):
         self.texts = Texts(tokenizer)
         self.forecast = forecast
-        self.faults = faults
+        self.fence = fence
 
     def finish(self, live: LiveProgram, index: int, req: Req, reward: float | None = None) -> None:
         """The branch votes, or abstains; it also abstains where reading it fails."""
@@ -37,11 +37,10 @@ class Voting:
                 index, text, generated_tokens(req, num_tokens), reward, lead=lead, ending=ending_of(req)
             )  # fmt: skip
         except Exception as error:
-            if program.branches[index].state is BranchState.IN_FLIGHT:
-                raise
-            self.faults.fall_back(
-                "vote", error
-            )  # counted as an abstention: the program goes on to its cap, as stock would
+            if program.branches[index].state is BranchState.IN_FLIGHT or program.budget is not None:
+                raise  # it was not counted; or others may wait for what it was to give back
+            # Counted as an abstention: the program goes on to its cap, as stock would.
+            self.fence.fall_back("vote", error, is_contained=True)
 
     def fail(self, live: LiveProgram, index: int, req: Req, why: dict[str, Any]) -> None:
         """SGLang gave the branch up."""

@@ -154,7 +154,16 @@ def _check_keys(field: dict[str, Any], about: AlgorithmRecord, *, has_reward: bo
 
 
 def runs_on_server(field: dict[str, Any], *, has_reward: bool) -> bool:
-    """Whether a server with our scheduler can run this by itself, as one request: functions cannot be sent."""
+    """Whether a server with our scheduler can run this by itself, as one request: functions cannot be sent.
+
+    Raises:
+        FieldError: it names a template.
+    """
+    if "template" in field:
+        raise FieldError(
+            f"dynasor.template={field['template']!r} outside a request: the caller's own settings would win, all of which are sent; send "
+            "the template's settings, or a request of your own"
+        )
     about = find(field.get("algorithm", SELF_CONSISTENCY.name))
     if not about.is_engine_s or has_reward:
         return False

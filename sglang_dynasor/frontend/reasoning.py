@@ -119,7 +119,7 @@ class Reasoning:
     @property
     def stopped(self) -> bool:
         """Whether it ended before its cap was used up."""
-        return self.stop_reason not in (None, StopReason.CAP, StopReason.FAILED)
+        return self.stop_reason not in (None, StopReason.CAP, StopReason.ABORTED, StopReason.FAILED)
 
     @property
     def num_tokens(self) -> int:

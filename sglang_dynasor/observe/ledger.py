@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.spec import ProgramSpec
@@ -18,13 +19,16 @@ STATUS_HELP = {
     "num_programs": "programs answered since the start",
     "num_certain": "of those, ended early by their rule",
     "num_expired": "of those, answered at their deadline",
+    "num_finished_early": "of those, answered when the operator wanted it",
     "num_used_up": "of those, ended because the budget that they shared was used up",
     "num_priced_out": "of those, ended because one more branch was not worth its price under the load",
-    "num_aborted": "programs that ended without an answer: aborts, disconnects, time-outs",
+    "num_aborted": "programs given up: aborts, disconnects, time-outs; their clients are told what there was",
     "num_branches": "branches that answered programs started",
     "num_branches_saved": "branches that their caps allowed and they did not start",
     "num_tokens": "tokens that answered programs generated, all branches together",
     "num_policy_errors": "exceptions in our own code that fell back to stock behaviour",
+    "num_fresh_starts": "times that such an exception left something half done: programs under way ended, and new ones began anew",
+    "is_aside": "1: exceptions of one kind came again and again, and programs are refused with HTTP 503; 0: they are served",
     "num_held_programs": "programs that still owe their client an answer",
     "num_waiting_programs": "of those, waiting for room to start (more) branches",
     "num_budgets": "budgets of several requests, remembered by id",
@@ -32,10 +36,15 @@ STATUS_HELP = {
     "num_branches_inside": "branches, judges and probes that SGLang holds, queued or running",
     "num_branches_queued": "of those, queued by us and not yet in a batch",
     "num_branches_promised": "branches for which rows and tokens are kept until their leader's prompt is cached",
+    "num_branches_expected": "branches that waiting programs are expected to need, and those promised: what load reports add to SGLang's queue",
     "fixed_rows": "rows that take as long as the fixed part of a step on this machine; 50, as on a large GPU, until that is known",
     "max_overtaken_tokens": "most service that later arrivals were given before a program that waited was started",
+    "patience_tokens": "service that later arrivals may get before a waiting program is head of the line",
+    "price": "of a branch when a program was last asked about it, as risk removed; 0 where no program is there",
     "num_branches_watched": "branches whose logits somebody reads now",
     "num_steps_watched": "steps in which logits were read",
+    "num_answer_slots": "places in answers of programs under way whose distributions the device mixes (`--dynasor-statistics-mib`)",
+    "num_answers_without_slot": "places that found no room there, and were mixed on the host from the likeliest tokens",
     "num_reward_errors": "branches that went on without the reward model's word",
     "num_comparisons": "new answers that were compared with known ones beside the loop (`equal` symbolic, model, embedding)",
     "num_merges": "of those, found to be a known one",
@@ -43,6 +52,7 @@ STATUS_HELP = {
     "num_probe_waves": "prefill passes in which thoughts were asked together",
     "num_probe_tokens_read": "tokens of thoughts that probes were to read",
     "num_probe_tokens_cached": "of those, found in the radix cache",
+    "num_looks": "times that somebody looked at what is in flight: a list of programs, twice a second while the live page is open",
 }
 
 
@@ -53,6 +63,7 @@ class Totals:
     num_programs: int = 0
     num_certain: int = 0  # ended early by their rule
     num_expired: int = 0  # answered at their deadline
+    num_finished_early: int = 0  # the operator wanted the answer then
     num_used_up: int = 0  # their budget was used up
     num_priced_out: int = 0  # one more branch was not worth its price
     num_aborted: int = 0
@@ -65,6 +76,7 @@ class Totals:
         self.num_programs += 1
         self.num_certain += record["stop_reason"] == "certain"
         self.num_expired += record["stop_reason"] == "deadline"
+        self.num_finished_early += record["stop_reason"] == "operator"
         self.num_used_up += record["stop_reason"] == "budget"
         self.num_priced_out += record["stop_reason"] == "price"
         self.num_branches += record["num_branches"]
@@ -92,35 +104,52 @@ class RecordBook:
     def find(self, key: str) -> dict[str, Any] | None:
         return self._records.get(key)
 
+    def newest(self) -> Iterator[dict[str, Any]]:
+        """Each record once, the newest first: of a client's own branches the latest, which tells the most."""
+        programs: set[str] = set()
+        for record in reversed(self._records.values()):
+            if record["program"] not in programs:
+                programs.add(record["program"])
+                yield record
+
     def __len__(self) -> int:
         return len(self._records)
 
 
 class Owners:
-    """Whose the programs are whose branches clients send: of the newest `size`, the field that declared each."""
+    """Whose the ids are that clients name programs by, rids and program ids alike: of the newest `size`, the field that claimed each."""
 
     def __init__(self, size: int = 10_000):
         self.size = size
         self._specs: OrderedDict[str, ProgramSpec] = OrderedDict()
 
-    def check(self, spec: ProgramSpec) -> None:
-        """Take note of a branch's program.
+    def claim(self, rid: str, spec: ProgramSpec, records: RecordBook) -> None:
+        """Take note of a program, or of a branch that a client sends.
 
         Raises:
-            FieldError: another tenant's, or one that was declared with other settings.
+            FieldError: an id is another tenant's, in flight or with a record; or the program was declared with other settings.
+                Then nothing is taken note of.
         """
-        assert spec.program is not None
-        first = self._specs.setdefault(spec.program, spec)
-        self._specs.move_to_end(spec.program)
-        while len(self._specs) > self.size:
-            self._specs.popitem(last=False)
-        if spec.tenant != first.tenant:
-            raise FieldError(f"dynasor.program={spec.program!r} is another tenant's; send an id of your own")
-        if spec != first:
+        ids = {"rid": rid, "dynasor.program": spec.program}
+        for key, id in ids.items():
+            if id is None:
+                continue
+            first, record = self._specs.get(id), records.find(id)
+            tenants = [first.tenant] if first is not None else []
+            tenants += [record.get("tenant", "")] if record is not None else []
+            if any(tenant != spec.tenant for tenant in tenants):
+                raise FieldError(f"{key}={quoted(id)} is another tenant's; send an id of your own")
+        first = None if spec.program is None else self._specs.get(spec.program)
+        if first is not None and first.program is not None and first != spec:
             raise FieldError(
-                f"dynasor.program={spec.program!r} was declared with other settings; send the same with each of its branches, "
+                f"dynasor.program={quoted(spec.program)} was declared with other settings; send the same with each of its branches, "
                 "or another id"
             )
+        for id in filter(None, ids.values()):
+            self._specs[id] = spec
+            self._specs.move_to_end(id)
+        while len(self._specs) > self.size:
+            self._specs.popitem(last=False)
 
 
 class BudgetBook:
@@ -137,8 +166,18 @@ class BudgetBook:
             if reason in ("stop", "length"):
                 self.branch_tokens.learn(num_tokens)
 
+    def claim(self, spec: ProgramSpec, most_tokens: Any) -> None:
+        """Take note of a program's budget, as `check` allows it."""
+        self.check(spec, most_tokens)
+        budget = spec.budget
+        if budget is not None and budget.id:
+            self._declared[budget.id] = spec.tenant, budget
+            self._declared.move_to_end(budget.id)
+            while len(self._declared) > self.size:
+                self._declared.popitem(last=False)
+
     def check(self, spec: ProgramSpec, most_tokens: Any) -> None:
-        """Take note of a program's budget.
+        """Whether a program may have its budget.
 
         Args:
             most_tokens: that a branch of it may take; what is no number bounds nothing.
@@ -152,19 +191,14 @@ class BudgetBook:
         declared = (spec.tenant, budget)
         first = self._declared.get(budget.id, declared) if budget.id else declared
         if first[0] != spec.tenant:
-            raise FieldError(f"dynasor.budget={budget.id!r} is another tenant's; send an id of your own")
+            raise FieldError(f"dynasor.budget={quoted(budget.id)} is another tenant's; send an id of your own")
         if first != declared:
             raise FieldError(
-                f"dynasor.budget={budget.id!r} was declared with budget_tokens={first[1].tokens} and "
+                f"dynasor.budget={quoted(budget.id)} was declared with budget_tokens={first[1].tokens} and "
                 f"budget_programs={first[1].num_programs}; send the same with each of its programs, or another id"
             )
         if budget.id not in self._declared:
             self._check_size(budget, most_tokens)
-        if budget.id:
-            self._declared[budget.id] = declared
-            self._declared.move_to_end(budget.id)
-            while len(self._declared) > self.size:
-                self._declared.popitem(last=False)
 
     def _check_size(self, budget: BudgetSpec, most_tokens: Any) -> None:
         if self.branch_tokens.num < FEWEST_BRANCHES:
@@ -175,6 +209,6 @@ class BudgetBook:
         least = ceil(budget.num_programs * branch_tokens)
         if budget.tokens < least:
             raise FieldError(
-                f"dynasor.budget_tokens={budget.tokens} is below one branch per question: {budget.num_programs} programs share it, and a "
+                f"dynasor.budget_tokens={quoted(budget.tokens)} is below one branch per question: {budget.num_programs} programs share it, and a "
                 f"branch takes about {branch_tokens:.0f} tokens here; send {least} or more, or a smaller max_new_tokens"
             )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
-from math import inf
+from math import ceil, inf
 from typing import Any, NamedTuple, Protocol
 
 from sglang_dynasor.policy.forecast import Forecast
 from sglang_dynasor.policy.gang import Cost, Room
+from sglang_dynasor.policy.line import Need, Ticket
 from sglang_dynasor.policy.look import Offer, look
-from sglang_dynasor.policy.order import Order, Plain, Ticket
+from sglang_dynasor.policy.order import Order, Plain
 from sglang_dynasor.policy.pace import USUAL_ROWS
 from sglang_dynasor.policy.program import Program
 from sglang_dynasor.policy.shared_budget import SharedBudgets
@@ -33,6 +33,7 @@ class Gang:
     prompt_tokens: int  # computed once for all of them
     cost: Cost  # of a gang whose prompt nobody holds
     owner: Any  # what the engine knows it by
+    rank: int = 0  # of its priority: the least goes first
     is_prompt_cached: bool = False  # until then only the first branch runs, so that siblings hit the cache
     ticket: Ticket = field(init=False)
 
@@ -43,6 +44,7 @@ class Waiting(NamedTuple):
     arrival: int  # as `Admission.note_arrival` gave it; 0: before any program that is there now
     most_tokens: float  # that it may generate
     cost: Cost
+    rank: int = 0  # of its priority
 
 
 class Engine(Protocol):
@@ -83,8 +85,12 @@ class Engine(Protocol):
         """Requests that wait and are no programs."""
         ...
 
-    def waiting(self) -> Iterable[Waiting]:
-        """Requests that wait and are no programs, in the order in which the engine would admit them."""
+    def has_adapter_room(self, gang: Gang) -> bool:
+        """Whether what runs leaves room for the gang's adapter, of which an engine takes only so many at once."""
+        ...
+
+    def waiting(self, num: int) -> Iterable[Waiting]:
+        """The first so many requests that wait and are no programs, in the order in which the engine would admit them."""
         ...
 
     def progress_tokens(self, gang: Gang) -> int:
@@ -121,22 +127,45 @@ class Admission:
         self.num_thoughts = 0  # running branches that are asked for their answer now and then
         self.num_probes = 0  # that ask one now
         self.max_overtaken_tokens = 0
+        self.price = 0.0  # of a branch when a program was last asked about it
         self._is_stale = False
         self._num_steps = 0  # since the last look
         self._num_kept = 0  # programs that still waited after that
+        self._kept_need = self.order.needed  # by them
 
     # The line
 
     def arrive(self, gang: Gang) -> None:
         """A program has come. It does not wait yet."""
         gang.is_prompt_cached = not self.engine.shares_prompts
-        gang.ticket = self.order.arrive(gang.program.spec.tenant, gang)
+        gang.ticket = self.order.arrive(gang.program.spec.tenant, gang, gang.rank)
 
     def wait(self, gang: Gang) -> None:
         """Let a program that wants branches stand in line, or move in it."""
         progress = self.engine.progress_tokens(gang)
-        self.order.wait(gang.ticket, self.forecast.remaining_tokens(gang.program, progress))
+        self.order.wait(gang.ticket, self.forecast.remaining_tokens(gang.program, progress), self._need(gang))
         self._is_stale = True
+
+    def _need(self, gang: Gang) -> Need:
+        """At least one branch: it would start one if there were room."""
+        program = gang.program
+        num_there = program.num_in_flight + self.promised.get(gang, 0)
+        num = max(1, min(ceil(self.forecast.branches(program)) - num_there, program.num_unused))
+        prompt_tokens = num * gang.prompt_tokens
+        if not self.engine.shares_prompts:
+            return Need(num, prompt_tokens, prompt_tokens)
+        return Need(num, prompt_tokens, 0 if gang.ticket.is_started else gang.prompt_tokens)
+
+    @property
+    def queued(self) -> Need:
+        """What the engine's own queue does not show: waiting programs' branches, and those that follow their leader."""
+        needed = self.order.needed
+        if self._is_stale:  # some stand in line until the next look only, which finds that they want nothing now
+            needed = Need(*map(min, needed, self._kept_need))
+        following_tokens = sum(num * gang.prompt_tokens for gang, num in self.promised.items())
+        return Need(
+            needed.num_branches + self._num_promised, needed.prompt_tokens + following_tokens, needed.new_tokens
+        )
 
     def follow(self, gang: Gang) -> None:
         """Start the siblings that were promised to follow their leader."""
@@ -199,22 +228,23 @@ class Admission:
         """End a program of which one more branch is not worth its price: the operator's, times the load."""
         program = gang.program
         if self.max_price and program.has_price:
-            program.end_if_dear(self.max_price * self.load_frac(gang))
+            self.price = self.max_price * self.load_frac(gang)
+            program.end_if_dear(self.price)
 
     # Requests that are no programs
 
-    def note_arrival(self) -> int:
+    def note_arrival(self, rank: int = 0) -> int:
         """The arrival of a request that is no program; 0 where no programs are there to compare with."""
         if not self.order.num_alive:
             return 0
         self._is_stale |= not self.is_plain_due  # it may be its turn, though it was nobody's at the last look
-        return self.order.line("").arrive()
+        return self.order.line("", rank).arrive()
 
-    def note_departure(self, arrival: int, num_tokens: int) -> None:
+    def note_departure(self, arrival: int, num_tokens: int, rank: int = 0) -> None:
         """A request that is no program has left, whatever came of it; it was served `num_tokens`, its prompt included."""
         self._is_stale = True
         if arrival:
-            self.order.charge_arrival(self.order.line(""), arrival, num_tokens)
+            self.order.charge_arrival(self.order.line("", rank), arrival, num_tokens)
 
     @property
     def plain_rows(self) -> int | None:
@@ -227,10 +257,15 @@ class Admission:
 
     @property
     def latest_plain(self) -> float:
-        """The arrival up to which plain requests may start: that of the program they would overtake beyond patience."""
-        order = self.order
-        oldest = order.line("").oldest() if order.num_waiting else None
+        """The arrival up to which plain requests of the last rank may start: that of the program they would overtake beyond patience."""
+        order, rank = self.order, self.last_rank
+        oldest = order.line("", int(rank)).oldest() if rank < inf else None
         return oldest.arrival if oldest is not None and order.is_overdue(oldest) else inf
+
+    @property
+    def last_rank(self) -> float:
+        """The rank up to which plain requests may start: that of the most urgent program that waits; infinite where none does."""
+        return self.order.urgent_rank
 
     # What is spoken for
 
@@ -256,7 +291,8 @@ class Admission:
             The program that room is saved for, if any: its prompt is used next.
         """
         if not self.order.num_waiting:
-            self.is_plain_due, self._num_kept = True, 0
+            self.is_plain_due = True
+            self._note_kept()
             return None
         engine = self.engine
         self._num_steps += 1
@@ -266,7 +302,7 @@ class Admission:
         self._is_stale, self._num_steps = False, 0
         rows = engine.free_rows - self._num_promised - self.probe_rows
         if rows <= 0:
-            self._num_kept = self.order.num_waiting
+            self._note_kept()
             return None
         room = Room(rows, engine.free_tokens - self.promised_tokens)
         self.is_plain_due, head = look(
@@ -279,8 +315,11 @@ class Admission:
             start=lambda ticket, num: self._admit(ticket.owner, num),
             set_aside_plain=self._set_aside_plain,
         )
-        self._num_kept = self.order.num_waiting
+        self._note_kept()
         return None if head is None else head.owner
+
+    def _note_kept(self) -> None:
+        self._num_kept, self._kept_need = self.order.num_waiting, self.order.needed
 
     def _offer(self, gang: Gang) -> Offer:
         program = gang.program
@@ -288,7 +327,8 @@ class Admission:
         if self._takes_all(program):
             wanted = self._all_wanted(gang)
         is_there = gang.is_prompt_cached and program.num_in_flight > 0
-        return Offer(wanted, least, Cost(0, gang.cost.branch_tokens) if is_there else gang.cost)
+        cost = Cost(0, gang.cost.branch_tokens) if is_there else gang.cost
+        return Offer(wanted, least, cost, self.engine.has_adapter_room(gang))
 
     def _admit(self, gang: Gang, num: int) -> None:
         program, ticket = gang.program, gang.ticket
@@ -330,21 +370,25 @@ class Admission:
         num_rows = whole.rows - engine.free_rows
         num_others = self.order.num_alive - 1 + max(0, num_rows - engine.num_branches)
         load = Load(self.fixed_rows, max(0, num_rows - program.num_in_flight), num_others)
-        # Chains that decide together do so long before any has finished; the share that decides is of all of them.
         decides_together = program.chains is not None and program.chains.decide_together
-        drift = forecast.drift(evidence)
-        width = program.spec.branches if decides_together else best_width(evidence, program.spec.stop, drift, load)
+        width = best_width(
+            evidence, program.spec.stop, forecast.drift(evidence), load, decides_together=decides_together
+        )
         most = min(whole.rows, int(whole.tokens / max(1.0, forecast.length_tokens(program))))
         if program.spec.thought is not None:  # some rows are left for its probes
             most = most * THOUGHTS_PER_ROW // (THOUGHTS_PER_ROW + 1)
         return max(1, min(width, most))
 
     def _plain(self) -> Plain | None:
-        first = next(iter(self.engine.waiting()), None)
+        first = next(iter(self.engine.waiting(1)), None)
         if first is None:
             return None
-        return Plain(self.order.line(""), first.arrival, min(self.forecast.plain_tokens.value, first.most_tokens))
+        line = self.order.line("", first.rank)
+        return Plain(line, first.arrival, min(self.forecast.plain_tokens.value, first.most_tokens))
 
     def _set_aside_plain(self, room: Room) -> None:
-        for waiting in islice(self.engine.waiting(), max(0, room.rows)):
+        last = self.last_rank
+        for waiting in self.engine.waiting(max(0, room.rows)):
+            if waiting.rank > last:
+                break
             room.take(waiting.cost, 1)

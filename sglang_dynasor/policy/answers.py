@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.choice import find_choice, find_yes_no
 from sglang_dynasor.policy.found import TAIL_CHARS, Found
 from sglang_dynasor.policy.marks import find_boxed, find_hash, find_phrase, is_box_open
@@ -187,7 +187,7 @@ def check_extractor(extractor: str) -> None:
     form = next((form for form in FORMS if form.startswith(f"{kind}:")), None) if sep else None
     if form is None:
         raise FieldError(
-            f"dynasor.answer={extractor!r} is not an extractor; use one of {', '.join(EXTRACTORS)}, "
+            f"dynasor.answer={quoted(extractor)} is not an extractor; use one of {', '.join(EXTRACTORS)}, "
             + ", ".join(f"'{form}'" for form in FORMS)
         )
     if kind == "regex":
@@ -201,7 +201,9 @@ def check_extractor(extractor: str) -> None:
         "code": rest == "python",
     }[kind]
     if not is_right:
-        raise FieldError(f"dynasor.answer={extractor!r} is no '{form}'; write it as there, such as {_EXAMPLES[kind]!r}")
+        raise FieldError(
+            f"dynasor.answer={quoted(extractor)} is no '{form}'; write it as there, such as {_EXAMPLES[kind]!r}"
+        )
 
 
 _EXAMPLES = {"json": "json:answer", "tool_call": "tool_call:-id", "tag": "tag:answer", "code": "code:python"}

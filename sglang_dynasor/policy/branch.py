@@ -30,6 +30,7 @@ class Branch:
     state: BranchState = BranchState.IN_FLIGHT
     num_tokens: int = 0
     num_cached_tokens: int = 0  # of its prompt, found in the radix cache
+    num_reasoning_tokens: int = 0  # of `num_tokens`, in its thought
     answer: str | None = None  # as written
     key: str | None = None  # as counted
     reward: float | None = None  # in [0, 1], of its judge

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from statistics import pvariance
 from typing import NamedTuple
 
 from sglang_dynasor.policy.certaindex import overtake_risk, trust
-from sglang_dynasor.policy.mixture import Mixture, mix
+from sglang_dynasor.policy.mixture import NO_MIXTURE, Mixture
 from sglang_dynasor.policy.standing import NO_STANDING, Standing
-
-NO_MIXTURE = mix(())
 
 
 class Evidence(NamedTuple):
@@ -50,6 +49,29 @@ class Evidence(NamedTuple):
         weights = self.weights or self.counts
         total = sum(weights)
         return weights[0] / total if total else 0.0
+
+    @property
+    def answer_entropy(self) -> float:
+        """Mean entropy (nats) of the answers that running branches have said, each branch's own doubt; 0 for none."""
+        return self.mixture.mean_entropy
+
+    @property
+    def disagreement(self) -> float:
+        """How far their distributions differ, in nats; 0 for none."""
+        return self.mixture.disagreement
+
+    @property
+    def reward_mean(self) -> float | None:
+        """Of all rewards; None where there are none, as of the next two."""
+        return sum(self.rewards) / len(self.rewards) if self.rewards else None
+
+    @property
+    def reward_max(self) -> float | None:
+        return max(self.rewards, default=None)
+
+    @property
+    def reward_variance(self) -> float | None:
+        return pvariance(self.rewards) if self.rewards else None
 
     @property
     def lead(self) -> int:

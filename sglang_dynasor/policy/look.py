@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from sglang_dynasor.policy.gang import Cost, Room, gang_size
-from sglang_dynasor.policy.order import Order, Plain, Ticket
+from sglang_dynasor.policy.line import Ticket
+from sglang_dynasor.policy.order import Order, Plain
 
 
 class Offer(NamedTuple):
@@ -18,6 +19,7 @@ class Offer(NamedTuple):
     wanted: int
     least: int
     cost: Cost
+    is_possible: bool = True  # whether what it needs besides rows and tokens is free
 
 
 class Seen(NamedTuple):
@@ -55,9 +57,9 @@ def look(
             is_plain_due, is_empty = True, False
             set_aside_plain(room)
             continue
-        wanted, least, cost = offer(ticket)
-        num = gang_size(wanted, least, room, engine, cost)
-        if not num and is_empty:
+        wanted, least, cost, is_possible = offer(ticket)
+        num = gang_size(wanted, least, room, engine, cost) if is_possible else 0
+        if not num and is_empty and is_possible:
             num = min(wanted, 1)  # nothing will leave: the engine takes one request if it is empty
         if num:
             room.take(cost, num)

@@ -7,127 +7,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 from typing import Any, NamedTuple
+
+from sglang_dynasor.policy.line import ONE_BRANCH, Line, Need, Ticket
 
 MOST_IDLE = 4096  # tenants remembered while they have nothing here
 MOST_SKIPPED = 8  # programs tried in one look that do not fit: bounds the look, not the wait (docs/waiting_proof.md)
 
 
-class Service:
-    """Tokens given to arrivals, by order of arrival: a Fenwick tree, O(log n) to charge and to ask.
-
-    Arrivals before the oldest still alive are forgotten when the tree fills up.
-    """
-
-    def __init__(self) -> None:
-        self.first = 0  # the arrival that index 0 stands for
-        self.given = [0] * 64
-        self.tree = [0] * 65
-        self.total = 0
-
-    def charge(self, arrival: int, tokens: int, oldest_alive: int) -> None:
-        """Add `tokens` (negative: a correction) to what `arrival` was given."""
-        index = arrival - self.first
-        if index < 0:  # older than anyone who could ask
-            return
-        if index >= len(self.given):
-            self._make_room(arrival, min(oldest_alive, arrival))
-            index = arrival - self.first
-        self.given[index] += tokens
-        self.total += tokens
-        self._add(index, tokens)
-
-    def after(self, arrival: int) -> int:
-        """Tokens given to arrivals later than `arrival`."""
-        index, before = min(arrival - self.first + 1, len(self.given)), 0
-        while index > 0:
-            before += self.tree[index]
-            index &= index - 1
-        return self.total - before
-
-    def _add(self, index: int, tokens: int) -> None:
-        index += 1
-        while index < len(self.tree):
-            self.tree[index] += tokens
-            index += index & -index
-
-    def _make_room(self, arrival: int, oldest: int) -> None:
-        kept = self.given[oldest - self.first :] if oldest > self.first else self.given
-        self.first = max(oldest, self.first)
-        size = 2 * max(64, len(kept), arrival - self.first + 1)
-        self.given = kept + [0] * (size - len(kept))
-        self.tree = [0] * (size + 1)
-        self.total = sum(kept)
-        for index, tokens in enumerate(kept):
-            if tokens:
-                self._add(index, tokens)
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One program's place."""
-
-    line: Line
-    arrival: int
-    owner: Any
-    remaining_tokens: float = 0.0
-    is_waiting: bool = False
-    is_started: bool = False  # it has run branches before
-    turn: int = 0  # of its newest entry in the heaps; older entries are void
-
-
-@dataclass(slots=True, eq=False)
-class Line:
-    """One tenant's programs."""
-
-    tenant: str
-    weight: float
-    number: int  # by first arrival: breaks ties
-    service: Service = field(default_factory=Service)
-    alive: dict[int, Ticket] = field(default_factory=dict[int, Ticket])  # by arrival, in order
-    by_length: list[tuple[float, int, int, Ticket]] = field(default_factory=list[tuple[float, int, int, Ticket]])
-    by_age: list[tuple[int, int, Ticket]] = field(default_factory=list[tuple[int, int, Ticket]])
-    num_waiting: int = 0
-    num_arrivals: int = 0
-    counter: float = 0.0  # service received, by weight
-
-    def arrive(self) -> int:
-        self.num_arrivals += 1
-        return self.num_arrivals
-
-    def oldest(self) -> Ticket | None:
-        """The waiting program that came first."""
-        while self.by_age:
-            _, turn, ticket = self.by_age[0]
-            if ticket.is_waiting and ticket.turn == turn:
-                return ticket
-            heapq.heappop(self.by_age)
-        return None
-
-    def pop_shortest(self) -> Ticket | None:
-        """Take the shortest waiting program out of the heap; `push` puts it back."""
-        while self.by_length:
-            _, _, turn, ticket = heapq.heappop(self.by_length)
-            if ticket.is_waiting and ticket.turn == turn:
-                return ticket
-        return None
-
-    def stand(self, ticket: Ticket) -> None:
-        """Enter a waiting program in both heaps."""
-        if len(self.by_length) + len(self.by_age) > 8 * self.num_waiting + 128:  # drop what is void
-            self.by_length.clear()
-            self.by_age.clear()
-            waiting = [ticket for ticket in self.alive.values() if ticket.is_waiting]
-        else:
-            waiting = [ticket]
-        for ticket in waiting:
-            self.push(ticket)
-            heapq.heappush(self.by_age, (ticket.arrival, ticket.turn, ticket))
-
-    def push(self, ticket: Ticket) -> None:
-        heapq.heappush(self.by_length, (ticket.remaining_tokens, ticket.arrival, ticket.turn, ticket))
+Entry = tuple[int, float, int, Line]  # of a heap of lines: by rank, then by counter; ties by number
 
 
 class Plain(NamedTuple):
@@ -142,50 +32,65 @@ class Order:
     """Every tenant's line. Tenants share service by weight; within a tenant the shortest remaining program goes first,
     unless later arrivals of that tenant have got `patience_tokens` while the oldest waits: then the oldest does.
 
+    Where requests have priorities each rank has lines of its own, and nobody goes while one of a lesser rank waits.
+
     Source of the counters between tenants: VTC, https://arxiv.org/abs/2401.00588.
     """
 
     def __init__(self, patience_tokens: int, weights: Mapping[str, float] | None = None):
         self.patience_tokens = patience_tokens
         self.weights = dict(weights or {})
-        self.lines: dict[str, Line] = {}
-        self.least_served: list[tuple[float, int, Line]] = []  # heap of lines that wait; stale entries are void
-        self.most_served: list[tuple[float, int, Line]] = []  # the same by falling counter
-        self.floor = 0.0  # the least-served tenant's counter at the last look; never falls
+        self.lines: dict[str | tuple[int, str], Line] = {}  # by tenant; but for rank 0 by rank and tenant
+        self.least_served: list[Entry] = []  # heap of lines that wait; stale entries are void
+        self.most_served: list[Entry] = []  # the same by falling counter
+        self.floors: dict[int, float] = {}  # by rank: the least-served tenant's counter at the last look; never falls
+        self._num_forgotten = 0  # arrivals that lines had given out which are forgotten
         self.num_waiting = 0
+        self.needed = Need(0)  # by all who wait
         self.num_alive = 0
         self._turns = count(1)
         self._numbers = count()
 
-    def line(self, tenant: str) -> Line:
+    def line(self, tenant: str, rank: int = 0) -> Line:
         """The tenant's line. A tenant that was idle starts level with the least-served one: idling saves up nothing."""
-        line = self.lines.get(tenant)
+        name = (rank, tenant) if rank else tenant
+        line = self.lines.get(name)
         if line is None:
             self._forget_idle()
-            line = self.lines[tenant] = Line(tenant, self.weights.get(tenant, 1.0), next(self._numbers))
+            line = self.lines[name] = Line(tenant, self.weights.get(tenant, 1.0), next(self._numbers), rank)
+            line.num_arrivals = self._num_forgotten
         if not line.alive:
-            line.counter = max(line.counter, self.floor)
+            line.counter = max(line.counter, self.floors.get(rank, 0.0))
         return line
 
-    def arrive(self, tenant: str, owner: Any) -> Ticket:
+    @property
+    def urgent_rank(self) -> float:
+        """The least rank of a program that waits; infinite where none does."""
+        line = _first_valid(self.least_served, 1)
+        return inf if line is None else line.rank
+
+    def arrive(self, tenant: str, owner: Any, rank: int = 0) -> Ticket:
         """A program has come. It does not wait yet."""
-        line = self.line(tenant)
+        line = self.line(tenant, rank)
         ticket = Ticket(line, line.arrive(), owner)
         line.alive[ticket.arrival] = ticket
         self.num_alive += 1
         return ticket
 
-    def wait(self, ticket: Ticket, remaining_tokens: float) -> None:
+    def wait(self, ticket: Ticket, remaining_tokens: float, need: Need = ONE_BRANCH) -> None:
         """Stand in line, or move to another place in it. O(log n)."""
         line = ticket.line
-        if not ticket.is_waiting:
+        if ticket.is_waiting:
+            self._need(ticket.need, -1)
+        else:
             ticket.is_waiting = True
             line.num_waiting += 1
             self.num_waiting += 1
             if line.num_waiting == 1:
                 self._push_line(line)
         ticket.turn = next(self._turns)
-        ticket.remaining_tokens = remaining_tokens
+        ticket.remaining_tokens, ticket.need = remaining_tokens, need
+        self._need(need, 1)
         line.stand(ticket)
 
     def stop_waiting(self, ticket: Ticket) -> None:
@@ -194,6 +99,13 @@ class Order:
             ticket.is_waiting = False
             ticket.line.num_waiting -= 1
             self.num_waiting -= 1
+            self._need(ticket.need, -1)
+
+    def _need(self, need: Need, sign: int) -> None:
+        branches, prompts, new = self.needed
+        self.needed = Need(
+            branches + sign * need.num_branches, prompts + sign * need.prompt_tokens, new + sign * need.new_tokens
+        )
 
     def end(self, ticket: Ticket) -> None:
         """The program is over. No harm if it was before."""
@@ -235,11 +147,12 @@ class Order:
         popped: list[tuple[Ticket, int]] = []
         passed: list[Line] = []  # nobody left to try
         line = self._least_served(plain)
-        self.floor = max(self.floor, line.counter if line else 0.0)
+        if line is not None:
+            self.floors[line.rank] = max(self.floors.get(line.rank, 0.0), line.counter)
         try:
             while len(tried) < MOST_SKIPPED:
                 line = self._least_served(plain)
-                if line is None:
+                if line is None or (tried and line.rank > tried[0].line.rank):
                     return
                 ticket = line.oldest()
                 if ticket is None or ticket in tried or not self.is_overdue(ticket):
@@ -274,6 +187,26 @@ class Order:
         """
         return self.is_overdue(ticket) or self._lag_tokens(ticket.line, plain) >= self.patience_tokens
 
+    def is_sound(self) -> bool:
+        """Whether what is counted and what stands in the heaps is what the lines hold: asked after a fault."""
+        lines = self.lines.values()
+        if self.num_alive != sum(len(line.alive) for line in lines):
+            return False
+        if self.num_waiting != sum(line.num_waiting for line in lines):
+            return False
+        needs = [ticket.need for line in lines for ticket in line.alive.values() if ticket.is_waiting]
+        if self.needed != tuple(map(sum, zip(Need(0), *needs, strict=True))):
+            return False
+        for line in lines:
+            waiting = {(ticket.turn, ticket) for ticket in line.alive.values() if ticket.is_waiting}
+            in_heaps = [{entry[-2:] for entry in heap} for heap in (line.by_length, line.by_age)]
+            if line.num_waiting != len(waiting) or not all(waiting <= entries for entries in in_heaps):
+                return False
+            entries = _entries(line)
+            if waiting and not (entries[0] in self.least_served and entries[1] in self.most_served):
+                return False
+        return True
+
     def _goes_before(self, plain: Plain, ticket: Ticket | None) -> bool:
         if ticket is None:
             return False
@@ -290,36 +223,48 @@ class Order:
     def _lag_tokens(self, line: Line, plain: Plain | None) -> float:
         """Service by which a tenant is behind the most-served one that waits, in its own tokens."""
         most = _first_valid(self.most_served, -1)
-        counters = [other.counter for other in (most, plain and plain.line) if other is not None]
+        others = (most, plain and plain.line)
+        counters = [other.counter for other in others if other is not None and other.rank == line.rank]
         return (max(counters, default=line.counter) - line.counter) * line.weight
 
     def _push_line(self, line: Line) -> None:
         if len(self.least_served) + len(self.most_served) > 8 * len(self.lines) + 128:  # drop what is stale
-            waiting = [line for line in self.lines.values() if line.num_waiting]
-            self.least_served = [(line.counter, line.number, line) for line in waiting]
-            self.most_served = [(-line.counter, line.number, line) for line in waiting]
+            waiting = [_entries(line) for line in self.lines.values() if line.num_waiting]
+            self.least_served = [least for least, _ in waiting]
+            self.most_served = [most for _, most in waiting]
             heapq.heapify(self.least_served)
             heapq.heapify(self.most_served)
-        heapq.heappush(self.least_served, (line.counter, line.number, line))
-        heapq.heappush(self.most_served, (-line.counter, line.number, line))
+        least, most = _entries(line)
+        heapq.heappush(self.least_served, least)
+        heapq.heappush(self.most_served, most)
 
     def _forget_idle(self) -> None:
         """Drop idle tenants, whenever the number of tenants reaches a power of two.
 
         Up to MOST_IDLE only those that would start at the floor anyway. Never the nameless one: its plain requests hold
-        numbers that its line has given out.
+        numbers that its line has given out. Nobody is given a number again that a line had given out which is forgotten.
         """
         num = len(self.lines)
         if num >= 64 and not num & (num - 1):
-            floor = self.floor if num < MOST_IDLE else float("inf")
-            self.lines = {
-                name: line for name, line in self.lines.items() if not name or line.alive or line.counter > floor
-            }
+            lines, self.lines = self.lines, {}
+            for name, line in lines.items():
+                floor = self.floors.get(line.rank, 0.0) if num < MOST_IDLE else inf
+                if not name or line.alive or line.counter > floor:
+                    self.lines[name] = line
+                else:
+                    self._num_forgotten = max(self._num_forgotten, line.num_arrivals)
+            ranks = {line.rank for line in self.lines.values()}
+            self.floors = {rank: floor for rank, floor in self.floors.items() if rank in ranks}
 
 
-def _first_valid(heap: list[tuple[float, int, Line]], sign: int) -> Line | None:
+def _entries(line: Line) -> tuple[Entry, Entry]:
+    """Its places in the heaps of the least and the most served."""
+    return (line.rank, line.counter, line.number, line), (line.rank, -line.counter, line.number, line)
+
+
+def _first_valid(heap: list[Entry], sign: int) -> Line | None:
     while heap:
-        counter, _, line = heap[0]
+        _, counter, _, line = heap[0]
         if line.num_waiting and counter == sign * line.counter:
             return line
         heapq.heappop(heap)
@@ -327,4 +272,4 @@ def _first_valid(heap: list[tuple[float, int, Line]], sign: int) -> Line | None:
 
 
 def _is_behind(line: Line, other: Line) -> bool:
-    return (line.counter, line.number) <= (other.counter, other.number)
+    return (line.rank, line.counter, line.number) <= (other.rank, other.counter, other.number)

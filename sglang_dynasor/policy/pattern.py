@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import re2
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted, spelled
 from sglang_dynasor.policy.found import TAIL_CHARS, Found
 
 MAX_PATTERN_CHARS = 256
@@ -40,10 +40,12 @@ def check_pattern(pattern: str) -> None:
     try:
         found = _compiled(pattern)
     except re2.error as error:
-        raise FieldError(f"dynasor.answer='regex:{pattern}' is no RE2 pattern: {error}; correct it") from None
+        raise FieldError(
+            f"dynasor.answer={quoted(f'regex:{pattern}')} is no RE2 pattern: {spelled(str(error))}; correct it"
+        ) from None
     if found.num_read_chars < MIN_READ_CHARS:
         raise FieldError(
-            f"dynasor.answer='regex:{pattern}' compiles to {found.num_instructions} instructions; at most "
+            f"dynasor.answer={quoted(f'regex:{pattern}')} compiles to {found.num_instructions} instructions; at most "
             f"{MAX_WORK // MIN_READ_CHARS} are allowed, as every branch is read inside the scheduler's loop; use smaller "
             "repetitions, such as .* in place of .{0,100}"
         )

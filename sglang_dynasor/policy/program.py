@@ -18,9 +18,9 @@ from sglang_dynasor.policy.chains import Chains
 from sglang_dynasor.policy.comparison import Comparisons
 from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_level
 from sglang_dynasor.policy.equal import answer_key
-from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
+from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.mean import Mean, cheapness
-from sglang_dynasor.policy.mixture import Distribution, Mixture, Part, mix, part_of
+from sglang_dynasor.policy.mixture import NO_MIXTURE, Answers, Distribution, Mixture, Said
 from sglang_dynasor.policy.record import record_of
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.policy.standing import NO_STANDING
@@ -35,8 +35,10 @@ class StopReason(StrEnum):
     CERTAIN = "certain"  # the stopping rule fired before every branch was used
     CAP = "cap"  # every branch allowed has finished
     DEADLINE = "deadline"  # its time is up: the best so far
+    OPERATOR = "operator"  # who runs the server wants its answer now: the best so far
     BUDGET = "budget"  # the tokens that it shares are used up, or worth nothing to it: the best so far
     PRICE = "price"  # under the load one more branch was not worth its price: the best so far
+    ABORTED = "aborted"  # its client or a time-out gave it up: what there was
     FAILED = "failed"  # no branch is left that could finish
 
 
@@ -54,10 +56,11 @@ class Program:
     votes: Votes = field(init=False)  # of its branches, by index
     comparisons: Comparisons = field(init=False)  # of its answers
     chains: Chains | None = field(init=False)  # its branches, where they are thoughts
-    answering: dict[int, Part] = field(default_factory=dict[int, Part])  # by branch: see mixture.py
+    answers: Answers = field(default_factory=Answers)  # that its branches say, running ones too
     warmup: list[float] = field(default_factory=list[float])  # lowest confidences of the first branches to finish
     finished_tokens: list[int] = field(default_factory=list[int])  # lengths of the branches that came to their own end
     num_in_flight: int = 0
+    most_in_flight: int = 0
     num_failed: int = 0
     num_judge_tokens: int = 0  # that its judges computed
     num_probes: int = 0
@@ -72,8 +75,8 @@ class Program:
     granted: int | None = None  # branches that its budget lets it start now; None: it has none
     price: float | None = None  # of a branch when it was asked for last; None: branches have none
     reason: StopReason | None = None
-    _mixture: Mixture | None = None  # of `answering`, until that changes
-    _num_seen: int = 0  # changes of `answering`
+    _mixture: Mixture | None = None  # of `answers`, until they change
+    _num_seen: int = 0  # changes of `answers`
     _gathered: tuple[tuple[float, ...], Evidence] | None = None  # the evidence, and what it was gathered of
     _needed: tuple[Evidence, int] | None = None  # the votes needed, and the evidence that says so
 
@@ -87,6 +90,7 @@ class Program:
         confidence = Confidence(self.spec.group_tokens) if self.spec.needs_statistics else None
         self.branches.append(Branch(confidence=confidence))
         self.num_in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
         if self.granted is not None:
             self.granted -= 1
         return len(self.branches) - 1
@@ -149,7 +153,8 @@ class Program:
     def _gather(self) -> Evidence:
         num_left = self._num_unheard if self.is_closed else self._num_open
         mixture = NO_MIXTURE
-        if self.answering and self.votes.voters and any(i in self.answering for i in self.votes.ranking[0]):
+        answered = self.answers.branches
+        if answered and self.votes.voters and any(i in answered for i in self.votes.ranking[0]):
             mixture = self.mixture
         standing = NO_STANDING if self.chains is None else self.chains.look()
         return self.votes.evidence(
@@ -175,14 +180,14 @@ class Program:
     def mixture(self) -> Mixture:
         """What the branches that have come to their answer say together."""
         if self._mixture is None:
-            self._mixture = mix(list(self.answering.values()))
+            self._mixture = self.answers.mixture()
         return self._mixture
 
-    def _see(self, index: int, distribution: Distribution | None) -> None:
-        if distribution is not None:
-            self.answering[index] = part_of(distribution)
-        else:
-            self.answering.pop(index, None)
+    def _close_answers(self) -> None:
+        self._note_answers()
+        self.answers.close()
+
+    def _note_answers(self) -> None:
         self._mixture = None
         self._num_seen += 1
 
@@ -318,16 +323,50 @@ class Program:
         """Whether a finished branch has given the answer that leads, running ones counted."""
         return self.evidence.lead > 0 and not self.evidence.is_contested
 
-    def see_answer(self, index: int, distribution: Distribution) -> None:
-        """Branch `index` stands at its answer, running still: what it would say, by likelihood."""
-        self._see(index, distribution)
-        if self.reason is None and self.spec.stop.uses("mixture"):
+    def see_answer(self, said: Said, distribution: Distribution, entropy: float | None = None) -> int:
+        """A running branch has said so much of its answer, and a token more, drawn from this: see `Answers.see`."""
+        self._note_answers()
+        return self.answers.see(said, distribution, entropy)
+
+    def mix_on_device(self, said: Said) -> None:
+        """What is said there the device mixes: it is not known before that tells."""
+        self._note_answers()
+        self.answers.mix_on_device(said)
+
+    def mix_on_host(self, said: Said) -> None:
+        """The device no longer does."""
+        self._note_answers()
+        self.answers.mix_on_host(said)
+
+    def mix_answers(self, said: Said, num: int, entropy: float) -> None:
+        """The device has mixed what `num` branches said there."""
+        if self.answers.tell(said, num, entropy):
+            self._stop_by_answers()
+
+    def end_answer(self, index: int, said: Said) -> None:
+        """Branch `index`, running still, has said its answer to its end: `said`, and a last token."""
+        self.answers.end(index, said)
+        self._stop_by_answers()
+
+    def rest(self) -> None:
+        """None of its branches is there, and it is not known whether more come."""
+        self._note_answers()
+        self.answers.rest()
+
+    def _stop_by_answers(self) -> None:
+        self._note_answers()
+        if self.reason is None and self.spec.stop.reads_answers:
             self._stop_if_certain()
+
+    def _forget_answer(self, index: int) -> None:
+        """Branch `index` is none of those that decide. What it said stays mixed in."""
+        self.answers.forget(index)
+        self._note_answers()
 
     def weaken(self, index: int, num_tokens: int) -> None:
         """Branch `index` was ended for its low confidence: it abstains, and its place in the cap is used."""
         self._leave(index, BranchState.WEAK, num_tokens)
-        self._see(index, None)
+        self._forget_answer(index)
         if self.reason is None:
             self.votes.cast(index, None)
             self._stop_if_used_up()
@@ -343,7 +382,7 @@ class Program:
         With `closes` no replacement is started, so that a time-out holds for the program and not for each branch in turn.
         """
         self._leave(index, BranchState.FAILED, num_tokens)
-        self._see(index, None)
+        self._forget_answer(index)
         self.num_failed += 1
         self.is_closed |= closes
         if self.reason is None:
@@ -359,6 +398,8 @@ class Program:
         if branch.confidence is not None:
             branch.confidence.close()
         self.num_in_flight -= 1
+        if self.reason is not None and not self.num_in_flight:
+            self._close_answers()
         if self.budget is not None:
             self.budget.settle(self.budget_number, num_tokens, is_whole=state is BranchState.FINISHED)
         return branch
@@ -408,4 +449,6 @@ class Program:
 
     def record(self) -> dict[str, Any]:
         """What the client and the operator are told; JSON. Keys are explained in docs/reference.md."""
+        if self.reason is not None:
+            self._close_answers()
         return record_of(self)

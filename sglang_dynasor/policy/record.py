@@ -20,6 +20,7 @@ ALWAYS = "always"
 _VOTE = "`vote` other than `majority`"
 _JUDGE = "`judge`"
 _COMPARED = "`equal` symbolic, model or embedding"
+_REASONING = "`--reasoning-parser`"
 _STATISTICS = "statistics"
 _LONG_COT = "`long_cot`"
 _SEVERAL = "`long_cot` with `trials` in `stop`"
@@ -29,11 +30,14 @@ _SEARCH = "searches"
 RECORD_HELP: dict[str, tuple[str, str]] = {
     "program": (ALWAYS, "id: the response's id, or the client's program id"),
     "algorithm": (ALWAYS, "as asked for"),
+    "template": ("`template`, or a default", "NAME@VERSION of the operator's settings that it had"),
+    "tenant": ("`tenant`", "as asked for"),
     "answer": (ALWAYS, "the winning answer as written, up to 256 characters; null if no branch gave one"),
     "certaindex": (ALWAYS, "how sure the program is, in [0, 1]. Of votes 1 - `risk`; of `best_of_n` and searches the best reward, of `mcts` the mean; of a single thought the share of the last `agree` trials that say what the latest says; of several that decided while they thought the leading answer's share of them"),
     "risk": (ALWAYS, "bound on the chance that the branches left would change the answer, each vote counted as one and trusted the less the more were in flight when it ended; once the cap is used up, that as many branches again would"),
     "entropy_certaindex": (ALWAYS, "the paper's (log n - H) / log n over the votes"),
     "votes": (ALWAYS, "answers with their votes, the leading one first (by weight, if votes weigh)"),
+    "branch_votes": ("all but searches", "of each branch, the place in `votes` of the answer that it voted for; null: it did not vote"),
     "leader_share": (ALWAYS, "the winning answer's share of all votes, by weight"),
     "num_abstentions": (ALWAYS, "branches that finished without an answer, or ended as weak"),
     "num_truncated": (ALWAYS, "branches that ended by their length (or, at a deadline, because time was up); such a one votes only where a mark says that its answer is complete"),
@@ -46,7 +50,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "finish_reasons": (ALWAYS, "how each ended: `stop` or `length` by itself, `ended` (no longer needed), `weak`, `failed`; null while in flight"),
     "hint": ("where there is one", "what to change: nobody could vote, or what was asked for works against itself"),
     "stop_rule": (ALWAYS, "as asked for"),
-    "stop_reason": (ALWAYS, "`certain` (the rule fired before every branch was used), `cap` (all used up), `deadline` (time was up: the best so far, or the text there was), `budget` (the tokens that it shares were used up, or no branch could change its answer), `price` (one more branch was not worth its price under the load), `failed` (our code failed and any finished branch answered: then the record has this key and `program` only; of a search: nothing came back), `hopeless` (the author allowed a search to be abandoned); null while a client's program goes on"),
+    "stop_reason": (ALWAYS, "`certain` (the rule fired before every branch was used), `cap` (all used up), `deadline` (time was up: the best so far, or the text there was), `operator` (who runs the server wanted the answer then), `budget` (the tokens that it shares were used up, or no branch could change its answer), `price` (one more branch was not worth its price under the load), `aborted` (the client gave it up, or it waited longer than SGLang lets requests wait; what there was), `failed` (our code failed and any finished branch answered: then the record has this key and `program` only; of a search: nothing came back), `hopeless` (the author allowed a search to be abandoned); null while a client's program goes on"),
     "width": ("all but searches", "most branches the client allowed in flight; null: the load decides"),
     "gang": ("all but searches", "branches admitted together at first; fewer than asked for where the engine could not hold more"),
     "num_cached_tokens": ("all but searches", "prompt tokens that branches found in the radix cache"),
@@ -54,17 +58,22 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "budget_tokens": ("`budget_tokens`", "as asked for, of all programs that share it"),
     "budget_left_tokens": ("`budget_tokens`", "what was left of what the programs so far had brought, without what was held for branches in flight; below 0: overdrawn"),
     "price": ("`--dynasor-max-price`", "of a branch when the program was last asked about it, by the load then: what it must be worth, as risk removed"),
+    "num_reasoning_tokens": (_REASONING, "of `num_tokens`, those in thoughts"),
     "index": ("branches that clients send", "which of them this request is, in `branch` and `branch_tokens`"),
     "vote": (f"{_VOTE}; {_SEARCH}", "what votes weigh"),
     "rewards": (f"{_JUDGE}; {_SEARCH}", "reward of each branch in [0, 1]; null where it has none"),
+    "reward_mean": (_JUDGE, "of the rewards that came before the decision; null where there are none, as the next two"),
+    "reward_max": (_JUDGE, "the best of them"),
+    "reward_variance": (_JUDGE, "of them as the whole population"),
     "num_judge_tokens": (_JUDGE, "tokens that the model's own judgements computed; not in `num_tokens`"),
     "merges": (_COMPARED, "answers that were found to be an earlier one: `answer`, `into` which, `by` whom, with what `score` (the model's probability of yes, the cosine; null of `symbolic`)"),
     "num_comparisons": (_COMPARED, "new answers that were compared with known ones before the program was over"),
     "num_compare_tokens": ('`equal: "model"`', "tokens that the model computed to compare; not in `num_tokens`"),
     "confidences": (_STATISTICS, "lowest group confidence of each branch (nats, higher is surer)"),
     "num_weak": (_STATISTICS, "branches ended for their low confidence"),
-    "answer_entropy": (_STATISTICS, "mean entropy (nats) of the branches' distributions at their answer's first token; null where no branch came to one (`choice`, `number`, `last_line` and `regex` have no mark that tells)"),
+    "answer_entropy": (_STATISTICS, "mean entropy (nats) of the branches' distributions over their answers, all tokens of one together; null where no branch said one to its end (`choice`, `number`, `last_line` and `regex` have no mark that tells)"),
     "disagreement": (_STATISTICS, "how far those distributions differ: their Jensen-Shannon divergence (nats); null as above"),
+    "num_answer_tokens": (_STATISTICS, "tokens of answers that these two are over, all branches together, what ends an answer included"),
     "exit": (_LONG_COT, "the rule by which a thought's own trials close it; `together`: none, what all chains say does"),
     "num_probes": (_LONG_COT, "probes made"),
     "num_probe_tokens": (_LONG_COT, "tokens that probes computed (suffix and trial answer); not in `num_tokens`"),
@@ -86,6 +95,8 @@ def record_of(program: Program) -> dict[str, Any]:
     return {
         "program": program.id,
         "algorithm": program.spec.algorithm,
+        **({"template": program.spec.template} if program.spec.template else {}),
+        **({"tenant": program.spec.tenant} if program.spec.tenant else {}),
         "answer": shown(program.branches[winner].answer) if winner is not None else None,
         "certaindex": round(program.certaindex, 6),
         "risk": round(program.risk, 6),
@@ -93,6 +104,7 @@ def record_of(program: Program) -> dict[str, Any]:
         "votes": [
             {"answer": shown(program.branches[min(who)].answer), "votes": len(who)} for who in program.votes.ranking
         ],
+        "branch_votes": _branch_votes(program),
         "leader_share": round(evidence.leader_share, 6),
         "num_abstentions": evidence.abstentions,
         "num_truncated": sum(b.ending is not None and b.ending.is_cut for b in program.branches),
@@ -115,6 +127,11 @@ def record_of(program: Program) -> dict[str, Any]:
         **_prices(program),
         **_hint(program),
     }
+
+
+def _branch_votes(program: Program) -> list[int | None]:
+    voted = {index: place for place, who in enumerate(program.votes.ranking) for index in who}
+    return [voted.get(index) for index in range(len(program.branches))]
 
 
 def _thoughts(program: Program) -> dict[str, Any]:
@@ -148,13 +165,15 @@ def _thoughts(program: Program) -> dict[str, Any]:
 
 
 def _prices(program: Program) -> dict[str, Any]:
-    """Keys that a record has where branches have a price, or tokens are shared."""
+    """Keys that a record has where branches have a price, tokens are shared, or SGLang counts those of thoughts."""
     more: dict[str, Any] = {}
     if program.budget is not None:
         more["budget_tokens"] = program.budget.tokens
         more["budget_left_tokens"] = round(program.budget.left_tokens)
     if program.price is not None:
         more["price"] = round(program.price, 6)
+    if num_tokens := sum(branch.num_reasoning_tokens for branch in program.branches):
+        more["num_reasoning_tokens"] = num_tokens
     return more
 
 
@@ -172,14 +191,18 @@ def _statistics(program: Program) -> dict[str, Any]:
     if program.spec.judge is not None:
         more["num_judge_tokens"] = program.num_judge_tokens
         more["rewards"] = [_rounded(branch.reward) for branch in program.branches]
+        evidence = program.evidence
+        more["reward_mean"] = _rounded(evidence.reward_mean)
+        more["reward_max"] = _rounded(evidence.reward_max)
+        more["reward_variance"] = _rounded(evidence.reward_variance)
     if program.spec.needs_statistics:
         more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in program.branches]
         more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in program.branches)
-        mixture = (
-            program.mixture if program.mixture.num_branches else None
-        )  # nobody came to an answer that begins by a mark
-        more["answer_entropy"] = mixture and round(mixture.mean_entropy, 6)
-        more["disagreement"] = mixture and round(mixture.disagreement, 6)
+        mixture = program.mixture
+        is_said = mixture.num_branches > 0  # an answer that begins by a mark
+        more["answer_entropy"] = round(mixture.mean_entropy, 6) if is_said else None
+        more["disagreement"] = round(mixture.disagreement, 6) if is_said else None
+        more["num_answer_tokens"] = mixture.num_tokens
     return more
 
 

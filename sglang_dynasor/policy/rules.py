@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sglang_dynasor.config import CAREFUL, LEVELS
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.certaindex import answer_entropy, beta_certainty
 from sglang_dynasor.policy.confidence import warmup_branches
 from sglang_dynasor.policy.evidence import Evidence
@@ -57,12 +57,14 @@ def margin(evidence: Evidence, level: float) -> bool:
 
 def reward(evidence: Evidence, level: float) -> bool:
     """The mean reward is at least `level`; never without rewards. Source: arXiv 2412.20993, section B.1."""
-    return bool(evidence.rewards) and sum(evidence.rewards) / len(evidence.rewards) >= level
+    mean = evidence.reward_mean
+    return mean is not None and mean >= level
 
 
 def best(evidence: Evidence, level: float) -> bool:
     """The best reward is at least `level`; never without rewards. Source: arXiv 2412.20993, section B.1 (Rebase)."""
-    return bool(evidence.rewards) and max(evidence.rewards) >= level
+    best = evidence.reward_max
+    return best is not None and best >= level
 
 
 def confidence(evidence: Evidence, level: float) -> bool:
@@ -83,11 +85,24 @@ def trials(evidence: Evidence, level: float) -> bool:
 def mixture(evidence: Evidence, level: float) -> bool:
     """The mixed answer distribution of three or more branches has an entropy as low as certaindex `level` asks of five votes.
 
-    Branches that stand at their answer count before they have finished. Somebody must have voted, and a branch of the leading
+    Branches that have said their answer count before they have finished. Somebody must have voted, and a branch of the leading
     answer must be among them (`Program.evidence`).
     """
-    mixed = evidence.mixture
-    return evidence.num_votes > 0 and mixed.num_branches >= 3 and mixed.entropy <= (1 - level) * log(5)
+    return _is_mixed(evidence) and evidence.mixture.entropy <= (1 - level) * log(5)
+
+
+def disagreement(evidence: Evidence, level: float) -> bool:
+    """The answer distributions of three or more branches differ by at most `level` nats, each branch's own doubt left out."""
+    return _is_mixed(evidence) and evidence.disagreement <= level
+
+
+def doubt(evidence: Evidence, level: float) -> bool:
+    """Three or more branches doubt their answers by at most `level` nats, on average."""
+    return _is_mixed(evidence) and evidence.answer_entropy <= level
+
+
+def _is_mixed(evidence: Evidence) -> bool:
+    return evidence.num_votes > 0 and evidence.mixture.num_branches >= 3
 
 
 def never(evidence: Evidence, level: float) -> bool:
@@ -120,6 +135,8 @@ RULES = {
     "margin": Rule(margin, 0, 0, 0),
     "confidence": Rule(confidence, 0.95, 0.5, 1.0),
     "mixture": Rule(mixture, 0.9, 0.0, 1.0),
+    "disagreement": Rule(disagreement, 0.1, 0.0, 10.0),
+    "answer_entropy": Rule(doubt, 0.1, 0.0, 10.0),
     "trials": Rule(trials, 0.8, 0.5, 1.0, excludes_low=True),
     "reward": Rule(reward, 0.8, 0.0, 1.0),
     "best": Rule(best, 0.95, 0.0, 1.0),
@@ -128,9 +145,10 @@ RULES = {
 # Rules that judge the vote: a tie never stops, nor an answer that leads by number but not by weight.
 _VOTE_RULES = frozenset(RULES) - {"reward", "best", "never", "trials"}
 # Rules of which a lower level asks for more.
-_LOW_IS_STRICT = frozenset({"predictive"})
+_LOW_IS_STRICT = frozenset({"predictive", "disagreement", "answer_entropy"})
 # Rules that read the logits of running branches (engine/statistics.py).
-_LOGIT_RULES = frozenset({"confidence", "mixture"})
+_ANSWER_RULES = frozenset({"mixture", "disagreement", "answer_entropy"})  # where a mark tells that their answer begins
+_LOGIT_RULES = _ANSWER_RULES | {"confidence"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,11 @@ class StopRule:
     @property
     def needs_statistics(self) -> bool:
         return any(name in _LOGIT_RULES for name, _ in self.parts)
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether it asks what running branches say in their answers."""
+        return any(name in _ANSWER_RULES for name, _ in self.parts)
 
     def uses(self, rule: str) -> bool:
         return self.level_of(rule) is not None
@@ -207,7 +230,7 @@ def parse_stop(text: str) -> StopRule:
     joiners = set(words[1::2])
     if not words or len(words) % 2 == 0 or not joiners <= {"and", "or"} or len(joiners) > 1:
         raise FieldError(
-            f"dynasor.stop={text!r} is no rule; write 'NAME', 'NAME:LEVEL' or several joined by only 'and' or only 'or'"
+            f"dynasor.stop={quoted(text)} is no rule; write 'NAME', 'NAME:LEVEL' or several joined by only 'and' or only 'or'"
         )
     parts: list[tuple[str, float]] = []
     for word in words[::2]:
@@ -217,7 +240,7 @@ def parse_stop(text: str) -> StopRule:
         name, sep, level_text = word.partition(":")
         if name not in RULES:
             known = ", ".join((*LEVELS, *RULES))
-            raise FieldError(f"dynasor.stop={text!r}: {name!r} is not a rule; use one of {known}")
+            raise FieldError(f"dynasor.stop={quoted(text)}: {quoted(name)} is not a rule; use one of {known}")
         rule = RULES[name]
         try:
             level = float(level_text) if sep else rule.default
@@ -225,7 +248,7 @@ def parse_stop(text: str) -> StopRule:
             level = float("nan")
         if not rule.allows(level) or (name == "window" and level != int(level)):
             raise FieldError(
-                f"dynasor.stop={text!r}: level {level_text!r} of {name!r} is outside {rule.levels}"
+                f"dynasor.stop={quoted(text)}: level {quoted(level_text)} of {quoted(name)} is outside {rule.levels}"
                 + (" or no whole number" if name == "window" else "")
             )
         parts.append((name, level))

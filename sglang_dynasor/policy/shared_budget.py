@@ -81,6 +81,11 @@ class SharedBudget:
         return self.budget.left_tokens
 
     @property
+    def is_looked_at(self) -> bool:
+        """Whether those that wait for it will hear: a look is due, or will be when a branch leaves."""
+        return self in self.due or bool(self.budget.held_tokens)
+
+    @property
     def is_over(self) -> bool:
         """Whether all its programs have come and gone."""
         return not self.members and self.num_joined >= self.num_programs
@@ -126,7 +131,6 @@ class SharedBudget:
             most_at_once: branches that can run at once.
             progress_tokens: what the branch in flight of a program's owner has generated so far.
         """
-        self.due.pop(self, None)
         for number in self.budget.held_tokens:  # one that has grown long is expected to go on as long as another
             member = self.members[number]
             if member.program.num_in_flight:
@@ -147,6 +151,7 @@ class SharedBudget:
             member = self.members[number]
             member.program.granted = 1
             granted.append(member.owner)
+        self.due.pop(self, None)
         return Shares(granted, ended if self.budget.held_tokens else ended + self._end())
 
     def _end(self) -> list[Any]:

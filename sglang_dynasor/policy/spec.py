@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from sglang_dynasor.config import CAREFUL, LEVELS
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted, spelled
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS, SELF_CONSISTENCY, AlgorithmRecord
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS, answer_marks, check_extractor
 from sglang_dynasor.policy.budget_spec import MOST_BUDGET_PROGRAMS, BudgetSpec, parse_budget
@@ -25,7 +25,17 @@ from sglang_dynasor.policy.thought_spec import (
     check_together,
     parse_thought,
 )
-from sglang_dynasor.policy.values import ID_VALUES, read_flag, read_frac, read_id, read_seconds, read_text, read_whole
+from sglang_dynasor.policy.values import (
+    ID_VALUES,
+    TEMPLATE_VALUES,
+    read_flag,
+    read_frac,
+    read_id,
+    read_seconds,
+    read_template,
+    read_text,
+    read_whole,
+)
 
 JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
@@ -76,6 +86,7 @@ _HELP = {
     "budget_tokens": ("1 or more", "tokens that the programs of one request spend together, each branch where it is worth most (default: no bound)"),
     "budget": (ID_VALUES, "id of a budget that programs of several requests share"),
     "budget_programs": (f"1 to {MOST_BUDGET_PROGRAMS}", "with budget: how many programs share it"),
+    "template": (f"{TEMPLATE_VALUES} of --dynasor-templates", "settings of the operator's, the newest version unless one is named; keys that are sent beside it win"),
     "program": (ID_VALUES, "id of a program whose branches the client sends as requests of their own"),
 }  # fmt: skip
 FIELD_HELP = {
@@ -120,6 +131,7 @@ class ProgramSpec:
     thought: ThoughtSpec | None = None
     equal: str = "math"
     budget: BudgetSpec | None = None
+    template: str = ""  # whose settings these are, as NAME@VERSION
 
     @property
     def about(self) -> AlgorithmRecord:
@@ -159,13 +171,13 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
         field = {"algorithm": field}
     if not isinstance(field, dict):
         raise FieldError(
-            f"dynasor={field!r} is a {type(field).__name__}; send an object such as "
+            f"dynasor={quoted(field)} is a {type(field).__name__}; send an object such as "
             f'{{"algorithm": "{SELF_CONSISTENCY.name}"}}, or the algorithm\'s name'
         )
     options = cast("dict[str, Any]", field)
     for key in options:
         if key not in FIELD_HELP:
-            raise FieldError(f"dynasor.{key} is not a key of the field; the keys are {', '.join(FIELD_HELP)}")
+            raise FieldError(f"dynasor.{spelled(key)} is not a key of the field; the keys are {', '.join(FIELD_HELP)}")
     about = _about(options)
     default_branches = min(about.branches, max_branches)
     branches = read_whole(options, "branches", default_branches, max_branches, "--dynasor-max-branches")
@@ -183,43 +195,46 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
     tenant = read_id(options, "tenant")
     if program is not None and deadline_s is not None:
         raise FieldError(
-            f"dynasor.deadline_s={options['deadline_s']!r} with dynasor.program={program!r}: branches that you send are queued like any "
+            f"dynasor.deadline_s={quoted(options['deadline_s'])} with dynasor.program={quoted(program)}: branches that you send are queued like any "
             "other request; leave out one of the two"
         )
     judge = _judge(options)
     weighs_confidence = about.vote == "majority" and stop.uses("confidence")
     vote = _text(options, "vote", "confidence" if weighs_confidence else about.vote)
     if vote not in VOTES:
-        raise FieldError(f"dynasor.vote={vote!r} is not known; use one of {', '.join(VOTES)}")
+        raise FieldError(f"dynasor.vote={quoted(vote)} is not known; use one of {', '.join(VOTES)}")
     needs_rewards = about.needs_rewards or vote in ("reward", "best") or stop.uses("reward") or stop.uses("best")
     if judge is None and needs_rewards:
         key = "algorithm" if about.needs_rewards else "vote" if vote in ("reward", "best") else "stop"
-        raise FieldError(f"dynasor.{key}={options[key]!r} without dynasor.judge: nobody gives rewards; send a judge")
+        raise FieldError(
+            f"dynasor.{key}={quoted(options[key])} without dynasor.judge: nobody gives rewards; send a judge"
+        )
     if judge is not None and program is not None:
         raise FieldError(
-            f"dynasor.judge with dynasor.program={program!r}: branches that you send are judged by you; leave out one of the two"
+            f"dynasor.judge with dynasor.program={quoted(program)}: branches that you send are judged by you; leave out one of the two"
         )
-    if stop.uses("mixture") and not answer_marks(answer):
+    if stop.reads_answers and not answer_marks(answer):
         raise FieldError(
-            f"dynasor.stop={stop.text!r} with dynasor.answer={answer!r}: nothing marks where such an answer begins; "
+            f"dynasor.stop={quoted(stop.text)} with dynasor.answer={quoted(answer)}: nothing marks where such an answer begins; "
             "use answer hash, boxed or auto, or another rule"
         )
     thought = parse_thought(options, stop) if about.is_thought else None
     budget = parse_budget(options)
     if budget is not None and vote == "best":
         raise FieldError(
-            f"dynasor.budget_tokens={budget.tokens} with vote 'best' is not supported: nothing says what one more branch would change; "
+            f"dynasor.budget_tokens={quoted(budget.tokens)} with vote 'best' is not supported: nothing says what one more branch would change; "
             "leave it out, or use another vote"
         )
     refused = ("program", "judge", "weak_frac", "budget_tokens") if about.is_thought else ()
     if key := next((key for key in refused if key in options), None):
         raise FieldError(
-            f"dynasor.{key}={options[key]!r} with algorithm {about.name!r} is not supported; leave out one of the two"
+            f"dynasor.{key}={quoted(options[key])} with algorithm {about.name!r} is not supported; leave out one of the two"
         )
     group_tokens = read_whole(options, "group_tokens", DEFAULT_GROUP_TOKENS, MOST_GROUP_TOKENS, "the limit")
     return ProgramSpec(
         about.name, branches, width, stop, answer, program, deadline_s, tenant or "",
         vote, judge, group_tokens, read_frac(options, "weak_frac"), read_flag(options, "statistics"), thought, equal, budget,
+        read_template(options),
     )  # fmt: skip
 
 
@@ -228,27 +243,27 @@ def _equal(options: dict[str, Any], answer: str, about: AlgorithmRecord) -> str:
     kind, sep, level = equal.partition(":")
     if kind not in EQUALS or (sep and kind not in SCORES):
         forms = (f"{kind}:{score:g}" for kind, score in SCORES.items())
-        raise FieldError(f"dynasor.equal={equal!r} is not known; use one of {', '.join((*EQUALS, *forms))}")
+        raise FieldError(f"dynasor.equal={quoted(equal)} is not known; use one of {', '.join((*EQUALS, *forms))}")
     try:
         is_inside = not sep or 0 < float(level) <= 1
     except ValueError:
         is_inside = False
     if not is_inside:
         raise FieldError(
-            f"dynasor.equal={equal!r}: the level {level!r} is outside (0, 1]; send one such as {SCORES[kind]:g}"
+            f"dynasor.equal={quoted(equal)}: the level {quoted(level)} is outside (0, 1]; send one such as {SCORES[kind]:g}"
         )
     if kind == "symbolic" and (answer in ("json", "yes_no", "choice") or answer.startswith(("tool_call", "code"))):
         raise FieldError(
-            f"dynasor.equal='symbolic' with dynasor.answer={answer!r}: such answers are no formulas; use another equality"
+            f"dynasor.equal='symbolic' with dynasor.answer={quoted(answer)}: such answers are no formulas; use another equality"
         )
     if kind in COMPARERS and about.is_thought:
         raise FieldError(
-            f"dynasor.equal={equal!r} with algorithm {about.name!r} is not supported: thoughts are closed by what their trials say at once; "
+            f"dynasor.equal={quoted(equal)} with algorithm {about.name!r} is not supported: thoughts are closed by what their trials say at once; "
             "use math or text"
         )
     if kind in COMPARERS and "program" in options:
         raise FieldError(
-            f"dynasor.equal={equal!r} with dynasor.program={options['program']!r}: branches that you send are answered as they end, before "
+            f"dynasor.equal={quoted(equal)} with dynasor.program={quoted(options['program'])}: branches that you send are answered as they end, before "
             "anything is compared; use math or text"
         )
     return equal
@@ -259,23 +274,25 @@ def _judge(options: dict[str, Any]) -> JudgeSpec | None:
     if "judge" not in options:
         if key := next((key for key in texts if key in options), None):
             raise FieldError(
-                f"dynasor.{key}={options[key]!r} without dynasor.judge; send judge 'self', 'model' or 'steps' too"
+                f"dynasor.{key}={quoted(options[key])} without dynasor.judge; send judge 'self', 'model' or 'steps' too"
             )
         return None
     judge = _text(options, "judge", "")
     if judge not in JUDGES:
-        raise FieldError(f"dynasor.judge={judge!r} is not known; use one of {', '.join(JUDGES)}")
+        raise FieldError(f"dynasor.judge={quoted(judge)} is not known; use one of {', '.join(JUDGES)}")
     suffix, good, bad = texts.values()
     if len(suffix) > MAX_SUFFIX_CHARS:
         raise FieldError(f"dynasor.judge_suffix has {len(suffix)} characters; at most {MAX_SUFFIX_CHARS} are allowed")
     if judge != "self":
         if key := next((key for key in ("judge_good", "judge_bad") if key in options), None):
-            raise FieldError(f"dynasor.{key}={options[key]!r} with judge {judge!r}, which gives a number; leave it out")
+            raise FieldError(
+                f"dynasor.{key}={quoted(options[key])} with judge {quoted(judge)}, which gives a number; leave it out"
+            )
         return JudgeSpec(suffix, is_external=True, by_steps=judge == "steps")
     if missing := next((key for key, text in texts.items() if not text), None):
         raise FieldError(f"dynasor.judge='self' without dynasor.{missing}; send {', '.join(texts)}")
     if good == bad:
-        raise FieldError(f"dynasor.judge_good={good!r} is also judge_bad; send two different tokens")
+        raise FieldError(f"dynasor.judge_good={quoted(good)} is also judge_bad; send two different tokens")
     return JudgeSpec(suffix, good, bad)
 
 
@@ -283,7 +300,7 @@ def check_greedy(num_branches: int, sampling: dict[str, Any]) -> None:
     """Raise FieldError where several branches of one prompt would all say the same."""
     if num_branches > 1 and is_greedy(sampling):
         raise FieldError(
-            f"{num_branches} branches with temperature={sampling.get('temperature', 1.0)}, top_k={sampling.get('top_k', -1)}: "
+            f"{num_branches} branches with temperature={quoted(sampling.get('temperature', 1.0))}, top_k={quoted(sampling.get('top_k', -1))}: "
             "greedy branches would all be the same; send a temperature above 0, or dynasor.branches=1"
         )
 
@@ -299,13 +316,13 @@ def _about(options: dict[str, Any]) -> AlgorithmRecord:
     name = _text(options, "algorithm", SELF_CONSISTENCY.name)
     if name not in ENGINE_ALGORITHMS:
         raise FieldError(
-            f"dynasor.algorithm={name!r} is not known to the engine; use one of {', '.join(ENGINE_ALGORITHMS)}. Searches run "
+            f"dynasor.algorithm={quoted(name)} is not known to the engine; use one of {', '.join(ENGINE_ALGORITHMS)}. Searches run "
             "through the frontend: sglang_dynasor.solve() or reason()"
         )
     about = ENGINE_ALGORITHMS[name]
     if key := next((key for key, owner in _OWNERS.items() if key in options and owner != name), None):
         raise FieldError(
-            f"dynasor.{key}={options[key]!r} is for algorithm {_OWNERS[key]!r}; leave it out, or ask for that"
+            f"dynasor.{key}={quoted(options[key])} is for algorithm {_OWNERS[key]!r}; leave it out, or ask for that"
         )
     return about
 

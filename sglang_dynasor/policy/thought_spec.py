@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_dynasor.errors import FieldError
+from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.algorithm import LONG_COT, AlgorithmRecord
 from sglang_dynasor.policy.rules import StopRule
 from sglang_dynasor.policy.values import read_text, read_whole
@@ -45,12 +45,12 @@ def check_together(stop: StopRule, branches: int, about: AlgorithmRecord) -> Non
     """Raise FieldError where the rule asks chains that are not there."""
     if stop.uses("trials") and not about.is_thought:
         raise FieldError(
-            f"dynasor.stop={stop.text!r} with algorithm {about.name!r}: trials are what thoughts are asked for; use algorithm "
+            f"dynasor.stop={quoted(stop.text)} with algorithm {about.name!r}: trials are what thoughts are asked for; use algorithm "
             f"{LONG_COT.name!r}, or another rule"
         )
     if stop.uses("trials") and branches == 1:
         raise FieldError(
-            f"dynasor.stop={stop.text!r} with dynasor.branches=1: one chain has nobody to agree with, and is closed by dynasor.exit; "
+            f"dynasor.stop={quoted(stop.text)} with dynasor.branches=1: one chain has nobody to agree with, and is closed by dynasor.exit; "
             "send more branches, or leave stop out"
         )
 
@@ -63,7 +63,7 @@ def parse_thought(options: dict[str, Any], stop: StopRule) -> ThoughtSpec:
     """
     effort = read_text(options, "effort", "medium", ", ".join(EFFORTS))
     if effort not in EFFORTS:
-        raise FieldError(f"dynasor.effort={effort!r} is not known; use one of {', '.join(EFFORTS)}")
+        raise FieldError(f"dynasor.effort={quoted(effort)} is not known; use one of {', '.join(EFFORTS)}")
     agree, level, min_tokens = EFFORTS[effort]
     every_tokens: int | None = None
     rule, sep, text = read_text(options, "exit", "trial", EXITS).partition(":")
@@ -77,7 +77,7 @@ def parse_thought(options: dict[str, Any], stop: StopRule) -> ThoughtSpec:
             level = -1.0
     if rule not in ("trial", "published") or (rule == "published" and sep) or not 0 <= level <= 1:
         raise FieldError(
-            f"dynasor.exit={options['exit']!r} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
+            f"dynasor.exit={quoted(options['exit'])} is no rule; write 'trial', 'trial:PROBABILITY' (0 to 1) or 'published'"
         )
     if "probe_tokens" in options:
         every_tokens = read_whole(options, "probe_tokens", 1, MOST_PROBE_TOKENS, "the limit")
@@ -109,7 +109,7 @@ def _hold_tokens(options: dict[str, Any], every_tokens: int | None, stop: StopRu
         return default
     if not stop.uses("trials"):
         raise FieldError(
-            f"dynasor.hold_tokens={options['hold_tokens']!r} with stop {stop.text!r}: no answer is held; leave it out, or send "
+            f"dynasor.hold_tokens={quoted(options['hold_tokens'])} with stop {quoted(stop.text)}: no answer is held; leave it out, or send "
             f"several branches and a rule such as {TOGETHER!r}"
         )
     hold_tokens = read_whole(options, "hold_tokens", default, MOST_PROBE_TOKENS, "the limit")

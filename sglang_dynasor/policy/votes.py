@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sglang_dynasor.policy.evidence import NO_MIXTURE, Evidence
-from sglang_dynasor.policy.mixture import Mixture
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.mixture import NO_MIXTURE, Mixture
 from sglang_dynasor.policy.standing import NO_STANDING, Standing
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from math import inf
 
 from sglang_dynasor.config import DynasorConfig
@@ -93,8 +93,11 @@ class Engine:
     def num_plain_waiting(self) -> int:
         return len(self.plain)
 
-    def waiting(self) -> Iterator[Waiting]:
-        return (Waiting(r.arrival, self.size.max_new_tokens, self._cost(r)) for r in self.plain)
+    def has_adapter_room(self, gang: Gang) -> bool:
+        return True  # one model serves all
+
+    def waiting(self, num: int) -> Iterator[Waiting]:
+        return (Waiting(r.arrival, self.size.max_new_tokens, self._cost(r)) for r in islice(self.plain, num))
 
     def progress_tokens(self, gang: Gang) -> int:
         return sum(self.generated(request) for request in gang.owner.requests.values())

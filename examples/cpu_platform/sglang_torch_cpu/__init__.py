@@ -22,17 +22,18 @@ def activate() -> str | None:
 
 
 def register() -> None:
-    """Let --enable-deterministic-inference serve seeded sampling here.
+    """Let --enable-deterministic-inference serve seeded sampling here, and --enable-lora adapters.
 
     SGLang's batch-invariant matrix products and its seeded hash are kernels for accelerators. The first is left out:
     PyTorch's products may round differently in batches of different size, so a seed reproduces samples up to rounding.
-    The second is written in PyTorch (`seeded.py`).
+    The second is written in PyTorch (`seeded.py`). LoRA adapters are served without pinned memory (`unpinned.py`).
     """
     if activate() is None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_torch_cpu.seeded import multinomial_with_seed
+    from sglang_torch_cpu.unpinned import WHO_PINS, unpinned
 
     HookRegistry.register(
         "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
@@ -44,3 +45,5 @@ def register() -> None:
         lambda original, *args: multinomial_with_seed(*args),
         HookType.AROUND,
     )
+    for target in WHO_PINS:
+        HookRegistry.register(target, unpinned, HookType.AROUND)

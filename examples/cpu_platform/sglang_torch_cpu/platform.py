@@ -31,6 +31,8 @@ class TorchCpuPlatform(CpuDeviceMixin, SRTPlatform):
             server_args.max_running_requests = 64  # a CPU's throughput is flat beyond
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
+        if server_args.lora_backend == "csgmv":  # SGLang's default, of kernels for accelerators
+            server_args.lora_backend = "torch_native"
         if ATTENTION not in choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES:
             # One row's attention never depends on the others here, so seeded sampling is reproducible.
             choices.DETERMINISTIC_ATTENTION_BACKEND_CHOICES.append(ATTENTION)

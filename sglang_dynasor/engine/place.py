@@ -1,0 +1,131 @@
+"""Where the `dynasor` field is read: at its place in a body, from a template, or for a request that sends none.
+
+What stands at the wrong place is an HTTP 400, which SGLang would drop without a word.
+"""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, cast
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+from sglang_dynasor.engine.flag import serves_programs
+from sglang_dynasor.engine.templates import give_templates
+from sglang_dynasor.engine.validation import is_placed
+from sglang_dynasor.errors import FieldError, quoted, spelled
+from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
+
+# Where the field is read, by route. Only routes whose errors SGLang answers with HTTP 400 are here; the others go unlooked at.
+_NATIVE, _OPENAI = ("sampling_params", "custom_params", "dynasor"), ("custom_params", "dynasor")
+_PLACES: dict[str, tuple[str, ...] | None] = {
+    "sgl.Engine": _NATIVE,
+    "/generate": _NATIVE,
+    "/v1/chat/completions": _OPENAI,
+    "/v1/completions": _OPENAI,
+    "/invocations": _OPENAI,
+    "/v1/responses": None,
+    "/v1/messages": None,
+}
+
+
+def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
+    """Refuse a field that is misspelt, or where nobody reads it (FieldError), before SGLang makes anything of the request.
+
+    A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed. From here on a
+    request has the settings of its template, and its prompts share its budget.
+    """
+    if not serves_programs(tokenizer_manager.server_args) or is_placed(obj):
+        return
+    _check_rids(obj)
+    if not isinstance(obj, GenerateReqInput):
+        return
+    body: Any = getattr(request, "_json", None)
+    route = route_of(request)
+    if isinstance(body, dict):
+        wrong = _misplaced(body, route)
+    else:  # from `sgl.Engine`, or not JSON
+        wrong = _misplaced({"sampling_params": obj.sampling_params}, "sgl.Engine")
+    if wrong is not None:
+        raise FieldError(wrong)
+    give_templates(tokenizer_manager, obj, route, model_of(body))
+    if isinstance(obj.sampling_params, list):
+        _share_budget(obj)
+
+
+def route_of(request: Any) -> str:
+    """The endpoint that a request was sent to, as SGLang's app has it; empty if it was sent to none."""
+    scope: Any = getattr(request, "scope", None)
+    return getattr(scope.get("route"), "path", "") if isinstance(scope, dict) else ""
+
+
+def model_of(body: Any) -> str:
+    """The model that a body names."""
+    model: Any = body.get("model") if isinstance(body, dict) else None
+    return model if isinstance(model, str) else ""
+
+
+def _check_rids(obj: Any) -> None:
+    """SGLang aborts by prefix of the rid as soon as it knows it: none may be one of the server's own."""
+    for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
+        if isinstance(rid, str) and rid.startswith("\0"):
+            raise FieldError(f"rid={quoted(rid)} begins with a NUL, as the server's own do; send another, or none")
+
+
+def _share_budget(obj: Any) -> None:
+    """Let the prompts of one request share the tokens that it names without an id."""
+    fields = [_field(params) for params in obj.sampling_params]
+    sharing = [field for field in fields if _shares(field)]
+    if not sharing:
+        return
+    if any(field["budget_tokens"] != sharing[0]["budget_tokens"] for field in sharing):
+        raise FieldError(
+            f"dynasor.budget_tokens={quoted(sharing[0]['budget_tokens'])} and others in one request: its prompts share one budget; send one "
+            "number, or dynasor.budget, an id, with each"
+        )
+    shared = {"budget": f"r-{uuid.uuid4().hex}", "budget_programs": len(sharing)}
+    obj.sampling_params = [
+        params | {"custom_params": params["custom_params"] | {"dynasor": shared | field}} if _shares(field) else params
+        for params, field in zip(obj.sampling_params, fields, strict=True)
+    ]
+
+
+def _shares(field: dict[str, Any]) -> bool:
+    return "budget_tokens" in field and "budget" not in field
+
+
+def _field(params: Any) -> dict[str, Any]:
+    """The field in one prompt's sampling parameters; empty where there is none, or it is only a name."""
+    custom: Any = params.get("custom_params") if isinstance(params, dict) else None
+    field: Any = custom.get("dynasor") if isinstance(custom, dict) else None
+    return cast("dict[str, Any]", field) if isinstance(field, dict) else {}
+
+
+def say_place(result: str | None, body: Any) -> str | None:
+    """What SGLang says of a key of `sampling_params` that it does not know, but where the field was meant."""
+    if result is None:
+        return None
+    from sglang.srt.entrypoints import http_server
+
+    serves = serves_programs(http_server.get_global_state().tokenizer_manager.server_args)
+    return _misplaced(body, "/generate") if serves else None
+
+
+def _misplaced(body: Any, route: str) -> str | None:
+    """What is wrong with the place of the field in a body sent to `route`; None if nothing is."""
+    if route not in _PLACES:
+        return None
+    place = _PLACES[route]
+    path = near_miss(body, place)
+    if path is None:
+        return None
+    where = ".".join(map(spelled, path))
+    if place is None:
+        return f"{where} is not read by {route}, which takes no dynasor field; send the request to /v1/chat/completions or /generate"
+    example = '{"dynasor": "self_consistency"}'
+    for key in reversed(place[:-1]):
+        example = f'{{"{key}": {example}}}'
+    message = f"{where} is not read by {route}; send the field as {'.'.join(place)}, such as {example}"
+    if plain(path[0]) == CLIENT_ARGUMENT:
+        message += f" ({spelled(path[0])} is an argument of the OpenAI Python client, which sends what is in it at the top of the body)"
+    return message

@@ -1,0 +1,463 @@
+"""What an operator sees and does while a server runs: programs listed, finished, cancelled, settings changed, records logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from engines import GIVEN_BACK
+from questions import held_out, prompt
+from server import Server
+
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine.routes import check_query, check_settings
+from sglang_dynasor.errors import ConfigError, DynasorError, FieldError
+from sglang_dynasor.observe.ledger import RecordBook
+from sglang_dynasor.observe.log import MOST_UNWRITTEN, RecordLog
+from sglang_dynasor.top import row
+
+QUESTION = prompt(held_out(1)[0].text)
+KEY, ADMIN = "key", "admin"
+
+
+# What is asked for wrongly
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"width": -1}, "width=-1 is outside"), ({"width": True}, "width=True is outside"), ({"width": "4"}, "width='4' is outside"),
+        ({"level": "sure"}, "level='sure' is not known"), ({"level": ["fast"]}, "level=\\['fast'\\] is not known"),
+        ({"max_price": 2}, "max_price=2 is no price"), ({"drain": "yes"}, "drain='yes' is neither"), ({"log": 1}, "log=1 is neither"),
+        ({"speed": 1}, "'speed' is no setting"), ({"x" * 1000: 1}, "^'x{80}... is no"), ({"level": "x" * 1000}, "level='x{80}... is not"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_told(body: dict[str, Any], says: str) -> None:
+    with pytest.raises(DynasorError, match=says):
+        check_settings(body)
+
+
+def test_a_right_setting_is_not() -> None:
+    for body in ({}, {"width": 0, "level": "fast", "max_price": 0.5, "drain": False, "log": True}):
+        assert check_settings(body) == body
+
+
+@pytest.mark.parametrize(
+    ("state", "limit"), [("ended", "1"), ("", "0"), ("", "x"), ("", "-1"), ("", "10001"), ("", "٣"), ("", "9" * 5000)]
+)
+def test_a_wrong_query_is_told(state: str, limit: str) -> None:
+    with pytest.raises(FieldError, match="is not known" if state else "outside"):
+        check_query(state, limit)
+    check_query("done", "10000")
+
+
+# The log of records
+
+
+def record(program: str, **keys: Any) -> dict[str, Any]:
+    return {"id": program, "at": 1.0, "record": {"program": program, **keys}}
+
+
+def test_what_is_logged_is_read_at_the_next_start(tmp_path: Path) -> None:
+    """But for a line that was cut off, and what is no record."""
+    log = RecordLog(tmp_path / "log")
+    assert log.newest(10) == []
+    for i in range(5):
+        log.write(record(str(i)))
+    log.flush()
+    with log.path.open("a") as file:
+        file.write('[1]\n{"record": 3}\n{"id": "5", "rec')
+    assert [line["id"] for line in RecordLog(log.path).newest(100)] == list("01234")
+    assert [line["id"] for line in RecordLog(log.path).newest(4)] == [
+        "4"
+    ]  # of the last four lines, three of which are none
+    assert (log.num_written, log.num_lost) == (5, 0)
+
+
+def test_of_a_long_log_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a server with years of records starts as soon as one without; nothing of what has no end."""
+    log = RecordLog(tmp_path / "log")
+    for i in range(50):
+        log.write(record(str(i)))
+    log.flush()
+    size = log.path.stat().st_size
+    monkeypatch.setattr("sglang_dynasor.observe.log.MOST_READ_BYTES", size // 5 + 10)
+    assert [line["id"] for line in log.newest(100)] == [str(i) for i in range(40, 50)]
+    monkeypatch.setattr("sglang_dynasor.observe.log.MOST_READ_BYTES", 10 * size)
+    with log.path.open("ab") as file:
+        file.write(b"\xff\xfe\n")
+    assert len(log.newest(100)) == 50
+    assert RecordLog(Path("/dev/zero")).newest(100) == []
+
+
+def test_nothing_is_logged_while_it_is_off(tmp_path: Path) -> None:
+    log = RecordLog(tmp_path / "log")
+    log.is_on = False
+    log.write(record("a"))
+    assert not log.path.exists()
+
+
+def test_a_full_disk_is_counted_and_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """/dev/full says ENOSPC; said once."""
+    log = RecordLog(Path("/dev/full"))
+    started = time.perf_counter()
+    for i in range(100):
+        log.write(record(str(i)))
+    assert time.perf_counter() - started < 1
+    log.flush()
+    assert (log.num_written, log.num_lost) == (0, 100)
+    assert caplog.text.count("could not be written") == 1
+
+
+def test_more_than_the_disk_takes_is_lost_and_counted(tmp_path: Path) -> None:
+    log = RecordLog(tmp_path / "log")
+    log._thread = object()  # type: ignore[assignment]  # nobody writes
+    for i in range(MOST_UNWRITTEN + 3):
+        log.write(record(str(i)))
+    assert log.num_lost == 3
+
+
+def test_a_log_that_cannot_be_there_is_refused_at_start() -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        DynasorConfig("dynasor", dynasor_log="/nowhere/at/all")
+    DynasorConfig("dynasor", dynasor_log="here.jsonl")
+
+
+def test_each_program_is_listed_once() -> None:
+    """The newest first; of a client's own branches the latest record."""
+    book = RecordBook()
+    for rid, program, num in (
+        ("a", "a", 1),
+        ("x-0", "x", 1),
+        ("x", "x", 1),
+        ("b", "b", 1),
+        ("x-1", "x", 2),
+        ("x", "x", 2),
+    ):
+        book.keep(rid, {"program": program, "num": num})
+    assert [(r["program"], r["num"]) for r in book.newest()] == [("x", 2), ("b", 1), ("a", 1)]
+
+
+# In a terminal
+
+PROGRAM: dict[str, Any] = {
+    "id": "p", "algorithm": "self_consistency", "tenant": None, "state": "running", "age_s": 1.25, "cap": 16, "num_tokens": 1234,
+    "certaindex": 0.876, "votes": [["19", 2.0], ["7", 1.0]],
+    "branches": [{"state": state} for state in ("finished", "compared", "running", "judged", "queued")],
+}  # fmt: skip
+
+
+def test_a_program_is_one_line_of_a_terminal() -> None:
+    """Nothing that a client sent steers it."""
+    assert row(PROGRAM).split() == [
+        "p",
+        "self_consistency",
+        "running",
+        "1.2",
+        "s",
+        "2+3",
+        "of",
+        "16",
+        "1,234",
+        "0.88",
+        "19",
+    ]
+    evil = {**PROGRAM, "id": "\x1b[2J" + "x" * 100, "tenant": "\n", "votes": [["\x07\u202e", 1.0]], "age_s": None}
+    assert row(evil).isprintable()
+    assert len(row(evil)) < 130
+    assert row({**PROGRAM, "votes": []}).endswith("0.88")
+
+
+engine = pytest.mark.engine
+
+
+# On a running server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    running = Server(
+        folder / "log", "--scheduler", "dynasor", "--dynasor-log", str(folder / "records"), "--dynasor-show-texts",
+        "--api-key", KEY, "--admin-api-key", ADMIN, "--max-running-requests", "8",
+    )  # fmt: skip
+    try:
+        running.wait()
+        yield running
+    finally:
+        running.stop()
+
+
+def call(server: Server, method: str, path: str, key: str = ADMIN, **more: Any) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.request(method, f"{server.url}{path}", headers=headers, timeout=120, **more)
+
+
+def send(server: Server, rid: str, params: dict[str, Any] | None = None, **field: Any) -> httpx.Response:
+    sampling = {
+        "max_new_tokens": 200,
+        "temperature": 1.0,
+        **(params or {}),
+        "custom_params": {"dynasor": {"answer": "hash", **field}},
+    }
+    return call(server, "POST", "/generate", KEY, json={"text": QUESTION, "rid": rid, "sampling_params": sampling})
+
+
+ENDLESS = {"ignore_eos": True, "max_new_tokens": 900}
+
+
+def until(server: Server, query: str, num: int) -> list[dict[str, Any]]:
+    """Programs listed, once there are so many that are not over."""
+    for _ in range(200):
+        found = [p for p in call(server, "GET", f"/dynasor/programs?{query}").json() if p["state"] != "done"]
+        if len(found) >= num:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(found)
+
+
+@pytest.fixture
+def sent(server: Server) -> Iterator[list[Future[httpx.Response]]]:
+    """Three programs that do not end by themselves on eight rows: two of four branches run, one waits."""
+    with ThreadPoolExecutor(4) as pool:
+        futures = []
+        for i in range(3):
+            futures.append(
+                pool.submit(send, server, f"endless-{i}", ENDLESS, branches=4, width=4, stop="never", tenant=f"t{i}")
+            )
+            until(server, "", i + 1)
+        yield futures
+        for i in range(3):
+            call(server, "POST", f"/dynasor/programs/endless-{i}/cancel")
+    # Answered; the next test's have the same names.
+    while any(call(server, "GET", f"/dynasor/programs?state={state}").json() for state in ("running", "waiting")):
+        time.sleep(0.05)
+
+
+@engine
+def test_programs_are_seen_finished_and_cancelled(server: Server, sent: list[Future[httpx.Response]]) -> None:
+    """Each by its id, while others go on undisturbed."""
+    for _ in range(200):
+        states = {p["id"]: p["state"] for p in call(server, "GET", "/dynasor/programs?limit=3").json()}
+        if list(states.values()) == ["running", "running", "waiting"]:
+            break
+        time.sleep(0.05)
+    assert states == {"endless-0": "running", "endless-1": "running", "endless-2": "waiting"}
+    (waiting,) = call(server, "GET", "/dynasor/programs?state=waiting").json()
+    assert (waiting["tenant"], waiting["branches"], waiting["rank"]) == ("t2", [], 0)
+    (found,) = call(server, "GET", "/dynasor/programs?tenant=t1").json()
+    assert found["id"] == "endless-1"
+    assert [branch["state"] for branch in found["branches"]] == ["running"] * 4
+    assert found["num_tokens"] == sum(branch["num_tokens"] for branch in found["branches"]) > 0
+    assert found["age_s"] > 0
+    assert call(server, "GET", "/dynasor/programs?algorithm=long_cot&state=running").json() == []
+
+    opened = call(server, "GET", "/dynasor/programs/endless-0?texts=true", KEY).json()
+    assert QUESTION.strip() in opened["texts"]["prompt"]
+    assert len(opened["texts"]["branches"]) == 4
+    assert opened["stop_reason"] is None
+    assert "texts" not in call(server, "GET", "/dynasor/programs/endless-0").json()
+
+    assert call(server, "POST", "/dynasor/programs/endless-0/finish").json() == {"id": "endless-0", "finish": True}
+    finished = sent[0].result(60)
+    record = finished.json()["meta_info"]["dynasor"]
+    assert record["stop_reason"] == "operator"
+    assert finished.json()["text"]  # of a branch that was running
+    assert call(server, "POST", "/dynasor/programs/endless-0/finish").status_code == 409
+
+    assert call(server, "POST", "/dynasor/programs/endless-1/cancel").json() == {"id": "endless-1", "cancel": True}
+    cancelled = sent[1].result(60)
+    assert cancelled.status_code == 503
+    assert "operator cancelled" in cancelled.text
+    assert not sent[2].done()  # it runs now
+    assert call(server, "POST", "/dynasor/programs/endless-9/cancel").status_code == 404
+    (done,) = call(server, "GET", "/dynasor/programs?state=done&limit=1").json()
+    assert (done["id"], done["state"]) == ("endless-1", "done")
+
+
+@engine
+def test_a_terminal_shows_and_ends_them(server: Server, sent: list[Future[httpx.Response]]) -> None:
+    """The commands as a person calls them: printed once; on a screen, where `c` cancels the one that is marked."""
+    command = [sys.executable, "-m", "sglang_dynasor.cli", "top", "--url", server.url]
+    environment = {**os.environ, "DYNASOR_API_KEY": ADMIN, "TERM": "xterm", "COLUMNS": "160", "LINES": "30"}
+    printed = subprocess.run(
+        [*command, "--once"], capture_output=True, text=True, env=environment, timeout=60, check=True
+    ).stdout
+    assert [line.split()[0] for line in printed.splitlines()[3:]] == ["endless-0", "endless-1", "endless-2"]
+    assert "programs 3" in printed
+    outer, inner = pty.openpty()
+    with subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=environment, close_fds=True) as top:
+        try:
+            seen = ""
+            while "endless-0" not in seen:
+                seen += os.read(outer, 65536).decode(errors="replace")
+            os.write(outer, b"c")
+            assert sent[0].result(60).status_code == 503
+            assert not sent[1].done()
+            os.write(outer, b"q")
+            assert top.wait(20) == 0
+        finally:
+            top.kill()
+    refused = subprocess.run(
+        [*command, "--once"],
+        capture_output=True,
+        text=True,
+        env={**environment, "DYNASOR_API_KEY": ""},
+        timeout=60,
+        check=False,
+    )
+    assert refused.returncode == 1
+    assert "gave 401" in refused.stderr
+
+
+@engine
+def test_the_operator_s_routes_want_the_operator_s_key(server: Server) -> None:
+    """Where there is one; a client's key reads a record whose id it knows."""
+    record = send(server, "mine", branches=2).json()["meta_info"]["dynasor"]
+    for method, path in (
+        ("GET", "/dynasor/programs"), ("GET", "/dynasor/settings"), ("POST", "/dynasor/settings"),
+        ("POST", "/dynasor/programs/mine/finish"), ("POST", "/dynasor/programs/mine/cancel"),
+    ):  # fmt: skip
+        assert call(server, method, path, KEY).status_code == 401, path
+        assert call(server, method, path, "").status_code == 401, path
+        assert call(server, method, path).status_code in (200, 409), path
+    assert call(server, "GET", "/dynasor/programs/mine", "").status_code == 401
+    assert call(server, "GET", "/dynasor/programs/mine", KEY).json() == record
+
+
+@engine
+def test_the_live_page_opens_without_a_key_and_shows_nothing_without_the_operator_s(server: Server) -> None:
+    """A browser that opens an address sends none; what it then asks for holds everybody's programs."""
+    assert call(server, "GET", "/dynasor", "").headers["content-type"].startswith("text/html")
+    assert call(server, "GET", "/dynasor/page/page.js", "").status_code == 200
+    for path in (
+        "/dynasor/events",
+        "/dynasor/opened?id=endless-0",
+        "/dynasor/programs",
+        "/dynasor/page/../programs",
+        "/dynasor/page/x",
+    ):
+        assert call(server, "GET", path, "").status_code == 401, path
+    for path in ("/dynasor/events", "/dynasor/opened?id=endless-0"):
+        assert call(server, "GET", path, KEY).status_code == 401, path
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    with httpx.stream("GET", f"{server.url}/dynasor/events", headers=headers, timeout=30) as response:
+        assert next(line for line in response.iter_lines() if line.startswith("data: ")).endswith('"has_texts":true}')
+
+
+@engine
+@pytest.mark.usefixtures("sent")
+def test_a_program_that_is_opened_shows_its_texts(server: Server) -> None:
+    """On a server that was started so; of one that waits the prompt."""
+    until(server, "state=running", 2)
+    found = call(server, "GET", "/dynasor/opened?id=endless-0").json()
+    assert found["id"] == "endless-0"
+    assert found["texts"]["prompt"] == QUESTION
+    assert any(found["texts"]["branches"].values())
+    assert call(server, "GET", "/dynasor/opened?id=endless-2").json()["texts"] == {"prompt": QUESTION, "branches": {}}
+    gone = call(server, "GET", "/dynasor/opened?id=nobody")
+    assert (gone.status_code, gone.json()["error"]) == (404, "program 'nobody' is not in flight")
+
+
+@engine
+def test_settings_change_while_it_runs(server: Server) -> None:
+    """Width, level and price, for programs that come; a wrong one is told and changes none."""
+    before = call(server, "GET", "/dynasor/settings").json()
+    assert before == {**before, "width": 0, "level": "careful", "max_price": 0.0, "drain": False}
+    changed = call(server, "POST", "/dynasor/settings", json={"width": 3, "level": "fast", "max_price": 0.01}).json()
+    assert changed == {**before, "width": 3, "level": "fast", "max_price": 0.01}
+    record = send(server, "wide", branches=8).json()["meta_info"]["dynasor"]
+    assert record["gang"] == 3
+    assert record["stop_rule"] == "fast"
+    assert "price" in record
+    for body in ({"width": 2, "level": "sure"}, {"speed": 1}):
+        assert call(server, "POST", "/dynasor/settings", json=body).status_code == 400
+    assert call(server, "POST", "/dynasor/settings", content=b"{").status_code == 400
+    assert call(server, "GET", "/dynasor/settings").json()["width"] == 3
+    back = {key: before[key] for key in ("width", "level", "max_price")}
+    assert call(server, "POST", "/dynasor/settings", json=back).json()["level"] == "careful"
+    record = send(server, "as-before", branches=8).json()["meta_info"]["dynasor"]
+    assert record["stop_rule"] == "careful"
+    assert "price" not in record
+
+
+@engine
+def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
+    """It serves those that it has, and plain requests."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(
+            send, server, "before", {"ignore_eos": True, "max_new_tokens": 400}, branches=2, stop="never"
+        )
+        until(server, "state=running", 1)
+        assert call(server, "POST", "/dynasor/settings", json={"drain": True}).json()["drain"] is True
+        try:
+            refused = send(server, "after")
+            assert refused.status_code == 503
+            assert "drains" in refused.text
+            plain = call(
+                server,
+                "POST",
+                "/generate",
+                KEY,
+                json={"text": QUESTION, "sampling_params": {"max_new_tokens": 4, "temperature": 0}},
+            )
+            assert plain.status_code == 200
+            assert running.result(60).status_code == 200
+        finally:
+            assert call(server, "POST", "/dynasor/settings", json={"drain": False}).json()["drain"] is False
+    assert send(server, "again").status_code == 200
+
+
+@engine
+def test_records_are_logged(server: Server) -> None:
+    """One line each, while the log is on."""
+    send(server, "logged", branches=2)
+    call(server, "POST", "/dynasor/settings", json={"log": False})
+    send(server, "unlogged", branches=2)
+    log = call(server, "POST", "/dynasor/settings", json={"log": True}).json()["log"]
+    assert log["is_on"] is True
+    assert log["num_lost"] == 0
+    lines = [json.loads(line) for line in (server.log.parent / "records").read_text().splitlines()]
+    ids = [line["id"] for line in lines]
+    assert ids.count("logged") == 1
+    assert "unlogged" not in ids
+    assert all(line["record"]["program"] and line["at"] > 1.7e9 for line in lines)
+
+
+@engine
+def test_nothing_is_left_inside(server: Server) -> None:
+    for _ in range(100):
+        status = call(server, "GET", "/dynasor/status", KEY).json()[0]
+        if not any(status[key] for key in GIVEN_BACK):
+            break
+        time.sleep(0.05)
+    assert {key: status[key] for key in GIVEN_BACK if status[key]} == {}
+    assert status["num_policy_errors"] == 0
+    assert status["num_finished_early"] == 1
+
+
+@engine
+def test_who_watches_does_not_keep_a_server_that_stops(server: Server) -> None:
+    """Its stream ends when the server is told to end; the last test, for that."""
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    with httpx.stream("GET", f"{server.url}/dynasor/events", headers=headers, timeout=60) as response:
+        lines = response.iter_lines()
+        next(line for line in lines if line == "event: state")
+        os.kill(server.process.pid, signal.SIGTERM)
+        for _ in lines:
+            pass
+        # Or it listens no more by now.
+        with pytest.raises((httpx.HTTPStatusError, httpx.ConnectError), match=r"503|refused"):
+            httpx.get(f"{server.url}/dynasor/events", headers=headers, timeout=30).raise_for_status()
+        server.process.wait(60)
