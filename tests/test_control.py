@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -457,7 +458,7 @@ def test_who_watches_does_not_keep_a_server_that_stops(server: Server) -> None:
         os.kill(server.process.pid, signal.SIGTERM)
         for _ in lines:
             pass
-        # Or it listens no more by now.
-        with pytest.raises((httpx.HTTPStatusError, httpx.ConnectError), match=r"503|refused"):
-            httpx.get(f"{server.url}/dynasor/events", headers=headers, timeout=30).raise_for_status()
+        # By now it may listen no more, or close what has just come: neither keeps anybody waiting.
+        with suppress(httpx.NetworkError, httpx.RemoteProtocolError):
+            assert httpx.get(f"{server.url}/dynasor/events", headers=headers, timeout=30).status_code == 503
         server.process.wait(60)
