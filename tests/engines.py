@@ -35,8 +35,8 @@ def status_of(engine: Any) -> dict[str, Any]:
 
 
 def settled(engine: Any) -> dict[str, Any]:
-    """The counters once no branch is inside any more: siblings leave a step after the answer. Waits 10 s at most."""
-    for _ in range(200):
+    """The counters once no branch is inside any more: siblings leave a step after the answer. Waits half a minute at most."""
+    for _ in range(600):
         status = status_of(engine)
         if not status["num_branches_inside"]:
             break
@@ -46,7 +46,7 @@ def settled(engine: Any) -> dict[str, Any]:
 
 def assert_nothing_left(engine: Any) -> None:
     """No program, branch, row or KV token is held any more, and nothing of ours fell back; the caches are empty then."""
-    for _ in range(100):
+    for _ in range(600):
         status = engine.get_server_info()["internal_states"][0].get("dynasor", {})  # stock SGLang has none
         left = {key: status[key] for key in status if key in GIVEN_BACK and status[key]}
         if not left:
@@ -54,7 +54,7 @@ def assert_nothing_left(engine: Any) -> None:
         time.sleep(0.05)
     assert not left, status
     assert status.get("num_policy_errors", 0) == 0
-    for _ in range(20):
+    for _ in range(300):
         if engine.flush_cache().success:
             return
         time.sleep(0.1)

@@ -116,10 +116,10 @@ def test_any_text_gives_a_bounded_answer_or_none(text: str, extractor: str) -> N
 )
 def test_work_is_bounded(text: str) -> None:
     """Hostile text costs the scheduler's loop no more than a few milliseconds."""
-    started = time.perf_counter()
+    started = time.thread_time()
     for extractor in (*EXTRACTORS, "regex:(a+)+$", "regex:(.*)*x"):
         answer_key(extract_answer(text, extractor) or "")
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,10 @@ def test_an_answer_may_begin_before_the_text(lead: str, text: str, extractor: st
 def test_boxes_that_never_close_cost_little() -> None:
     """A branch that repeats itself must not hold up the scheduler's loop."""
     for text in ("\\boxed{" * 600, "\\boxed{{" * 450, "}" * 4096):
-        started = time.perf_counter()
+        started = time.thread_time()
         for _ in range(10):
             assert extract_answer(text, "boxed") is None
-        assert time.perf_counter() - started < 0.25  # 1.3 s where each is followed to the end
+        assert time.thread_time() - started < 0.25  # 1.3 s where each is followed to the end
     assert extract_answer("\\boxed{1} \\boxed{\\frac{1}{2}} \\boxed{", "boxed") == r"\frac{1}{2}"
 
 
@@ -170,10 +170,10 @@ def test_a_comma_after_a_number_is_no_part_of_it(text: str, number: str) -> None
 
 def test_many_commas_cost_little() -> None:
     """Quadratic, they would take 20 ms of the scheduler's loop."""
-    started = time.perf_counter()
+    started = time.thread_time()
     for _ in range(10):
         extract_answer("234," * 1024, "number")
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 @pytest.mark.parametrize(
@@ -311,9 +311,9 @@ def test_relatives_of_it_cost_little(pattern: str) -> None:
     check_extractor(f"regex:{pattern}")
     least = float("inf")
     for _ in range(5):
-        started = time.perf_counter()
+        started = time.thread_time()
         extract_answer(text, f"regex:{pattern}")
-        least = min(least, time.perf_counter() - started)
+        least = min(least, time.thread_time() - started)
     assert least < 0.002
 
 

@@ -616,13 +616,13 @@ def test_time_that_is_up_ends_the_run(tmp_path: Path) -> None:
     """With what there is, and exit code 0; a hanging server cannot hold it, and where nothing was done it says so."""
 
     def slow(number: int, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        time.sleep(0.05 if number < 12 else 2)
+        time.sleep(0.05 if number < 12 else 20)
         return adds(body)
 
     with serving(slow) as server:
         began_s = time.monotonic()
         report = bench(tmp_path, server, sums(tmp_path), "--minutes", "0.02")
-        assert time.monotonic() - began_s < 3
+        assert time.monotonic() - began_s < 15
     assert report.exit_code == 0
     assert any(re.match(r"- [1-5] of 40 questions, in 0.0 minutes", line) for line in report.lines)
     with (

@@ -93,7 +93,7 @@ def test_answers_that_are_the_same_are_one_vote(start_engine: Any, monkeypatch: 
         answers[0] = lambda texts: time.sleep(16)
         started = time.monotonic()
         check_apart(engine, "b")
-        assert 12 <= time.monotonic() - started < 30  # it has waited for what could have changed the answer
+        assert 12 <= time.monotonic() - started < 60  # it has waited for what could have changed the answer
         check_a_deadline(engine)
     assert settled(engine)["num_held_programs"] == 0
 
@@ -179,7 +179,7 @@ def check_a_deadline(engine: Any) -> None:
     """It wins over findings that are waited for."""
     started = time.monotonic()
     found = records(engine, tenant="c", equal="embedding", deadline_s=1.5)
-    assert time.monotonic() - started < 9
+    assert time.monotonic() - started < 14
     assert {record["stop_reason"] for record in found} <= {"cap", "deadline"}
     assert any(record["stop_reason"] == "deadline" for record in found)
 

@@ -115,7 +115,7 @@ def test_a_full_disk_is_counted_and_holds_nobody_up(tmp_path: Path, caplog: pyte
     started = time.perf_counter()
     for i in range(100):
         log.write(record(str(i)))
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5
     log.flush()
     assert (log.num_written, log.num_lost) == (0, 100)
     assert caplog.text.count("could not be written") == 1
@@ -220,7 +220,7 @@ ENDLESS = {"ignore_eos": True, "max_new_tokens": 900}
 
 def until(server: Server, query: str, num: int) -> list[dict[str, Any]]:
     """Programs listed, once there are so many that are not over."""
-    for _ in range(200):
+    for _ in range(600):
         found = [p for p in call(server, "GET", f"/dynasor/programs?{query}").json() if p["state"] != "done"]
         if len(found) >= num:
             return found
@@ -249,7 +249,7 @@ def sent(server: Server) -> Iterator[list[Future[httpx.Response]]]:
 @engine
 def test_programs_are_seen_finished_and_cancelled(server: Server, sent: list[Future[httpx.Response]]) -> None:
     """Each by its id, while others go on undisturbed."""
-    for _ in range(200):
+    for _ in range(600):
         states = {p["id"]: p["state"] for p in call(server, "GET", "/dynasor/programs?limit=3").json()}
         if list(states.values()) == ["running", "running", "waiting"]:
             break
@@ -438,7 +438,7 @@ def test_records_are_logged(server: Server) -> None:
 
 @engine
 def test_nothing_is_left_inside(server: Server) -> None:
-    for _ in range(100):
+    for _ in range(600):
         status = call(server, "GET", "/dynasor/status", KEY).json()[0]
         if not any(status[key] for key in GIVEN_BACK):
             break

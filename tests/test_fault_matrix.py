@@ -175,7 +175,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def assert_empty(server: WarmServer) -> None:
-    for _ in range(200):
+    for _ in range(600):
         status = server.status()
         left = {key: status[key] for key in GIVEN_BACK if status[key]}
         if not left:
@@ -201,7 +201,7 @@ def every_kind(prefix: str, params: dict[str, Any] | None = None) -> list[dict[s
     return [*bodies, plain]
 
 
-def until(what: Callable[[], bool], limit_s: float = 20) -> None:
+def until(what: Callable[[], bool], limit_s: float = 60) -> None:
     deadline = time.monotonic() + limit_s
     while not what():
         assert time.monotonic() < deadline
@@ -484,7 +484,7 @@ def test_other_servers_fail(server: FaultyServer, asked: Asked, way: str) -> Non
     assert after["num_comparison_errors"] == before["num_comparison_errors"] or way != "right"
     assert way == "right" or not any(record["merges"] for record in records[1::2])
     assert {record["stop_reason"] for record in records} == {"cap"}
-    assert took_s < 30
+    assert took_s < 60
 
 
 def test_the_clock_is_stepped(server: FaultyServer) -> None:
@@ -513,7 +513,7 @@ def test_the_clock_is_stepped(server: FaultyServer) -> None:
         server.step_clock(0.0)
     records = [answer.json()["meta_info"]["dynasor"] for answer in answers]
     assert [record["stop_reason"] for record in records] == ["deadline", "deadline", "cap", "cap"]
-    assert all(0.5 < answer.elapsed.total_seconds() < 10 for answer in answers[:2])
+    assert all(0.5 < answer.elapsed.total_seconds() < 30 for answer in answers[:2])
     assert None not in [reward for record in records[2:] for reward in record["rewards"]]
     assert shown_time(server) < time.time() + 1
 
@@ -654,10 +654,10 @@ def test_a_process_is_killed(tmp_path: Path, process: str, options: tuple[str, .
             processes = family(running)
             started = time.monotonic()
             os.kill(running.pid_of(process), signal.SIGKILL)
-            running.process.wait(30)
-            assert time.monotonic() - started < 15
+            running.process.wait(60)
+            assert time.monotonic() - started < 45
             assert running.process.poll() != 0
-            until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes), 15)
+            until(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes), 45)
             for one in sent:
                 with suppress(httpx.HTTPError):
                     one.result(30)

@@ -124,7 +124,7 @@ def test_a_timeout_holds_for_the_program(start_engine: Any, monkeypatch: pytest.
     started = time.perf_counter()
     with pytest.raises(HTTPException, match="timeout"):
         engine.generate(prompt(QUESTIONS[0].text), params)
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30
     status = settled(engine)
     assert status["num_held_programs"] == 0
 

@@ -66,7 +66,7 @@ def server(answer: Callable[[list[str]], Any] = embed, status: int = 200, delay_
 
 
 def wait(findings: Findings, num: int) -> dict[tuple[int, int], Finding | None]:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(given := dict(findings.given())) < num:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -572,7 +572,7 @@ def test_an_unknown_program_is_a_404(server: Server) -> None:
 
 
 def wait_until_idle(server: Server) -> dict[str, Any]:
-    for _ in range(100):
+    for _ in range(300):
         status = server.status()
         if status["num_held_programs"] == 0 and status["num_branches_inside"] == 0:
             return status
@@ -620,7 +620,7 @@ def test_an_abort_answers_the_client_with_what_there_is(server: Server) -> None:
         target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=120))
     )
     sender.start()
-    for _ in range(100):
+    for _ in range(600):
         if server.status()["num_branches_inside"]:
             break
         time.sleep(0.05)

@@ -101,9 +101,9 @@ def test_a_body_made_to_be_slow_is_not() -> None:
     for _ in range(500):
         nested = {"custom_params": nested, "extra_body": [nested] * 9}
     for body in (near, {"custom_params": near}, nested, {"extra_body": [{key: {}} for key in near]}):
-        began = time.perf_counter()
+        began = time.thread_time()
         assert near_miss(body, OPENAI) is None
-        assert time.perf_counter() - began < 0.1  # 4 ms here; without a bound as long as the body
+        assert time.thread_time() - began < 0.1  # 4 ms here; without a bound as long as the body
 
 
 def edits(word: str, other: str) -> int:
@@ -181,9 +181,9 @@ def test_a_plain_request_waits_microseconds() -> None:
     manage, obj, request = manager(), GenerateReqInput(text="Q"), sent(body, "/v1/chat/completions")
 
     def cost_s() -> float:
-        began = time.perf_counter()
+        began = time.thread_time()
         for _ in range(100):
             check_place(manage, obj, request)
-        return (time.perf_counter() - began) / 100
+        return (time.thread_time() - began) / 100
 
     assert min(cost_s() for _ in range(20)) < 50e-6

@@ -469,7 +469,7 @@ def test_several_servers_are_one_page() -> None:
             assert len(found["state", "0"]["schedulers"][0]["programs"]) == 3
             assert len(found["state", "1"]["schedulers"][0]["programs"]) == 5
             assert "cannot be reached" in found["trouble", "2"]["error"]
-            for _ in range(100):
+            for _ in range(600):
                 if not any(feed.watching.num_viewers for feed in feeds):
                     break
                 await asyncio.sleep(0.05)

@@ -49,7 +49,7 @@ def model(answer: bytes, status: int = 200, delay_s: float = 0.0) -> Iterator[st
 
 
 def wait(rewards: RewardModel, num: int) -> dict[tuple[int, int], float | None]:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while len(given := dict(rewards.given())) < num:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -167,7 +167,7 @@ def test_the_timeout_counts_from_asking() -> None:
             rewards.ask_about((1, index), lambda: ["text"])
         assert dict(rewards.given()) == {}
         given = wait(rewards, 2 * MOST_AT_ONCE)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 4.5
         assert set(given.values()) == {None}
         assert rewards.num_errors == 2 * MOST_AT_ONCE
         rewards.ask_about((2, 0), lambda: ["text"])

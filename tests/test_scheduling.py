@@ -311,7 +311,7 @@ def test_deadlines(start_engine: Any) -> None:
     endless = {**params(900, branches=8, stop="never", deadline_s=0.7), "ignore_eos": True}
     started = time.perf_counter()
     (out,) = run(engine, [("endless", endless)])
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30
     record = out["meta_info"]["dynasor"]
     assert record["stop_reason"] == "deadline"
     assert record["answer"] is None
@@ -345,7 +345,7 @@ def test_a_deadline_is_told_until_it_is_heard(start_engine: Any) -> None:
     endless = {**params(900, branches=4, stop="never", deadline_s=0.5), "ignore_eos": True}
     started = time.perf_counter()
     outs = run(engine, [(f"endless{i}", endless) for i in range(5)])
-    assert time.perf_counter() - started < 6
+    assert time.perf_counter() - started < 30
     assert all(out["meta_info"]["dynasor"]["stop_reason"] == "deadline" for out in outs)
     assert_nothing_left(engine)
 

@@ -135,7 +135,7 @@ def test_a_comparison_that_takes_too_long_ends_the_process() -> None:
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         worker.first_same(ENDLESS[0], [ENDLESS[1]])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert worker.pid is None
     assert_gone(first)
     assert worker.first_same("2k+2", ["2+2k"]) == 0
@@ -206,8 +206,8 @@ def test_the_process_ends_with_who_started_it(is_busy: bool) -> None:
 
 
 def assert_gone(pid: int | None) -> None:
-    """Its process ends within 10 s."""
-    deadline = time.monotonic() + 10
+    """Its process ends within half a minute."""
+    deadline = time.monotonic() + 30
     while (
         Path(f"/proc/{pid}/stat").exists()
         and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
