@@ -98,7 +98,7 @@ def finish_ms(
     program, forecast = program_of(num_branches, field), Forecast()
     if program.spec.stop.reads_answers:
         for index in range(num_branches):
-            program.see_answer((), {20 * index + token: -3.0 for token in range(20)})
+            program.answers.see((), {20 * index + token: -3.0 for token in range(20)})
             program.end_answer(index, ())
     for index, answer in enumerate(answers):
         if closes and index == num_branches // 4:

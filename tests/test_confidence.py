@@ -68,7 +68,7 @@ def mixed(distributions: Sequence[Distribution]) -> Mixture:
     for index, distribution in enumerate(distributions):
         answers.see((), distribution)
         answers.end(index, ())
-    return answers.mixture()
+    return answers.mixture
 
 
 def test_the_mixture_of_nothing_is_nothing() -> None:
@@ -129,18 +129,18 @@ def sure(*tokens: int) -> list[tuple[int, Distribution]]:
 def test_answers_that_begin_alike_and_differ_disagree() -> None:
     """Halves and thirds part at their fifth token, and by the chain rule that is all they part by, however much follows."""
     half, third = sure(1, 2, 3, 4, 5, 9, 9), sure(1, 2, 3, 4, 6, 8, 9)
-    mixture = said(half, third).mixture()
+    mixture = said(half, third).mixture
     assert mixture.entropy == mixture.disagreement == pytest.approx(log(2))
     assert (mixture.num_branches, mixture.num_tokens, mixture.mean_entropy) == (2, 14, 0.0)
-    assert said(half, half, half).mixture().entropy == 0.0
-    assert said(half, third, sure(7), sure(1, 7)).mixture().entropy == pytest.approx(log(4))
+    assert said(half, half, half).mixture.entropy == 0.0
+    assert said(half, third, sure(7), sure(1, 7)).mixture.entropy == pytest.approx(log(4))
 
 
 def test_the_doubt_of_every_token_counts() -> None:
     """Of two tokens that are each a coin's throw the entropy is 2 log 2, and nothing of it disagreement where all throw the same coins."""
     coin = {1: log(0.5), 2: log(0.5)}
     throws = [[(a, coin), (b, coin)] for a in (1, 2) for b in (1, 2)]
-    mixture = said(*throws).mixture()
+    mixture = said(*throws).mixture
     assert mixture.entropy == mixture.mean_entropy == pytest.approx(2 * log(2))
 
 
@@ -148,12 +148,12 @@ def test_who_is_still_saying_its_answer_takes_nothing_from_the_others() -> None:
     """At each token those count that have said it or ended before."""
     answers = said(sure(1, 2, 9), sure(1, 3, 9))
     assert answers.see((), {1: 0.0})  # a third branch has said its first token
-    assert answers.mixture().entropy == pytest.approx(log(2))
-    assert answers.mixture().num_branches == 2
+    assert answers.mixture.entropy == pytest.approx(log(2))
+    assert answers.mixture.num_branches == 2
 
 
 def both_of(answers: Answers) -> tuple[float, float]:
-    return answers.mixture().mean_entropy, answers.mixture().disagreement
+    return answers.mixture.mean_entropy, answers.mixture.disagreement
 
 
 def test_of_cut_distributions_the_doubt_is_whole_and_the_disagreement_at_least() -> None:
@@ -174,12 +174,12 @@ def test_where_the_device_mixes_who_is_told_counts() -> None:
         if not index:
             answers.mix_on_device(())
         answers.end(index, ())
-    assert answers.mixture() == NO_MIXTURE
+    assert answers.mixture == NO_MIXTURE
     assert not answers.tell((5,), 1, 0.9)
     assert not answers.tell((), 4, 0.9)
     assert answers.tell((), 2, 1.9)
     assert both_of(answers) == pytest.approx((1.5, 0.4))
-    assert (answers.mixture().num_branches, answers.mixture().num_tokens) == (2, 2)
+    assert (answers.mixture.num_branches, answers.mixture.num_tokens) == (2, 2)
     assert not answers.tell((), 1, 0.9)
     assert answers.tell((), 3, 2.7)
     assert both_of(answers) == pytest.approx((2.0, 0.7))
@@ -197,7 +197,7 @@ def test_what_the_device_gives_up_the_host_has_mixed() -> None:
     answers.mix_on_host(())
     answers.mix_on_host((7,))  # nobody came there
     assert answers.branches == {0, 2}
-    assert answers.mixture().disagreement == pytest.approx(log(3))
+    assert answers.mixture.disagreement == pytest.approx(log(3))
     assert not answers.tell((), 3, 0.9)
 
 
@@ -211,9 +211,9 @@ def test_at_the_end_all_count() -> None:
         answers.mix_on_device((index,))
         answers.end(index, (index,))
         answers.tell((), 1, 0.5)
-    assert answers.mixture().num_branches == 0
+    assert answers.mixture.num_branches == 0
     answers.close()
-    mixture = answers.mixture()
+    mixture = answers.mixture
     assert (mixture.num_branches, mixture.num_tokens) == (2, 3)
     assert (mixture.mean_entropy, mixture.disagreement) == pytest.approx((0.6, 0.0))
     assert not answers.tell((), 2, 9.9)
@@ -228,7 +228,7 @@ def test_a_program_that_rests_keeps_the_first_tokens_only() -> None:
     answers.see((), {7: 0.0})
     answers.see((7,), {8: 0.0})
     answers.end(2, (7,))
-    mixture = answers.mixture()
+    mixture = answers.mixture
     assert (mixture.num_branches, mixture.num_tokens) == (3, 6)
     first = log(3) - 2 / 3 * log(2)  # two of three said 1
     assert mixture.disagreement == pytest.approx(first + 2 / 3 * log(2))

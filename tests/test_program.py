@@ -497,7 +497,7 @@ def test_branches_at_their_answer_count_before_they_finish() -> None:
         if finished:
             p.finish(0, "#### 1", 1)
         for index, token in enumerate(tokens):
-            p.see_answer((), {token: 0.0})
+            p.answers.see((), {token: 0.0})
             p.end_answer(index, ())
         assert p.reason is reason
 
@@ -517,7 +517,7 @@ def test_disagreement_and_doubt_are_rules_too() -> None:
         start(p, 4)
         p.finish(0, "#### 1", 1)
         for index, distribution in enumerate(distributions):
-            p.see_answer((), distribution)
+            p.answers.see((), distribution)
             p.end_answer(index, ())
         assert p.reason is reason
 
@@ -529,9 +529,9 @@ def test_the_rule_waits_for_what_the_device_tells() -> None:
         start(p, 4)
         p.finish(0, "#### 1", 1)
         for index in range(3):
-            p.see_answer((), {1: log(0.6), 2 + index: log(0.05)}, 1.0)
+            p.answers.see((), {1: log(0.6), 2 + index: log(0.05)}, 1.0)
             if not index:
-                p.mix_on_device(())
+                p.answers.mix_on_device(())
             p.end_answer(index, ())
         assert p.reason is None
         p.mix_answers((), 2, 1.05)  # two branches are too few
@@ -539,8 +539,8 @@ def test_the_rule_waits_for_what_the_device_tells() -> None:
         p.mix_answers((), 3, told)
         assert p.reason is reason
         if reason is None:
-            p.mix_on_host(())
-            assert p.mixture.disagreement < 0.2
+            p.answers.mix_on_host(())
+            assert p.answers.mixture.disagreement < 0.2
             p.end_answer(3, (9,))
             assert p.reason is StopReason.CERTAIN  # it was the device that kept it from that
 
@@ -551,8 +551,8 @@ def test_what_is_told_after_the_decision_is_in_the_record() -> None:
         p = program(stop="mixture", statistics=True)
         start(p, 2)
         for index in range(2):
-            p.see_answer((), {index: 0.0}, 0.3)
-            p.mix_on_device(())
+            p.answers.see((), {index: 0.0}, 0.3)
+            p.answers.mix_on_device(())
             p.end_answer(index, ())
         p.reason = StopReason.DEADLINE
         if is_told:
@@ -568,10 +568,10 @@ def test_who_is_mixed_must_include_the_leader() -> None:
     start(p, 4)
     p.finish(3, "#### 9", 1)
     for index in range(3):
-        p.see_answer((), {1: 0.0})
+        p.answers.see((), {1: 0.0})
         p.end_answer(index, ())
     assert p.reason is None
-    p.see_answer((), {1: 0.0})
+    p.answers.see((), {1: 0.0})
     assert p.reason is None  # it may go on
     p.end_answer(3, ())
     assert p.reason is StopReason.CERTAIN

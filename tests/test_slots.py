@@ -41,7 +41,7 @@ def branch_of(live: LiveProgram) -> BranchTag:
 
 def come(slots: Slots, tag: BranchTag, said: tuple[int, ...], place: int) -> None:
     """A branch has come to a place of its answer."""
-    slots.add(tag, said, place, tag.live.program.see_answer(said, {1: 0.0}))
+    slots.add(tag, said, place, tag.live.program.answers.see(said, {1: 0.0}))
 
 
 # Who holds which slot
@@ -165,10 +165,10 @@ def test_branches_that_come_one_after_another_are_mixed_on_the_host() -> None:
     come(slots, tag, (), 0)
     slots.take_due()
     slots.release(tag.live)
-    tag.live.program.rest()
+    tag.live.program.answers.rest()
     come(slots, tag, (), 0)
     assert (slots.take_due(), slots.num_without, len(slots.free)) == ([], 1, 2)
-    assert tag.live.program.mixture.num_tokens == 2
+    assert tag.live.program.answers.mixture.num_tokens == 2
 
 
 # Where answers begin and end
@@ -477,7 +477,9 @@ def test_more_answers_than_slots(overlap: bool) -> None:
         lives = [live_program(str(i)) for i in range(4)]
         engine.run(lives, 4)
         beat(engine)
-        told.append([(live.program.mixture.entropy, live.program.mixture.mean_entropy) for live in lives])
+        told.append(
+            [(live.program.answers.mixture.entropy, live.program.answers.mixture.mean_entropy) for live in lives]
+        )
         assert (engine.slots.num_without > 0) is (memory != (400, 40))
         for live in lives:
             engine.programs.release(live)
@@ -527,7 +529,7 @@ def test_rows_without_numbers_touch_nobody_else(is_device: bool) -> None:
         lives = [live_program(str(i)) for i in range(2)]
         branches = engine.run(lives, 3)
         beat(engine)
-        other = lives[1].program.mixture
+        other = lives[1].program.answers.mixture
         mine, _ = expected(engine, [b for b in branches[:3] if b.name != 2])
         places = lives[0].program.answers.places
         told.append((other.entropy, other.mean_entropy, other.num_tokens))
@@ -584,4 +586,4 @@ def test_nothing_is_kept_where_no_mark_tells(monkeypatch: pytest.MonkeyPatch) ->
     live = live_program(answer="number")
     engine.run([live], 3)
     assert engine.observer._sums is None
-    assert live.program.mixture.num_branches == 0
+    assert live.program.answers.mixture.num_branches == 0

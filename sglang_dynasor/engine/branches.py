@@ -212,4 +212,4 @@ class SentBranches:
         """With the last one that is there the slots are free: nobody says when such a program is over."""
         if not any((other := tag_of(req)) and other.is_inside for req in tag.live.reqs.values()):
             self.slots.release(tag.live)
-            tag.live.program.rest()
+            tag.live.program.answers.rest()

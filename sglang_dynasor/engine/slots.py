@@ -105,7 +105,7 @@ class Slots:
                 self.lose(max(single, key=lambda slot: (len(slot.said), slot.number)))
         if not self.free:
             return None
-        tag.live.program.mix_on_device(said)
+        tag.live.program.answers.mix_on_device(said)
         return Slot(self.free.pop(), said, tag)
 
     def take_due(self) -> list[Added]:
@@ -127,7 +127,7 @@ class Slots:
         if self.holds(slot):
             self.held[slot.tag.live][slot.said] = None
             self._give_back(slot)
-            slot.tag.live.program.mix_on_host(slot.said)
+            slot.tag.live.program.answers.mix_on_host(slot.said)
 
     def release(self, live: LiveProgram) -> None:
         """The program is over. A step under way may still add to its slots: whoever gets them next forgets that."""

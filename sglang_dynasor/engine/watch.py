@@ -63,7 +63,7 @@ class Watch:
             tag.keeper.go_on(live)
         elif program.reason is None and (said := self.reader.follow(req, tag, token)) is not None:
             entropy = found.entropy(i)
-            if entropy == entropy and (num := program.see_answer(said, found.distribution(i), entropy)):
+            if entropy == entropy and (num := program.answers.see(said, found.distribution(i), entropy)):
                 self.slots.add(tag, said, found.place(i), num)
             if tag.answering is None:
                 program.end_answer(tag.index, said)

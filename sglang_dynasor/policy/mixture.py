@@ -128,6 +128,8 @@ class Answers:
     depths: list[Depth] = field(default_factory=list[Depth])
     branches: set[int] = field(default_factory=set[int])  # that have said an answer to its end
     ending: list[Ending] = field(default_factory=list[Ending])
+    num_changes: int = 0  # of what they say together
+    _mixture: Mixture | None = None  # until it changes
 
     def see(self, said: Said, distribution: Distribution, entropy: float | None = None) -> int:
         """A branch that has said `said` of its answer says its next token.
@@ -177,6 +179,7 @@ class Answers:
 
     def forget(self, index: int) -> None:
         """Branch `index` is none of those that decide. What it said stays mixed in."""
+        self._note()
         self.branches.discard(index)
         self.ending = [ending for ending in self.ending if ending.branch != index]
 
@@ -200,6 +203,7 @@ class Answers:
     @contextmanager
     def _changed(self, said: Said) -> Generator[Place]:
         """A place, to be changed."""
+        self._note()
         place, depth = self.places[said], self.depths[len(said)]
         if place.num:
             depth.weigh(place.counted, -1)
@@ -216,12 +220,23 @@ class Answers:
             self._count(ending)
 
     def _count(self, ending: Ending) -> None:
+        self._note()
         if len(ending.said) < len(self.depths):
             self.depths[len(ending.said)].num_ended += 1
         self.branches.add(ending.branch)
 
+    def _note(self) -> None:
+        self._mixture = None
+        self.num_changes += 1
+
+    @property
     def mixture(self) -> Mixture:
         """Of all branches that came to an answer; all 0 for none. Of a token know those who said it, or ended before."""
+        if self._mixture is None:
+            self._mixture = self._mix()
+        return self._mixture
+
+    def _mix(self) -> Mixture:
         entropy = mean_entropy = 0.0
         num_tokens = num_ended = 0
         for depth in self.depths:

@@ -20,7 +20,7 @@ from sglang_dynasor.policy.confidence import Confidence, warmup_branches, weak_l
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.mean import Mean, cheapness
-from sglang_dynasor.policy.mixture import NO_MIXTURE, Answers, Distribution, Mixture, Said
+from sglang_dynasor.policy.mixture import NO_MIXTURE, Answers, Said
 from sglang_dynasor.policy.record import record_of
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.policy.standing import NO_STANDING
@@ -75,8 +75,6 @@ class Program:
     granted: int | None = None  # branches that its budget lets it start now; None: it has none
     price: float | None = None  # of a branch when it was asked for last; None: branches have none
     reason: StopReason | None = None
-    _mixture: Mixture | None = None  # of `answers`, until they change
-    _num_seen: int = 0  # changes of `answers`
     _gathered: tuple[tuple[float, ...], Evidence] | None = None  # the evidence, and what it was gathered of
     _needed: tuple[Evidence, int] | None = None  # the votes needed, and the evidence that says so
 
@@ -144,7 +142,7 @@ class Program:
         usual_tokens = 0.0 if self.usual_tokens is None else self.usual_tokens.value
         key = (
             len(self.votes.recent), len(self.comparisons.merges), self.num_failed, len(self.branches), self.is_closed,
-            self._num_seen, usual_tokens, 0 if self.chains is None else self.chains.num_heard,
+            self.answers.num_changes, usual_tokens, 0 if self.chains is None else self.chains.num_heard,
         )  # fmt: skip
         if self._gathered is None or self._gathered[0] != key:
             self._gathered = key, self._gather()
@@ -155,7 +153,7 @@ class Program:
         mixture = NO_MIXTURE
         answered = self.answers.branches
         if answered and self.votes.voters and any(i in answered for i in self.votes.ranking[0]):
-            mixture = self.mixture
+            mixture = self.answers.mixture
         standing = NO_STANDING if self.chains is None else self.chains.look()
         return self.votes.evidence(
             num_left, mixture, num_in_flight=self._num_unheard, cheapness=self._cheapness, standing=standing
@@ -175,21 +173,6 @@ class Program:
     def _num_open(self) -> int:
         """Branches of the cap that have neither voted nor failed."""
         return self.spec.branches - self.num_failed - len(self.votes.recent)
-
-    @property
-    def mixture(self) -> Mixture:
-        """What the branches that have come to their answer say together."""
-        if self._mixture is None:
-            self._mixture = self.answers.mixture()
-        return self._mixture
-
-    def _close_answers(self) -> None:
-        self._note_answers()
-        self.answers.close()
-
-    def _note_answers(self) -> None:
-        self._mixture = None
-        self._num_seen += 1
 
     @property
     def weak_level(self) -> float | None:
@@ -323,21 +306,6 @@ class Program:
         """Whether a finished branch has given the answer that leads, running ones counted."""
         return self.evidence.lead > 0 and not self.evidence.is_contested
 
-    def see_answer(self, said: Said, distribution: Distribution, entropy: float | None = None) -> int:
-        """A running branch has said so much of its answer, and a token more, drawn from this: see `Answers.see`."""
-        self._note_answers()
-        return self.answers.see(said, distribution, entropy)
-
-    def mix_on_device(self, said: Said) -> None:
-        """What is said there the device mixes: it is not known before that tells."""
-        self._note_answers()
-        self.answers.mix_on_device(said)
-
-    def mix_on_host(self, said: Said) -> None:
-        """The device no longer does."""
-        self._note_answers()
-        self.answers.mix_on_host(said)
-
     def mix_answers(self, said: Said, num: int, entropy: float) -> None:
         """The device has mixed what `num` branches said there."""
         if self.answers.tell(said, num, entropy):
@@ -348,25 +316,14 @@ class Program:
         self.answers.end(index, said)
         self._stop_by_answers()
 
-    def rest(self) -> None:
-        """None of its branches is there, and it is not known whether more come."""
-        self._note_answers()
-        self.answers.rest()
-
     def _stop_by_answers(self) -> None:
-        self._note_answers()
         if self.reason is None and self.spec.stop.reads_answers:
             self._stop_if_certain()
-
-    def _forget_answer(self, index: int) -> None:
-        """Branch `index` is none of those that decide. What it said stays mixed in."""
-        self.answers.forget(index)
-        self._note_answers()
 
     def weaken(self, index: int, num_tokens: int) -> None:
         """Branch `index` was ended for its low confidence: it abstains, and its place in the cap is used."""
         self._leave(index, BranchState.WEAK, num_tokens)
-        self._forget_answer(index)
+        self.answers.forget(index)
         if self.reason is None:
             self.votes.cast(index, None)
             self._stop_if_used_up()
@@ -382,7 +339,7 @@ class Program:
         With `closes` no replacement is started, so that a time-out holds for the program and not for each branch in turn.
         """
         self._leave(index, BranchState.FAILED, num_tokens)
-        self._forget_answer(index)
+        self.answers.forget(index)
         self.num_failed += 1
         self.is_closed |= closes
         if self.reason is None:
@@ -399,7 +356,7 @@ class Program:
             branch.confidence.close()
         self.num_in_flight -= 1
         if self.reason is not None and not self.num_in_flight:
-            self._close_answers()
+            self.answers.close()
         if self.budget is not None:
             self.budget.settle(self.budget_number, num_tokens, is_whole=state is BranchState.FINISHED)
         return branch
@@ -450,5 +407,5 @@ class Program:
     def record(self) -> dict[str, Any]:
         """What the client and the operator are told; JSON. Keys are explained in docs/reference.md."""
         if self.reason is not None:
-            self._close_answers()
+            self.answers.close()
         return record_of(self)

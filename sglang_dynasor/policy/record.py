@@ -198,7 +198,7 @@ def _statistics(program: Program) -> dict[str, Any]:
     if program.spec.needs_statistics:
         more["confidences"] = [_rounded(b.confidence and b.confidence.lowest) for b in program.branches]
         more["num_weak"] = sum(branch.state is BranchState.WEAK for branch in program.branches)
-        mixture = program.mixture
+        mixture = program.answers.mixture
         is_said = mixture.num_branches > 0  # an answer that begins by a mark
         more["answer_entropy"] = round(mixture.mean_entropy, 6) if is_said else None
         more["disagreement"] = round(mixture.disagreement, 6) if is_said else None
