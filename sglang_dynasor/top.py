@@ -7,6 +7,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -48,8 +49,8 @@ class Operator:
             ConfigError: no answer, or another than 200, with what the server says.
         """
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        request = urllib.request.Request(self.url.rstrip("/") + path, method=method, headers=headers)
         try:
+            request = urllib.request.Request(self.url.rstrip("/") + path, method=method, headers=headers)
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
@@ -67,6 +68,19 @@ def _said(error: urllib.error.HTTPError) -> str:
         return str(json.load(error)["error"])
     except (ValueError, KeyError, TypeError):
         return "start it with --scheduler dynasor" if error.code == 404 else error.reason
+
+
+def state_of(operator: Operator) -> list[dict[str, Any]]:
+    """What is in flight, by scheduler.
+
+    Raises:
+        ConfigError: the server does not answer, or a scheduler says why it has none.
+    """
+    state = operator.get("/dynasor/state")
+    for one in state:
+        if why := one.get("error") or one.get("off"):
+            raise ConfigError(f"--url={operator.url}: {why}")
+    return state
 
 
 def summary(state: list[dict[str, Any]]) -> list[str]:
@@ -128,10 +142,10 @@ def run_top(url: str, key: str, *, once: bool) -> None:
     """
     operator = Operator(url, key)
     if once:
-        state = operator.get("/dynasor/state")
+        state = state_of(operator)
         print("\n".join([*summary(state), head(), *map(row, programs_of(state))]))
         return
-    operator.get("/dynasor/state")  # told before the screen is taken
+    state_of(operator)  # told before the screen is taken
     curses.wrapper(_Screen(operator).run)
 
 
@@ -156,17 +170,17 @@ class _Screen:
                 return
 
     def _draw(self, window: Any) -> list[dict[str, Any]]:
-        state = self.operator.get("/dynasor/state")
+        state = state_of(self.operator)
         programs = programs_of(state)
         ids = [program["id"] for program in programs]
         if self.marked not in ids:
-            self.marked = ids[0] if ids else ""
+            self.marked = ""  # nobody else is finished or cancelled by a key that was meant for it
         window.erase()
         for place, line in enumerate(summary(state)):
             _put(window, place, line)
         _put(window, 3, head(), curses.A_BOLD)
         num_rows = window.getmaxyx()[0] - 5
-        first = max(0, ids.index(self.marked) - num_rows + 1) if ids else 0
+        first = max(0, ids.index(self.marked) - num_rows + 1) if self.marked else 0
         for place, program in enumerate(programs[first : first + num_rows]):
             _put(window, 4 + place, row(program), curses.A_REVERSE if program["id"] == self.marked else curses.A_NORMAL)
         _put(window, window.getmaxyx()[0] - 1, f"{time.strftime('%H:%M:%S')}  {self.said}", curses.A_DIM)
@@ -176,14 +190,13 @@ class _Screen:
         """Do what a key means. Returns whether to go on."""
         if key in (ord("q"), 27):
             return False
-        if self.marked in ids:
-            place = ids.index(self.marked)
-            if key in (curses.KEY_DOWN, ord("j")):
-                self.marked = ids[min(len(ids) - 1, place + 1)]
-            elif key in (curses.KEY_UP, ord("k")):
-                self.marked = ids[max(0, place - 1)]
-            elif key in (ord("f"), ord("c")):
-                self._do("finish" if key == ord("f") else "cancel")
+        place = ids.index(self.marked) if self.marked in ids else -1
+        if key in (curses.KEY_DOWN, ord("j")) and ids:
+            self.marked = ids[min(len(ids) - 1, place + 1)]
+        elif key in (curses.KEY_UP, ord("k")) and ids:
+            self.marked = ids[max(0, place - 1)]
+        elif key in (ord("f"), ord("c")) and place >= 0:
+            self._do("finish" if key == ord("f") else "cancel")
         return True
 
     def _do(self, what: str) -> None:
@@ -197,4 +210,5 @@ class _Screen:
 def _put(window: Any, place: int, line: str, how: int = 0) -> None:
     height, width = window.getmaxyx()
     if 0 <= place < height:
-        window.addnstr(place, 0, line, width - 1, how)
+        with suppress(curses.error):  # of letters that are two wide the last may not fit
+            window.addnstr(place, 0, line, width - 1, how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import curses
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,6 +23,7 @@ from engines import GIVEN_BACK
 from questions import held_out, prompt
 from server import Server
 
+from sglang_dynasor import top
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.routes import check_query, check_settings
 from sglang_dynasor.errors import ConfigError, DynasorError, FieldError
@@ -180,6 +183,49 @@ def test_a_program_is_one_line_of_a_terminal() -> None:
     assert row({**PROGRAM, "votes": []}).endswith("0.88")
 
 
+def test_a_key_meant_for_a_program_that_has_ended_is_no_other_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is marked until a key does it, and when the marked one has ended nobody is again."""
+    window = SimpleNamespace(
+        erase=lambda: None, getmaxyx=lambda: (30, 160), addnstr=lambda *args: None, timeout=lambda ms: None
+    )
+    there, posted = ["a", "b"], list[str]()
+    state = [{"programs": []}]
+    monkeypatch.setattr(top, "state_of", lambda operator: state)
+    monkeypatch.setattr(top, "summary", lambda state: [])
+    monkeypatch.setattr(top, "programs_of", lambda state: [{**PROGRAM, "id": id} for id in there])
+    screen = top._Screen(SimpleNamespace(post=posted.append))  # type: ignore[arg-type]
+
+    def press(key: str) -> bool:
+        return screen._obey(ord(key), [program["id"] for program in screen._draw(window)])
+
+    assert all(press(key) for key in "cfk")
+    assert screen.marked == "a"
+    assert all(press(key) for key in "jc")
+    there.remove("b")
+    assert all(press(key) for key in "cf")
+    assert posted == ["/dynasor/programs/b/cancel"]
+    assert not press("q")
+
+
+@pytest.mark.parametrize("word", ["off", "error"])
+def test_a_terminal_is_told_why_a_scheduler_shows_nothing(word: str) -> None:
+    """One that has stepped aside, or failed; and an address that is none."""
+    asked = SimpleNamespace(url="http://a", get=lambda path: [{"programs": []}, {word: "it has stepped aside"}])
+    with pytest.raises(ConfigError, match="--url=http://a: it has stepped aside"):
+        top.state_of(asked)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--url=foo does not answer"):
+        top.run_top("foo", "", once=True)
+
+
+def test_a_letter_that_does_not_fit_ends_no_terminal() -> None:
+    """Of those that are two wide the last may stand over the edge."""
+
+    def full(*args: Any) -> None:
+        raise curses.error("ERR")
+
+    top._put(SimpleNamespace(getmaxyx=lambda: (1, 9), addnstr=full), 0, "\u4e2d" * 9)
+
+
 engine = pytest.mark.engine
 
 
@@ -303,7 +349,7 @@ def test_a_terminal_shows_and_ends_them(server: Server, sent: list[Future[httpx.
             seen = ""
             while "endless-0" not in seen:
                 seen += os.read(outer, 65536).decode(errors="replace")
-            os.write(outer, b"c")
+            os.write(outer, b"jc")
             assert sent[0].result(60).status_code == 503
             assert not sent[1].done()
             os.write(outer, b"q")

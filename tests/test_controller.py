@@ -46,6 +46,7 @@ from sglang_dynasor.engine.spans import Spans
 from sglang_dynasor.engine.streamer import streamer_class
 from sglang_dynasor.engine.thoughts import Thoughts
 from sglang_dynasor.errors import ConfigError
+from sglang_dynasor.observe.metrics import FALLBACK
 from sglang_dynasor.policy.admission import Admission, Gang
 from sglang_dynasor.policy.gang import Cost
 from sglang_dynasor.policy.program import Program, StopReason
@@ -226,6 +227,34 @@ def test_a_probe_that_is_retracted_does_not_take_its_program_along(is_aside: boo
     retracted, _, _ = retract_whole(batch, [gone], 0.5, [])
     assert retracted == ([probe] if is_aside else [sibling, chain, probe])
     assert batch.reqs == ([plain, chain, sibling] if is_aside else [plain])
+
+
+# Stepping aside
+
+
+def test_who_has_stepped_aside_goes_on_telling(
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that it ends are counted, and gauges show what is there: nothing. As long as it serves it reports for itself."""
+    fence = Fence()
+    for module in (aside, hooks):
+        monkeypatch.setattr(module, "FENCE", fence)
+    counted: list[tuple[LiveProgram, str]] = []
+    reports: list[dict[str, Any]] = []
+    controller = make_controller()
+    meter: Any = SimpleNamespace(report=reports.append, count=lambda live, why, record: counted.append((live, why)))
+    scheduler, live, stats = controller.scheduler, live_program(), SimpleNamespace(num_queue_reqs=SimpleNamespace())
+    collector = SimpleNamespace(_dynasor_of=scheduler)
+    controller.ends.meter, controller.ends.enqueue = meter, lambda req, is_retracted: None
+    controller.ends.totals.num_programs = 3
+    controller.programs.held[live.program.id] = live
+    hooks.log_stats(collector, stats)
+    assert (reports[-1]["num_held_programs"], reports[-1]["is_aside"], counted) == (1, 0, [])
+    fence.is_leaving = True
+    aside.settle(scheduler, None)
+    hooks.log_stats(collector, stats)
+    assert counted == [(live, FALLBACK)]
+    assert (reports[-1]["num_held_programs"], reports[-1]["is_aside"], reports[-1]["num_programs"]) == (0, 1, 3)
 
 
 # Probes

@@ -11,15 +11,18 @@ import time
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from engines import ROOT
+from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from questions import held_out, prompt
 from warm import WarmServer
 
+from sglang_dynasor.engine.meter import Meter
 from sglang_dynasor.observe.ledger import STATUS_HELP
 from sglang_dynasor.observe.metrics import METRICS, MOST_TENANTS, OTHER_TENANT, TenantLabels, samples_of
 from sglang_dynasor.policy.program import Program
@@ -81,6 +84,25 @@ def test_a_program_without_an_answer_has_saved_nothing() -> None:
     found = over("aborted")
     assert found["dynasor_tokens_total"] == 45
     assert not {"dynasor_branches_saved_total", "dynasor_tokens_saved_estimate_total", "dynasor_risk"} & set(found)
+
+
+def test_counters_go_on_after_a_fresh_start() -> None:
+    """What counts anew is added, and what still counts is not added twice: an exception here would be a fault of every report."""
+    meter = Meter(SimpleNamespace(labels={"model_name": "m"}), [], 0)
+    try:
+        for num_steps, num_faults in ((7, 0), (9, 0), (2, 1), (3, 1)):
+            status = {
+                **dict.fromkeys(STATUS_HELP, 0),
+                "num_steps_watched": num_steps,
+                "num_policy_errors": num_faults,
+                "is_aside": num_faults,
+            }
+            meter.report(status)
+        names = ("dynasor_watched_steps_total", "dynasor_fallbacks_total", "dynasor_aside")
+        assert [REGISTRY.get_sample_value(name, {"model_name": "m"}) for name in names] == [9 + 3, 1, 1]
+    finally:
+        for metric in {REGISTRY._names_to_collectors[name.removesuffix("_total")] for name in METRICS}:
+            REGISTRY.unregister(metric)
 
 
 # A running server

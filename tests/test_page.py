@@ -520,6 +520,8 @@ def test_a_name_that_leads_here_is_no_way_in() -> None:
     [
         (["localhost:30000"], [], "--url='localhost:30000' is no address"),
         (["file:///etc/passwd"], [], "is no address"),
+        (["http://h:abc"], [], "--url='http://h:abc' is no address"),
+        (["http://[::1"], [], "is no address"),
         (["http://a", "http://b", "http://c"], ["x", "y"], "--api-key is given 2 times for 3 servers"),
     ],
 )

@@ -21,6 +21,7 @@ from sglang_dynasor.engine.live import LiveProgram, SentTag
 from sglang_dynasor.engine.messages import Answer, Ask, Told
 from sglang_dynasor.engine.req import FINISH_ENDED, refusal
 from sglang_dynasor.observe.ledger import STATUS_HELP
+from sglang_dynasor.observe.metrics import FALLBACK
 from sglang_dynasor.policy.program import BranchState
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def settle(scheduler: Any, running_batch: Any) -> None:
         FENCE.is_in_doubt = False
         if fresh is None:
             FENCE.is_aside, FENCE.is_leaving = True, False
-            FENCE.totals = controller.ends.totals
+            FENCE.totals, FENCE.meter = controller.ends.totals, controller.ends.meter
             logger.error("%s. Plain requests are served as before", REFUSAL)
         scheduler._dynasor = scheduler.policy._dynasor = fresh
         scheduler.tp_worker.model_runner.sampling_observer = None if fresh is None else fresh.observer
@@ -112,6 +113,7 @@ def _end_all(scheduler: Any, controller: Controller, there: dict[Req, None]) -> 
             continue
         if not _answer(controller, live, parent):
             scheduler.send_abort_output(AbortReq(rid=parent.rid, finished_reason=refusal(LOST)), parent)
+        controller.ends.tell(live, FALLBACK)
     controller.programs.held.clear()  # the step under way still shows its rows to the old ones: they are nobody's
 
 

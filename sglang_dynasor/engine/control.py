@@ -13,7 +13,7 @@ from sglang.srt.utils.rank_consensus_checker import assert_same
 from sglang_dynasor.engine.live import LiveProgram
 from sglang_dynasor.engine.messages import Answer, Ask
 from sglang_dynasor.engine.req import refusal
-from sglang_dynasor.engine.snapshot import program_state, snapshot, texts
+from sglang_dynasor.engine.snapshot import program_state, snapshot, tokens
 from sglang_dynasor.policy.program import StopReason
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Control:
             case "look":
                 self.num_looks += 1
                 started_s = time.thread_time()  # what this thread computes; told, and decided by in no step
-                found = snapshot(controller)
+                found = snapshot(controller, arguments.get("most"))
                 return {**found, "status": controller.status(), "look_s": time.thread_time() - started_s}
             case "program":
                 return self._program(self._find(arguments["id"]), has_texts=arguments["has_texts"])
@@ -67,10 +67,9 @@ class Control:
     def _program(self, live: LiveProgram | None, *, has_texts: bool) -> dict[str, Any]:
         if live is None:
             return {}
-        scheduler = self.controller.scheduler
-        queued = {id(req) for req in scheduler.waiting_queue}
+        queued = {id(req) for req in self.controller.scheduler.waiting_queue}
         found = {**live.program.record(), **program_state(live, queued, time.perf_counter())}
-        return {**found, "texts": texts(live, scheduler.tokenizer)} if has_texts else found
+        return {**found, "tokens": tokens(live)} if has_texts else found
 
     def _finish(self, live: LiveProgram | None) -> bool:
         """Have a program answered with what it has. Returns whether it was there, and undecided."""

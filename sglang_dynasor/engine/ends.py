@@ -112,10 +112,10 @@ class Ends:
     def _count(self, live: LiveProgram, record: dict[str, Any]) -> None:
         """Count a program that was answered."""
         self.totals.add(record)
-        self._tell(live, record["stop_reason"], record)
+        self.tell(live, record["stop_reason"], record)
 
     @guarded("tell")  # on the first rank only: the others go on, and so does it
-    def _tell(self, live: LiveProgram, outcome: str, record: dict[str, Any] | None = None) -> None:
+    def tell(self, live: LiveProgram, outcome: str, record: dict[str, Any] | None = None) -> None:
         """Let those who watch see a program that is over."""
         if self.meter is not None:
             self.meter.count(live, outcome, record)
@@ -197,7 +197,7 @@ class Ends:
         why = why or {"message": given_up(program)}
         try:
             record = program.record()
-            self._tell(live, str(program.reason), record)
+            self.tell(live, str(program.reason), record)
             speaker = live.reqs.get(program.winner) if program.winner is not None else None
             if speaker is None:
                 speaker = max(live.reqs.values(), key=lambda req: len(req.output_ids), default=None)
@@ -215,7 +215,7 @@ class Ends:
         """A client that lost patience sends the same again: nobody waits for this one any more."""
         live.program.reason = StopReason.FAILED
         self.end_rest(live)
-        self._tell(live, StopReason.ABORTED)
+        self.tell(live, StopReason.ABORTED)
         self.drop(live)
 
     def abort(self, live: LiveProgram, why: dict[str, Any] | None) -> None:
@@ -261,7 +261,7 @@ class Ends:
         self._end_comparisons(live)
         self.inside.admission.leave(live.gang)
         self.programs.release(live)
-        self._tell(live, FALLBACK)
+        self.tell(live, FALLBACK)
         live.reqs.clear()
 
 

@@ -38,7 +38,9 @@ class Fence:
         self.is_leaving = False  # every rank was told to step aside, before its next step
         self.is_aside = False
         self.orphans: dict[Any, None] = {}  # Reqs that SGLang still ends, of programs that are over for us
-        self.totals: Any = None  # of what was served before we stepped aside (observe/ledger.py)
+        # Of what was served before we stepped aside: the totals (observe/ledger.py), and who shows them (meter.py).
+        self.totals: Any = None
+        self.meter: Any = None
         self._in_a_row: dict[str, int] = {}  # faults, by kind
         self._is_over = False  # one of them came too often
         self._logged: set[str] = set()

@@ -97,6 +97,8 @@ def log_stats(collector: Any, stats: Any) -> None:
     controller = controller_of(getattr(collector, "_dynasor_of", None))
     if controller is not None:
         controller.report(stats)
+    elif FENCE.meter is not None:
+        FENCE.meter.report(aside.status())
 
 
 def run_batch(scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> None:

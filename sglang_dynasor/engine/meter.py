@@ -50,7 +50,8 @@ class Meter:
             if metric.kind == "gauge":
                 self._metrics[name].set(value)
             else:
-                self._metrics[name].inc(value - self._seen.get(name, 0))
+                seen = self._seen.get(name, 0)
+                self._metrics[name].inc(value - seen if value >= seen else value)  # after a fresh start it counts anew
                 self._seen[name] = value
 
     @guarded("metrics")

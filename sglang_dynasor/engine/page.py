@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -39,12 +40,10 @@ def note_record(tokenizer_manager: Any, record: dict[str, Any], state: Any) -> N
 async def look(tokenizer_manager: Any) -> tuple[bytes, float]:
     """What is in flight now, of every scheduler, and the sums since the start; and what that took of a scheduler."""
     schedulers: list[dict[str, Any]] = []
-    for rank, found in enumerate(await ask(tokenizer_manager, "look")):
-        if "error" in found:
-            return event("trouble", {"error": found["error"]}), 0.0
-        programs = found["programs"]
-        left = max(0, len(programs) - MOST_PROGRAMS)
-        schedulers.append({"rank": rank, **found, "programs": programs[:MOST_PROGRAMS], "num_programs_left": left})
+    for rank, found in enumerate(await ask(tokenizer_manager, "look", most=MOST_PROGRAMS)):
+        if why := found.get("error") or found.get("off"):
+            return event("trouble", {"error": why}), 0.0
+        schedulers.append({"rank": rank, **found})
     sums = recent_of(tokenizer_manager).sums()
     took_s = max((scheduler["look_s"] for scheduler in schedulers), default=0.0)
     return event("state", {"time_s": time.time(), "schedulers": schedulers, "sums": sums}), took_s
@@ -85,8 +84,18 @@ def add_page(app: FastAPI, manager: Callable[[], Any]) -> None:
         has_texts = config_of(manager().server_args).dynasor_show_texts
         for found in await ask(manager(), "program", id=id, has_texts=has_texts):
             if found:
+                if has_texts:
+                    found["texts"] = await asyncio.to_thread(texts, manager().tokenizer, **found.pop("tokens"))
                 return JSONResponse(found)
         return JSONResponse({"error": f"program {quoted(id)} is not in flight"}, status_code=404)
+
+
+def texts(tokenizer: Any, prompt: list[int] | None, branches: dict[str, list[int]]) -> dict[str, Any]:
+    """The ends of a prompt and of what branches have written."""
+    return {
+        "prompt": None if prompt is None else tokenizer.decode(prompt),
+        "branches": {index: tokenizer.decode(tokens) for index, tokens in branches.items()},
+    }
 
 
 def open_page(result: None, app: Any, *args: Any, **kwargs: Any) -> None:

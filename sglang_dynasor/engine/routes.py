@@ -132,7 +132,8 @@ def check_query(state: str, limit: str) -> None:
     """Raises FieldError for a query of /dynasor/programs that is not understood."""
     if state and state not in STATES:
         raise FieldError(f"state={quoted(state)} is not known; use one of {', '.join(STATES)}, or leave it out for all")
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:6]) <= MOST_LISTED:
+    is_number = limit.isascii() and limit.isdigit() and len(limit) <= len(str(MOST_LISTED))
+    if not is_number or not 1 <= int(limit) <= MOST_LISTED:
         raise FieldError(f"limit={quoted(limit)} is outside [1, {MOST_LISTED}]; send a number inside")
 
 
@@ -190,7 +191,7 @@ async def _body(request: Request) -> dict[str, Any]:
     """
     try:
         body = await request.json() if await request.body() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise FieldError('the body is no JSON object; send one such as {"level": "fast"}')

@@ -10,26 +10,31 @@ from sglang_dynasor.policy.answers import shown
 from sglang_dynasor.policy.branch import Branch, BranchState
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
-
     from sglang_dynasor.engine.controller import Controller
 
-MAX_TEXT_CHARS = 20_000  # of one branch, its end: what a person still reads
+MAX_TEXT_TOKENS = 4096  # of one branch, its end: what a person still reads
+MAX_TRIALS = 50  # of one branch, the newest
 
 
-def snapshot(controller: Controller) -> dict[str, Any]:
-    """Programs in flight in order of arrival, with rows and KV tokens in use; JSON (docs/operations.md says what each is)."""
+def snapshot(controller: Controller, most: int | None = None) -> dict[str, Any]:
+    """Programs in flight in order of arrival, with rows and KV tokens in use; JSON (docs/operations.md says what each is).
+
+    Args:
+        most: programs to tell of, the first to arrive; None: all.
+    """
     scheduler = controller.scheduler
     queued = {id(req) for req in scheduler.waiting_queue}
     now = time.perf_counter()
     sent = [live for live in controller.programs.sent.values() if live.program.num_in_flight]
+    lives = [*controller.programs.held.values(), *sent]
     whole = controller.room.whole
     return {
         "step": scheduler.forward_ct,
         "rows": {"used": scheduler.running_batch.batch_size(), "of": whole.rows},
         "kv_tokens": {"used": whole.tokens - _free_tokens(scheduler), "of": whole.tokens},
         "num_queued": len(queued),
-        "programs": [program_state(live, queued, now) for live in (*controller.programs.held.values(), *sent)],
+        "programs": [program_state(live, queued, now) for live in lives[:most]],
+        "num_programs_left": max(0, len(lives) - (len(lives) if most is None else most)),
     }
 
 
@@ -83,7 +88,7 @@ def _branch_state(live: LiveProgram, index: int, branch: Branch, queued: set[int
         "answer": None if branch.answer is None else shown(branch.answer),
         "finish_reason": branch.finish_reason,
         "reward": branch.reward,
-        "trials": [[trial.num_tokens, shown(trial.answer), trial.probability] for trial in branch.trials],
+        "trials": [[trial.num_tokens, shown(trial.answer), trial.probability] for trial in branch.trials[-MAX_TRIALS:]],
     }
 
 
@@ -100,18 +105,10 @@ def _word(live: LiveProgram, index: int, branch: Branch, is_queued: bool) -> str
     return "queued" if is_queued else "running"
 
 
-def texts(live: LiveProgram, tokenizer: Any) -> dict[str, Any]:
-    """The prompt and what each branch has written so far, each cut to its last MAX_TEXT_CHARS characters."""
+def tokens(live: LiveProgram) -> dict[str, Any]:
+    """Those of the prompt, and what each branch has written so far, each cut to the last MAX_TEXT_TOKENS. To decode them is not this loop's work."""
     first = live.parent or next(iter(live.reqs.values()), None)
     return {
-        "prompt": None if first is None else _tail(tokenizer.decode(list(first.origin_input_ids))),
-        "branches": {str(index): _text(req, tokenizer) for index, req in live.reqs.items()},
+        "prompt": None if first is None else list(first.origin_input_ids[-MAX_TEXT_TOKENS:]),
+        "branches": {str(index): list(req.output_ids[-MAX_TEXT_TOKENS:]) for index, req in live.reqs.items()},
     }
-
-
-def _text(req: Req, tokenizer: Any) -> str:
-    return _tail(tokenizer.decode(list(req.output_ids)))
-
-
-def _tail(text: str) -> str:
-    return text[-MAX_TEXT_CHARS:]

@@ -56,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "dynasor_compare_tokens_total": Metric("counter", "tokens that the model computed to compare answers; not in dynasor_tokens_total"),
     # As /dynasor/status counts
     "dynasor_fallbacks_total": Metric("counter", "exceptions in our own code that fell back to stock behaviour: must stay 0", status="num_policy_errors"),
+    "dynasor_aside": Metric("gauge", "1: such exceptions came again and again, and programs are refused with HTTP 503; 0: they are served", status="is_aside"),
     "dynasor_reward_errors_total": Metric("counter", "branches that went on without the reward model's word", status="num_reward_errors"),
     "dynasor_comparisons_total": Metric("counter", "answers compared beside the loop (`equal` symbolic, model, embedding)", status="num_comparisons"),
     "dynasor_merges_total": Metric("counter", "of those, found to be a known answer", status="num_merges"),

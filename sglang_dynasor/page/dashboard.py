@@ -76,10 +76,18 @@ def servers_of(urls: list[str], keys: list[str]) -> list[Server]:
             f"--api-key is given {len(keys)} times for {len(urls)} servers; give it once, or once for each"
         )
     for url in urls:
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        if not _is_address(url):
             raise ConfigError(f"--url={url!r} is no address; write http://HOST:PORT")
     each = keys * len(urls) if len(keys) == 1 else keys
     return [Server(number, url.rstrip("/"), key) for number, (url, key) in enumerate(zip(urls, each, strict=True))]
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
 
 
 async def follow(client: httpx.AsyncClient, server: Server, put: Callable[[bytes], Awaitable[None]]) -> None:

@@ -10,7 +10,7 @@ from sglang_dynasor.page.stream import event
 
 EVERY_S = 0.5
 MOST_FRAC = 0.005  # of a scheduler's time that looks may take: with very many programs there are fewer
-LONGEST_S = 4.0  # between two looks all the same
+LONGEST_S = 30.0  # between two looks all the same
 LEAST_PAUSE_S = 0.25  # schedulers that answer late are not asked all the time
 SILENT_S = 5.0  # after which a viewer is told that the server is still there
 MOST_VIEWERS = 64

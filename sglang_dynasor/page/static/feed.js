@@ -29,6 +29,7 @@ export class Feed {
 
   start() {
     clearTimeout(this.timer);
+    if (document.hidden) return; // opened in a tab that nobody looks at yet
     this.running = new AbortController();
     this.read(this.running);
   }

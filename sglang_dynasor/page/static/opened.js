@@ -189,8 +189,10 @@ export class Opened {
     const query = new URLSearchParams({ id: live.data.id, server: server.id });
     try {
       const response = await fetch(`dynasor/opened?${query}`, { headers: this.feed.headers(), cache: "no-store" });
-      if (!response.ok || key !== this.key) return;
-      this.more = await response.json();
+      if (!response.ok) return;
+      const more = await response.json();
+      if (key !== this.key) return; // another was opened meanwhile
+      this.more = more;
       if (this.more.texts) this.fillTexts(this.more.texts);
     } catch {
       // The stream says what is wrong.

@@ -97,7 +97,9 @@ function renderFigures(servers) {
   const counted = (name) => frames.reduce((total, frame) => total + frame.schedulers.reduce((part, s) => part + (s.status[name] ?? 0), 0), 0);
   const programs = servers.flatMap((server) => [...server.programs.values()]);
   const waiting = programs.filter(({ data }) => data.state === "waiting").length;
-  figure(0, count(programs.length - waiting), "running", waiting ? `${count(waiting)} waiting` : "none waits");
+  const unseen = sum("unseen");
+  const others = [waiting ? `${count(waiting)} waiting` : "", unseen ? `${count(unseen)} not shown` : ""].filter(Boolean).join(", ");
+  figure(0, count(programs.length - waiting), "running", others || "none waits");
   figure(1, count(sum("rows")), `of ${count(sum("rowsOf"))}`, `${count(sum("queued"))} queued in SGLang`, loadOver(servers, "rows"), sum("rowsOf") || 1);
   figure(2, percent(sum("kv") / sum("kvOf")) || "–", "", `${brief(sum("kv"))} of ${brief(sum("kvOf"))}`, loadOver(servers, "kv"), sum("kvOf") || 1);
   const answeredNum = counted("num_programs");

@@ -93,9 +93,10 @@ function remember(history, moment) {
 export function loadOf(frame) {
   const sum = (value) => frame.schedulers.reduce((total, scheduler) => total + value(scheduler), 0);
   const flight = sum((s) => s.programs.reduce((total, program) => total + program.num_tokens, 0));
+  const over = (frame.sums ?? []).reduce((total, line) => total + line.num_tokens, 0); // of programs that were given up, too
   return {
     rows: sum((s) => s.rows.used), rowsOf: sum((s) => s.rows.of), kv: sum((s) => s.kv_tokens.used), kvOf: sum((s) => s.kv_tokens.of),
-    queued: sum((s) => s.num_queued), flight, spent: flight + sum((s) => s.status.num_tokens ?? 0),
+    queued: sum((s) => s.num_queued), flight, spent: flight + over, unseen: sum((s) => s.num_programs_left ?? 0),
   };
 }
 
@@ -104,7 +105,7 @@ export function rate(server) {
   if (!last) return NaN;
   const first = server.totals.find((moment) => moment.t >= last.t - RATE_S);
   const [tokens, time] = [last.tokens - first.tokens, last.t - first.t];
-  return time > 1 ? Math.max(0, tokens / time) : NaN; // programs given up take their tokens with them
+  return time > 1 ? Math.max(0, tokens / time) : NaN; // one that has just ended may be in neither sum for a moment
 }
 
 // Sums of the servers since their start, by what `name` says of each line.
