@@ -26,6 +26,7 @@ def load() -> ModuleType:
 
 
 example: Any = load()
+example.LIMITS = example.LIMITS | {"wall_s": 60.0}  # of a shared machine that stalls; `cpu_s` holds
 
 
 @pytest.mark.parametrize(

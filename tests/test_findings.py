@@ -146,9 +146,9 @@ def test_an_answer_without_vectors_is_an_error(answer: Any) -> None:
 
 def test_formulas_are_compared_by_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first that is the same, by branch; a process that is killed leaves the answer apart, and the next one is right."""
-    worker = SymbolicWorker(pair_s=1.0)
+    worker = SymbolicWorker(pair_s=5.0)
     monkeypatch.setattr(findings_module, "shared_worker", lambda: worker)
-    findings = Findings("", 10)
+    findings = Findings("", 60)
     findings.ask((1, 5), spec("symbolic"), "2k+2", {4: "k", 2: "2+2k"})
     findings.ask((1, 6), spec("symbolic"), "2k+2", {4: "k"})
     assert wait(findings, 2) == {(1, 5): Finding(2), (1, 6): Finding(None)}
