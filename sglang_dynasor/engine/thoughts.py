@@ -14,6 +14,7 @@ from sglang_dynasor.engine.ends import Ends
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import Asking, BranchTag, LiveProgram, ProbeTag, branch_tag_of, tag_of
 from sglang_dynasor.engine.probe import (
+    MOST_TRIAL_TOKENS,
     ThoughtTokens,
     closed,
     cost_tokens,
@@ -234,8 +235,7 @@ class Thoughts:
             asked.asking.costs.append(cost)
             asked.asking.at_tokens = self._next(live, asked.asking)
         trial = read_trial(req, tag, tokens, program.spec.answer, program.spec.equal)
-        num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
-        if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
+        if not _has_room(trial.num_tokens, tokens, chain.sampling_params.max_new_tokens or 0):
             return
         closing = program.see_trial(index, trial)
         if program.reason is not None:  # what all chains say a finished one has said
@@ -263,3 +263,12 @@ class Thoughts:
         is_line_end = chain.output_ids[num_tokens - 1] in self._line_ends()
         given = closed(chain.output_ids[:num_tokens], tokens, is_line_end=is_line_end)
         self._go_on(live, index, given, self.inside.end(chain))
+
+
+def _has_room(num_tokens: int, tokens: ThoughtTokens, max_new_tokens: int) -> bool:
+    """Whether a thought of so many tokens that is closed has room left for what asks for its answer, and for that answer.
+
+    The suffix counts beside the end, which it mostly begins with: models write a few words more than it does.
+    """
+    num_given = num_tokens + len(tokens.new_line) + len(tokens.end)
+    return num_given + len(tokens.suffix) + MOST_TRIAL_TOKENS <= max_new_tokens

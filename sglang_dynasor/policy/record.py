@@ -151,11 +151,15 @@ def _thoughts(program: Program) -> dict[str, Any]:
             {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)} for t in trials
         ],
     }
-    if program.chains is not None and program.chains.decide_together:
+    if (chains := program.chains) is not None and chains.decide_together:
         more["asked_at_tokens"] = [[trial.num_tokens for trial in branch.trials] for branch in program.branches]
         more["shares"] = [
-            {"tokens": moment.tokens, "answer": shown(moment.leader), "share": round(moment.share, 6)}
-            for moment in program.chains.moments
+            {
+                "tokens": moment.tokens,
+                "answer": None if moment.leader is None else shown(chains.written[moment.leader]),
+                "share": round(moment.share, 6),
+            }
+            for moment in chains.moments
         ]
     if program.spec.branches == 1:
         more["certaindex"] = round(agreement(trials, thought.agree), 6)
