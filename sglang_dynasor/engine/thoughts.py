@@ -91,6 +91,8 @@ class Thoughts:
 
     def note_output(self, req: Req, tag: BranchTag) -> None:
         """A branch goes on: it may have come to the place where it is asked next."""
+        if tag.asking is not None and tag.asking.is_stale:
+            tag.asking.is_stale, tag.asking.at_tokens = False, self._next(tag.live, tag.asking)
         if tag.asking is not None and tag.asking.at_tokens <= len(req.output_ids) and self._is_place(req, tag):
             self._due.append(tag)
 
@@ -203,7 +205,7 @@ class Thoughts:
         self.admission.num_probes -= 1
 
     def is_lost(self, req: Req, tag: ProbeTag, abort: AbortReq) -> None:
-        tag.live.probes.pop(tag.index, None)
+        self.inside.end_probe(tag.live, tag.index)
 
     def has_ended(self, req: Req, tag: ProbeTag) -> None:
         """A probe has its answer: the thought goes on, or is closed where it was asked."""
