@@ -200,8 +200,10 @@ def test_a_finished_chain_with_the_answer_that_leads_speaks() -> None:
         assert record["certaindex"] == pytest.approx(1 - (len(finished) - 1) / len(program.branches))
 
 
-@pytest.mark.parametrize("text", ["well, as I said", "#### 7"])
-def test_a_speaker_that_is_cut_gives_what_it_was_chosen_for(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "is_cut", "answer"), [("well, as I said", True, "7"), ("#### ", True, "7"), ("#### 7.0", False, "7.0")]
+)
+def test_a_speaker_that_is_cut_gives_what_it_was_chosen_for(text: str, is_cut: bool, answer: str) -> None:
     """Two have finished with other answers, eight hold 7: it is 7, whether or not there was room to write it."""
     program = chains(10)
     program.finish(0, "#### 8", 400)
@@ -211,11 +213,11 @@ def test_a_speaker_that_is_cut_gives_what_it_was_chosen_for(text: str) -> None:
             program.see_trial(index, trial("7", num_tokens))
     assert program.speaker is not None
     assert program.certaindex == 0.8  # while it writes
-    program.finish(program.speaker, text, 1210, ending=Ending(is_cut=True))
+    program.finish(program.speaker, text, 1210, ending=Ending(is_cut))
     record = program.record()
-    assert (record["answer"], record["branch"], record["stop_reason"]) == ("7", program.speaker, "certain")
+    assert (record["answer"], record["branch"], record["stop_reason"]) == (answer, program.speaker, "certain")
     assert record["certaindex"] == 0.8
-    assert [(vote["answer"], vote["votes"]) for vote in record["votes"]] == [("8", 1), ("9", 1), ("7", 1)]
+    assert [(vote["answer"], vote["votes"]) for vote in record["votes"]] == [("8", 1), ("9", 1), (answer, 1)]
     assert record["num_abstentions"] == 0
 
 
@@ -230,9 +232,10 @@ def test_a_speaker_that_says_something_else_is_as_sure_as_the_vote() -> None:
     assert program.certaindex == 1 - program.risk < 1
 
 
-@pytest.mark.parametrize("how", ["lost", "late"])
+@pytest.mark.parametrize("how", ["lost", "ended", "late"])
 def test_without_a_speaker_the_vote_answers(how: str) -> None:
-    """The engine gave it up, or time was up first: then the finished ones answer, and are no surer than they are."""
+    """The engine gave it up, or nobody waits for it: then the finished ones answer, and are no surer than they are. Not where time
+    was up while it wrote."""
     program = chains(10)
     program.finish(0, "#### 8", 400)
     for num_tokens in (600, 1200):
@@ -246,9 +249,14 @@ def test_without_a_speaker_the_vote_answers(how: str) -> None:
         program.fail(program.speaker, 1210, closes=True)
     else:
         program.reason = StopReason.DEADLINE
-        program.finish(program.speaker, "cut", 1210, ending=Ending(is_cut=True))
-    assert program.winner == 0
-    assert program.certaindex == 1 - program.risk
+        if how == "ended":
+            program.end(program.speaker, 1210)
+        else:
+            program.finish(program.speaker, "cut", 1210, ending=Ending(is_cut=True))
+    assert program.winner == (program.speaker if how == "late" else 0)
+    assert program.record()["answer"] == ("7" if how == "late" else "8")
+    assert program.certaindex == (0.9 if how == "late" else 1 - program.risk)
+    assert program.votes.counts == (1,)
 
 
 def test_a_single_thought_that_is_cut_has_no_answer() -> None:

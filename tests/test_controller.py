@@ -212,7 +212,10 @@ def test_what_asks_a_thought_does_not_come_back(is_probe: bool, make_controller:
 
 @pytest.mark.parametrize(("num_output_tokens", "costs"), [(3, [10, 13]), (0, [10])])
 def test_what_a_retraction_has_ended_has_its_price(
-    num_output_tokens: int, costs: list[int], make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+    num_output_tokens: int,
+    costs: list[int],
+    make_controller: Callable[..., Controller],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A probe that was computed in part is paid for before the thought is asked again; not one that was not begun."""
     controller = make_controller()
@@ -583,6 +586,30 @@ def test_a_closed_thought_counts_as_sampled(min_new_tokens: int, expected: int) 
     assert (list(req.output_ids), seen) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
     assert (req.reasoning_tokens, req._is_reasoning_over) == (5, True)
     assert req.sampling_params.min_new_tokens == expected
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_who_speaks_for_chains_is_heard_at_the_deadline(
+    is_chunked: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they decided is the best so far, though another has finished; unless it cannot speak."""
+    live = live_program(
+        algorithm="long_cot", think_end="end", answer="hash", branches=5, stop="trials:0.8", hold_tokens=8
+    )
+    live.reqs = {index: branch(live, num_output_tokens=9) for index in range(5)}
+    live.program.count(0, "8", 9)
+    for num_tokens in (600, 700):
+        for index in range(1, 5):
+            live.program.see_trial(index, Trial("7", "7", 0.9, num_tokens))
+    speaker = live.program.speaker
+    assert speaker is not None
+    controller = make_controller(chunked_req=live.reqs[speaker] if is_chunked else None)
+    controller.admission.arrive(live.gang)
+    seen: list[Any] = []
+    monkeypatch.setattr(controller.ends, "end_rest", lambda live, spared: seen.append(spared))
+    monkeypatch.setattr(controller.ends, "answer", lambda live: seen.append("answered"))
+    controller.ends.close(live, StopReason.DEADLINE)
+    assert seen == (["answered"] if is_chunked else [speaker])
 
 
 @pytest.mark.parametrize("is_only_one", [False, True])

@@ -235,7 +235,9 @@ class Endless(Script):
 
 
 @pytest.mark.parametrize(
-    ("delay_s", "num_deaf", "num_aborts"), [(0.3, 0, 8), (0.0, 1, 5), (0.0, 0, 4)], ids=["on their way", "not heard", "running"]
+    ("delay_s", "num_deaf", "num_aborts"),
+    [(0.3, 0, 8), (0.0, 1, 5), (0.0, 0, 4)],
+    ids=["on their way", "not heard", "running"],
 )
 def test_what_is_in_flight_at_the_end_is_ended(
     delay_s: float, num_deaf: int, num_aborts: int, caplog: pytest.LogCaptureFixture

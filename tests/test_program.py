@@ -454,7 +454,11 @@ def test_margin_is_lossless_by_weight(reward: float, votes_until: int, answer: s
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["1", "2", "3", None]), st.one_of(st.none(), st.floats(0, 1))), min_size=2, max_size=12)
+    st.lists(
+        st.tuples(st.sampled_from(["1", "2", "3", None]), st.one_of(st.none(), st.floats(0, 1))),
+        min_size=2,
+        max_size=12,
+    )
 )
 def test_margin_never_changes_a_weighed_answer(votes: list[tuple[str | None, float | None]]) -> None:
     """Whatever is rewarded how."""

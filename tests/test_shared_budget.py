@@ -251,7 +251,16 @@ def test_a_look_asks_only_those_that_run() -> None:
         budget.share_out(64, lambda owner: asked.append(owner) or 90)
         return asked
 
+    class Members(dict[int, Any]):
+        num_asked = 0
+
+        def __getitem__(self, number: int) -> Any:
+            self.num_asked += 1
+            return super().__getitem__(number)
+
+    budget.members = members = Members(budget.members)
     assert look() == jobs[10:13]
+    assert members.num_asked <= 3
     assert budget.budget.held_tokens[10] == pytest.approx(90 + 50)
     assert budget.budget.held_tokens[9] == HOLD * 50
     jobs[11].program.count(0, "1", 40)

@@ -88,6 +88,8 @@ class Inside:
             cost, req = cost_tokens(probe), live.reqs.get(index)
             live.program.num_probe_tokens += cost
             tag = None if req is None else tag_of(req)
-            if isinstance(tag, BranchTag) and tag.asking is not None and cost:  # where it goes on, as after a retraction
+            if (
+                isinstance(tag, BranchTag) and tag.asking is not None and cost
+            ):  # where it goes on, as after a retraction
                 tag.asking.costs.append(cost)
                 tag.asking.is_stale = True

@@ -192,9 +192,9 @@ class Program:
         load. Where nobody voted, the same of all finished branches; None where none finished.
         """
         speaker, voters = self.speaker, self.votes.voters
-        if speaker is not None and self.branches[speaker].state is BranchState.FINISHED:
-            if self.branches[speaker].key is not None or not voters:
-                return speaker
+        spoken = None if speaker is None else self.branches[speaker]
+        if spoken is not None and spoken.state is BranchState.FINISHED and (spoken.key is not None or not voters):
+            return speaker
         if self._verdict in voters:
             return self._speaks_for(voters[self._verdict])
         if voters:
@@ -273,13 +273,15 @@ class Program:
         """
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         branch.reward, branch.ending = reward, ending
-        if self.reason is not None:
+        if answer is None and index == self.speaker and self._verdict is not None:
+            answer, key = branch.trials[-1].answer, branch.trials[-1].key
+        if self.reason is not None:  # it does not vote; but who was to speak still does
+            if index == self.speaker:
+                branch.answer, branch.key = answer, key
             return
         lowest = None if branch.confidence is None else branch.confidence.lowest
         if lowest is not None and len(self.warmup) < warmup_branches(self.spec.branches):
             self.warmup.append(lowest)
-        if answer is None and index == self.speaker and self._verdict is not None:
-            answer, key = branch.trials[-1].answer, branch.trials[-1].key
         branch.answer = answer
         try:
             if answer is not None:

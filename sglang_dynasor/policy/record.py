@@ -79,7 +79,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "num_probe_tokens": (_LONG_COT, "tokens that probes computed (suffix and trial answer); not in `num_tokens`"),
     "closed_at_tokens": (_LONG_COT, "of each chain, the tokens of its thought when it was closed; null where it ended by itself"),
     "asked_at_tokens": (_SEVERAL, "of each chain, the tokens of its thought when it was asked"),
-    "shares": (_SEVERAL, "each change of what the chains said together: `tokens` of thought since the first was asked, the `answer` that led (null: a tie, or nobody says any), its `share` of all chains"),
+    "shares": (_SEVERAL, "each change of what the chains said together: `tokens` of thought since the first was asked, the `answer` that led, as it was written first (null: a tie, or nobody says any), its `share` of all chains"),
     "trials": (_LONG_COT, "what the winning chain would have answered: `tokens`, `answer`, `probability`"),
     "warning": ('`exit: "published"`', "what that rule is known to lose"),
     "num_nodes": (_SEARCH, "nodes of the tree"),
