@@ -74,9 +74,7 @@ class SharedBudget:
         self.usual_tokens = Mean(USUAL_TOKENS)  # of a branch, for programs of which nobody knows a server's
         self.due = {} if due is None else due
         self._changed: dict[int, None] = {}  # members whose evidence may be another since the last look
-        self._running: dict[
-            int, Member
-        ] = {}  # members that have a branch in flight, in the order in which they started
+        self._running: dict[int, Member] = {}  # members that have a branch in flight, by when they started
 
     @property
     def left_tokens(self) -> float:
