@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.policy.branch import Ending
 from sglang_dynasor.policy.chains import ASKED_FRAC, says
 from sglang_dynasor.policy.equal import answer_key
 from sglang_dynasor.policy.evidence import Evidence
@@ -181,6 +182,105 @@ def test_finished_chains_count_as_they_answered() -> None:
     assert program.reason is StopReason.CERTAIN
     assert program.speaker is None
     assert program.winner == 3
+
+
+def test_a_finished_chain_with_the_answer_that_leads_speaks() -> None:
+    """Also where the finished ones are at odds, or most of them said something else: what all chains hold counts."""
+    for finished in ({0: "7", 1: "8"}, {0: "8", 5: "7"}, {0: "8", 1: "8", 2: "7"}):
+        program = chains(len(finished) * 10)
+        for index, answer in finished.items():
+            program.finish(index, f"#### {answer}", 400)
+        for num_tokens in (600, 1200):
+            for index in set(range(len(program.branches))) - finished.keys():
+                assert program.see_trial(index, trial("7", num_tokens)) is None
+        assert (program.reason, program.speaker) == (StopReason.CERTAIN, None)
+        record = program.record()
+        assert record["answer"] == "7"
+        assert record["branch"] == next(index for index, answer in finished.items() if answer == "7")
+        assert record["certaindex"] == pytest.approx(1 - (len(finished) - 1) / len(program.branches))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cut", "answer"), [("well, as I said", True, "7"), ("#### ", True, "7"), ("#### 7.0", False, "7.0")]
+)
+def test_a_speaker_that_is_cut_gives_what_it_was_chosen_for(text: str, is_cut: bool, answer: str) -> None:
+    """Two have finished with other answers, eight hold 7: it is 7, whether or not there was room to write it."""
+    program = chains(10)
+    program.finish(0, "#### 8", 400)
+    program.finish(1, "#### 9", 400)
+    for num_tokens in (600, 1200):
+        for index in range(2, 10):
+            program.see_trial(index, trial("7", num_tokens))
+    assert program.speaker is not None
+    assert program.certaindex == 0.8  # while it writes
+    program.finish(program.speaker, text, 1210, ending=Ending(is_cut))
+    record = program.record()
+    assert (record["answer"], record["branch"], record["stop_reason"]) == (answer, program.speaker, "certain")
+    assert record["certaindex"] == 0.8
+    assert [(vote["answer"], vote["votes"]) for vote in record["votes"]] == [("8", 1), ("9", 1), (answer, 1)]
+    assert record["num_abstentions"] == 0
+
+
+def test_a_speaker_that_says_something_else_is_as_sure_as_the_vote() -> None:
+    """What it wrote is what is answered; the chains were not sure of that."""
+    program = chains(10)
+    for num_tokens in (600, 1200):
+        wave(program, num_tokens, *["7"] * 10)
+    assert program.speaker is not None
+    program.finish(program.speaker, "#### 8", 1300)
+    assert program.record()["answer"] == "8"
+    assert program.certaindex == 1 - program.risk < 1
+
+
+@pytest.mark.parametrize("how", ["lost", "ended", "late"])
+def test_without_a_speaker_the_vote_answers(how: str) -> None:
+    """The engine gave it up, or nobody waits for it: then the finished ones answer, and are no surer than they are. Not where time
+    was up while it wrote."""
+    program = chains(10)
+    program.finish(0, "#### 8", 400)
+    for num_tokens in (600, 1200):
+        for index in range(1, 10):
+            program.see_trial(index, trial("7", num_tokens))
+    assert program.speaker is not None
+    for index in range(1, 10):
+        if index != program.speaker:
+            program.end(index, 1200)
+    if how == "lost":
+        program.fail(program.speaker, 1210, closes=True)
+    else:
+        program.reason = StopReason.DEADLINE
+        if how == "ended":
+            program.end(program.speaker, 1210)
+        else:
+            program.finish(program.speaker, "cut", 1210, ending=Ending(is_cut=True))
+    assert program.winner == (program.speaker if how == "late" else 0)
+    assert program.record()["answer"] == ("7" if how == "late" else "8")
+    assert program.certaindex == (0.9 if how == "late" else 1 - program.risk)
+    assert program.votes.counts == (1,)
+
+
+def test_a_single_thought_that_is_cut_has_no_answer() -> None:
+    """Nobody has decided with it: its text has none."""
+    program = Program("p", parse_field({"algorithm": "long_cot", "answer": "hash", "agree": 1}, 64))
+    program.start_branch()
+    assert program.see_trial(0, trial("7", 600, 0.999)) == 0
+    program.finish(0, "well", 610, ending=Ending(is_cut=True))
+    assert (program.record()["answer"], program.winner) == (None, 0)
+
+
+@pytest.mark.parametrize(("num_running", "share"), [(8, 0.9), (0, None)])
+def test_how_sure_chains_are(num_running: int, share: float | None) -> None:
+    """Their leader's share where trials decided, also where a finished one answers; 1 - risk where the vote did."""
+    program = chains(10, stop="careful or trials:0.8")
+    program.finish(9, "#### 7", 400)
+    for num_tokens in (600, 1200):
+        for index in range(num_running):
+            program.see_trial(index, trial("7", num_tokens))
+    for index in range(num_running, 9):
+        if program.reason is None:
+            program.finish(index, "#### 7", 1300)
+    assert program.reason is StopReason.CERTAIN
+    assert program.certaindex == (1 - program.risk if share is None else share)
 
 
 def test_a_finished_chain_may_bring_the_decision() -> None:
@@ -357,6 +457,20 @@ def test_the_record_tells_the_way() -> None:
     assert record["shares"][0] == {"tokens": 0, "answer": "7", "share": 0.25}
     assert record["shares"][-1] == {"tokens": 300, "answer": "7", "share": 1.0}
     assert {entry["answer"] for entry in record["shares"]} == {"7", None}  # a tie led by nobody
+
+
+def test_shares_are_of_answers_as_they_were_written() -> None:
+    """As trials and votes have them; the same key later changes nothing."""
+    program = chains(4, answer="boxed")
+    for index, answer in enumerate(["\\frac{1}{2}", "0.5", "{x", "{x"]):
+        key = answer_key(answer, program.spec.equal, program.spec.answer)
+        assert key != answer or answer == "0.5"
+        program.see_trial(index, Trial(answer, key, 0.9, 600))
+        if index == 2:
+            program.finish(0, "\\boxed{2/4}", 610)
+    shares = [entry["answer"] for entry in program.record()["shares"]]
+    assert shares == ["\\frac{1}{2}", "\\frac{1}{2}", None]
+    assert shares[0] == program.record()["trials"][0]["answer"]
 
 
 def test_a_chain_that_has_settled_thinks_on_with_the_others() -> None:

@@ -18,6 +18,7 @@ from sglang_dynasor.engine import aside, fence, hooks, messages
 from sglang_dynasor.engine import branches as branches_module
 from sglang_dynasor.engine import controller as controller_module
 from sglang_dynasor.engine import programs as programs_module
+from sglang_dynasor.engine import teller as teller_module
 from sglang_dynasor.engine import thoughts as thoughts_module
 from sglang_dynasor.engine.branches import SentBranches
 from sglang_dynasor.engine.controller import Controller
@@ -44,6 +45,7 @@ from sglang_dynasor.engine.room import SchedulerRoom, computes_prompt
 from sglang_dynasor.engine.slots import Slots
 from sglang_dynasor.engine.spans import Spans
 from sglang_dynasor.engine.streamer import streamer_class
+from sglang_dynasor.engine.teller import FEWEST_SWEPT
 from sglang_dynasor.engine.thoughts import Thoughts
 from sglang_dynasor.errors import ConfigError
 from sglang_dynasor.observe.metrics import FALLBACK
@@ -209,6 +211,36 @@ def test_what_asks_a_thought_does_not_come_back(is_probe: bool, make_controller:
         assert isinstance(probe.to_finish, FINISH_ENDED)  # it leaves with the step under way
 
 
+@pytest.mark.parametrize(("num_output_tokens", "costs"), [(3, [10, 13]), (0, [10])])
+def test_what_a_retraction_has_ended_has_its_price(
+    num_output_tokens: int,
+    costs: list[int],
+    make_controller: Callable[..., Controller],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A probe that was computed in part is paid for before the thought is asked again; not one that was not begun."""
+    controller = make_controller()
+    live = live_program(algorithm="long_cot", think_end="end", answer="boxed")
+    req, probe = branch(live, num_output_tokens=700), probe_of(live, num_output_tokens=num_output_tokens)
+    tag = branch_tag_of(req)
+    live.reqs[0], live.probes[0] = req, probe
+    tag.asking = Asking(at_tokens=720, num_tokens=690, costs=[10])
+    controller.admission.arrive(live.gang)
+    for each in (req, probe):
+        each.kv, each.cached_tokens = SimpleNamespace(holds_kv=False, holds_mamba=False), 90
+        each.time_stats = SimpleNamespace(set_wait_queue_entry_time=lambda: None)
+        controller.inside.enter(tag_of(each))  # type: ignore[arg-type]
+    assert controller.intake.take_back(req)
+    assert tag.asking.costs == costs
+    assert live.program.num_probe_tokens == sum(costs) - 10
+    thoughts = controller.branches.thoughts
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(suffix=(0, 0), word_ends=()))
+    monkeypatch.setattr(thoughts, "_line_ends", frozenset)
+    thoughts.note_output(req, tag)
+    # (10 + 13 and as much as they on average) / 3 %, where the price has changed
+    assert tag.asking.at_tokens == (1150 if num_output_tokens else 720)
+
+
 @pytest.mark.parametrize("is_aside", [True, False])
 def test_a_probe_that_is_retracted_does_not_take_its_program_along(is_aside: bool) -> None:
     """A branch does: the siblings would hold memory and come to no decision."""
@@ -296,11 +328,30 @@ def test_a_thought_that_has_ended_by_itself_is_not_closed(has_ended: bool, monke
     monkeypatch.setattr(thoughts_module, "read_trial", lambda *args: Trial("7", "7", 0.99, 20))
     monkeypatch.setattr(thoughts_module, "closed", lambda thought, tokens, is_line_end: thought)
     monkeypatch.setattr(thoughts, "_next", lambda live, asking: 40)
-    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,)))
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,), suffix=(0, 0)))
     thoughts.has_ended(probe, tag_of(probe))  # type: ignore[arg-type]
     assert closed == ([] if has_ended else [list(range(20))])
     assert thoughts.admission.num_thoughts == (0 if has_ended else 1)
     assert (tag.asking and tag.asking.at_tokens) == (None if has_ended else 40)
+
+
+@pytest.mark.parametrize(("num_left", "is_closed"), [(1 + 2 + 24, True), (1 + 2 + 23, False)])
+def test_a_thought_is_closed_where_there_is_room(
+    num_left: int, is_closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its end, for what asks, and for an answer: what is closed and then cut answers nothing."""
+    live = live_program(algorithm="long_cot", think_end="end", agree=1, exit="trial:0.9")
+    chain, probe = branch(live, num_output_tokens=30), probe_of(live, num_thought_tokens=20, num_output_tokens=2)
+    live.reqs[0], live.probes[0] = chain, probe
+    chain.sampling_params.max_new_tokens = 20 + num_left
+    thoughts, _, closed = thoughts_of()
+    monkeypatch.setattr(thoughts_module, "is_over", lambda req, tokens, since: False)
+    monkeypatch.setattr(thoughts_module, "read_trial", lambda *args: Trial("7", "7", 0.99, 20))
+    monkeypatch.setattr(thoughts_module, "closed", lambda thought, tokens, is_line_end: thought)
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,), suffix=(0, 0)))
+    thoughts.has_ended(probe, tag_of(probe))  # type: ignore[arg-type]
+    assert closed == ([list(range(20))] if is_closed else [])
+    assert live.program.branches[0].closed_at == (20 if is_closed else None)
 
 
 @pytest.mark.parametrize("has_vote", [False, True])
@@ -310,6 +361,7 @@ def test_chains_that_have_decided_let_one_speak(has_vote: bool, monkeypatch: pyt
     probes: list[Any] = []
     for index in range(3):
         live.reqs[index] = branch(live, num_output_tokens=40)
+        live.reqs[index].sampling_params.max_new_tokens = 100
         branch_tag_of(live.reqs[index]).index = index
         probes.append(probe_of(live, num_thought_tokens=30, num_output_tokens=2))
         probes[-1].cached_tokens = 100
@@ -320,7 +372,7 @@ def test_chains_that_have_decided_let_one_speak(has_vote: bool, monkeypatch: pyt
     monkeypatch.setattr(thoughts_module, "read_trial", lambda req, tag, *args: Trial("7", "7", 0.9, lengths[tag.index]))
     monkeypatch.setattr(thoughts_module, "closed", lambda thought, tokens, is_line_end: thought)
     monkeypatch.setattr(thoughts, "_next", lambda live, asking: 90)
-    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,)))
+    monkeypatch.setattr(thoughts, "_tokens", lambda live: SimpleNamespace(new_line=(), end=(0,), suffix=(0, 0)))
     for index in range(3):
         live.program.see_trial(index, Trial("7", "7", 0.9, 20))
     if has_vote:
@@ -565,6 +617,30 @@ def test_a_closed_thought_counts_as_sampled(min_new_tokens: int, expected: int) 
     assert req.sampling_params.min_new_tokens == expected
 
 
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_who_speaks_for_chains_is_heard_at_the_deadline(
+    is_chunked: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they decided is the best so far, though another has finished; unless it cannot speak."""
+    live = live_program(
+        algorithm="long_cot", think_end="end", answer="hash", branches=5, stop="trials:0.8", hold_tokens=8
+    )
+    live.reqs = {index: branch(live, num_output_tokens=9) for index in range(5)}
+    live.program.count(0, "8", 9)
+    for num_tokens in (600, 700):
+        for index in range(1, 5):
+            live.program.see_trial(index, Trial("7", "7", 0.9, num_tokens))
+    speaker = live.program.speaker
+    assert speaker is not None
+    controller = make_controller(chunked_req=live.reqs[speaker] if is_chunked else None)
+    controller.admission.arrive(live.gang)
+    seen: list[Any] = []
+    monkeypatch.setattr(controller.ends, "end_rest", lambda live, spared: seen.append(spared))
+    monkeypatch.setattr(controller.ends, "answer", lambda live: seen.append("answered"))
+    controller.ends.close(live, StopReason.DEADLINE)
+    assert seen == (["answered"] if is_chunked else [speaker])
+
+
 @pytest.mark.parametrize("is_only_one", [False, True])
 def test_who_cannot_speak_is_not_chosen_at_the_deadline(
     is_only_one: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
@@ -703,6 +779,31 @@ def test_what_is_told_wrongly_is_counted(
         assert fence.FENCE.num == len(wrong)
 
 
+def test_deadlines_of_programs_that_are_over_are_dropped(
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not kept for a day each; and whoever is there is told at its time, the first first."""
+    now = [0.0]
+    monkeypatch.setattr(teller_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    teller = make_controller(forward_ct=0).teller
+    held = {5, 700, 998, 999}
+    for number in range(1000):
+        teller.date(number, 86_400 - number)
+        assert not list(teller.due((held | {number}).__contains__, 1))
+        assert len(teller._deadlines) <= FEWEST_SWEPT
+    now[0] = 86_400 - 998.5
+    assert [told.parts for told in teller.due(held.__contains__, 1)] == [(999,)]
+    now[0] = 90_000.0
+    assert [told.parts for told in teller.due((held - {999}).__contains__, 1)] == [(998,), (700,), (5,)]
+    many = range(1000, 1000 + 10 * FEWEST_SWEPT)
+    for number in many:
+        teller.date(number, 1.0)
+    now[0] += 2
+    assert [told.parts for told in teller.due(many.__contains__, 1)] == []  # dated by this look
+    now[0] += 2
+    assert [told.parts for told in teller.due(many.__contains__, 1)] == [(number,) for number in many]
+
+
 def test_nobody_outside_can_send_what_the_first_rank_tells() -> None:
     """No channel between processes decodes it; what an operator asks for comes through."""
     messages.register()
@@ -774,6 +875,27 @@ def test_a_program_of_a_client_s_branches_ends_the_others(make_controller: Calla
         req.finished_reason, req.output_ids_through_stop = FINISH_MATCHED_STR("x"), req.output_ids
         keeper.has_ended(req, tag_of(req))  # type: ignore[arg-type]
         assert (reqs[7].to_finish is not None) is (number == 4)
+
+
+@pytest.mark.parametrize(("answers", "is_certain"), [("77", True), ("78", False)])
+def test_a_client_s_branch_that_is_lost_may_end_the_others(
+    answers: str, is_certain: bool, make_controller: Callable[..., Controller]
+) -> None:
+    """When the next step begins: SGLang may be going through its queue, out of which they would be taken."""
+    controller = make_controller()
+    field = {"branches": 4, "answer": "hash", "stop": "margin", "program": "p"}
+    live = LiveProgram(Program("p", parse_field(field, 64)), None)
+    readings = controller.branches.readings
+    keeper = SentBranches(controller.ends, controller.branches.voting, readings, controller.slots)
+    reqs = [branch(live, kind=SentTag, num_output_tokens=3) for _ in range(4)]
+    live.reqs = dict(enumerate(reqs))
+    for index, answer in enumerate(answers):
+        live.program.count(index, answer, 3)
+    keeper.is_lost(reqs[2], tag_of(reqs[2]), io_struct.AbortReq(rid="r"))  # type: ignore[arg-type]
+    assert (live.program.reason is StopReason.CERTAIN) is is_certain
+    assert reqs[3].to_finish is None
+    readings.open_step()
+    assert (reqs[3].to_finish is not None) is is_certain
 
 
 # What is read in one step

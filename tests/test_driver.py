@@ -7,16 +7,21 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from sglang_dynasor.errors import FieldError, RefusedError
+from sglang_dynasor.frontend.branch import Branch
+from sglang_dynasor.frontend.counting import Counting
 from sglang_dynasor.frontend.driver import SEEDED_ROOM, Driver
 from sglang_dynasor.frontend.judge import ModelJudge, Verdict, model_judge
 from sglang_dynasor.frontend.locked_budget import LockedBudget
 from sglang_dynasor.frontend.plan import parse_plan
+from sglang_dynasor.frontend.reasoning import Reasoning
 from sglang_dynasor.frontend.seat import check_seed
+from sglang_dynasor.policy.evidence import Evidence
+from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import JudgeSpec
 
 SOLUTION = "one\ntwo\nthree\n#### 4"
@@ -205,6 +210,104 @@ def test_what_is_over_sends_nothing_more() -> None:
     driver.close()
     with pytest.raises(RuntimeError, match="is closed"):
         driver.run("third", plan, {}, reward=lambda question, text: 0.5)
+
+
+class Endless(Script):
+    """A backend whose requests come in after `delay_s`, and run until they are aborted; `deaf` cannot be."""
+
+    def __init__(self, delay_s: float, num_deaf: int = 0):
+        super().__init__(lambda data: None)
+        self.delay_s, self.num_deaf = delay_s, num_deaf
+        self.ended: dict[str, threading.Event] = {}
+        self.aborts: list[str] = []
+
+    def post(self, data: dict[str, Any]) -> None:
+        time.sleep(self.delay_s)
+        self.ended[data["rid"]] = threading.Event()
+        self.ended[data["rid"]].wait(30)
+
+    def abort(self, rid: str) -> None:
+        self.aborts.append(rid)
+        if len(self.aborts) <= self.num_deaf:
+            raise ConnectionError(rid)
+        if rid in self.ended:
+            self.ended[rid].set()
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "num_deaf", "num_aborts"),
+    [(0.3, 0, 8), (0.0, 1, 5), (0.0, 0, 4)],
+    ids=["on their way", "not heard", "running"],
+)
+def test_what_is_in_flight_at_the_end_is_ended(
+    delay_s: float, num_deaf: int, num_aborts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what comes to the server after its abort, and whatever becomes of the others; what runs is told once."""
+    backend = Endless(delay_s, num_deaf)
+    began = time.monotonic()
+    record = drive(backend, {"branches": 4, "stop": "never", "deadline_s": 0.1}, {}).record
+    assert time.monotonic() - began < 20
+    assert record["stop_reason"] == "deadline"
+    assert len(backend.aborts) == num_aborts
+    assert len(caplog.records) == num_deaf
+
+
+def counting_of(backend: Script, num: int, **field: Any) -> tuple[Counting, list[Any]]:
+    """The branches of a declared program, all of them generating."""
+    field = {"answer": "hash", "branches": num, **field}
+    spec = parse_plan(field, has_reward=False).spec
+    counting = Counting(backend, field, spec, is_server_s=False, final=None, reports=False, seed=None)
+    for index in range(num):
+        counting._program.start_branch()
+        executor = SimpleNamespace(use_thread=False)
+        fake = {"index": index, "rid": str(index), "is_finished": False, "ended": False, "num_tokens": 3}
+        counting.branches.append(cast(Branch, SimpleNamespace(**fake, stream_executor=executor)))
+    return counting, cast("list[Any]", counting.branches)
+
+
+def test_an_author_s_exception_is_the_one_that_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever fails in ending the branches; and all are ended that can be."""
+    backend = Endless(0.0, num_deaf=1)
+    p = Reasoning.__new__(Reasoning)
+    p._counting, p._timer = counting_of(backend, 4)[0], None
+    p.id = p._counting.id
+    with pytest.raises(ZeroDivisionError), p:
+        raise ZeroDivisionError
+    assert backend.aborts == ["0", "1", "2", "3"]
+    assert len(caplog.records) == 1
+    p._counting.end = lambda reason: 1 / 0  # type: ignore[method-assign,assignment]
+    with pytest.raises(KeyError), p:
+        raise KeyError
+    assert len(caplog.records) == 2
+    p._is_joined, p.reports = False, True
+    with pytest.raises(AttributeError), p:  # its own errors are seen where there is no other
+        p._counting.completed = lambda: None.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("answers", "aborts"), [("77", ["3"]), ("78", [])])
+def test_a_branch_that_is_lost_may_end_the_others(answers: str, aborts: list[str]) -> None:
+    """Two of four agree when the third is given up: the fourth changes nothing. Not where they are level."""
+    backend = Endless(0.0)
+    counting, branches = counting_of(backend, 4, stop="margin")
+    for index, answer in enumerate(answers):
+        counting._program.count(index, answer, 3)
+        branches[index].is_finished = True
+    assert counting.lose(branches[2], ConnectionError())
+    assert backend.aborts == aborts
+    assert (counting.reason is None) is (not aborts)
+
+
+def test_a_rule_of_the_author_s_that_fails_at_a_loss_is_told() -> None:
+    """As after a vote: not in the branch's thread, where nobody would see it."""
+
+    def rule(evidence: Evidence) -> bool:
+        return evidence.num_left == 2 and 1 / 0 > 0
+
+    counting, branches = counting_of(Endless(0.0), 3, stop=rule)
+    assert not counting.lose(branches[0], ConnectionError())
+    assert counting.reason is StopReason.FAILED
+    with pytest.raises(ZeroDivisionError):
+        counting.close()
 
 
 # A budget that several runs share

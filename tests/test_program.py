@@ -221,6 +221,18 @@ def test_a_failure_that_does_not_close_shrinks_the_cap() -> None:
     assert p.reason is StopReason.CAP
 
 
+@pytest.mark.parametrize(("answers", "reason"), [("11", StopReason.CERTAIN), ("12", None)])
+def test_a_failure_may_make_the_rest_certain(answers: str, reason: StopReason | None) -> None:
+    """Two of four agree: when a third has failed the fourth changes nothing. Not where they are level."""
+    p = program(branches=4, stop="margin")
+    start(p, 4)
+    for index, answer in enumerate(answers):
+        p.finish(index, f"#### {answer}", 1)
+    assert p.reason is None
+    p.fail(2, 0, closes=False)
+    assert p.reason is reason
+
+
 def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """If reading an answer raises, the branch abstained, and the last one still ends the program."""
 
@@ -329,6 +341,9 @@ def test_every_program_ends(outcomes: list[str], cap: int, width: int, load: int
         ({"weak_frac": "0.1"}, "dynasor.weak_frac='0.1' is outside"),
         ({"statistics": 1}, "dynasor.statistics=1 is a int; send true or false"),
         ({"stop": "mixture", "answer": "number"}, "nothing marks where such an answer begins"),
+        ({"stop": "margin", "vote": "confidence"}, "dynasor.stop='margin' with vote 'confidence': nothing bounds"),
+        ({"stop": "margin or confidence"}, "with vote 'confidence': nothing bounds"),
+        ({"stop": "margin", "algorithm": "best_of_n", "judge": "model"}, "with vote 'best': nothing bounds"),
         (["self_consistency"], "is a list"),
         (None, "is a NoneType"),
         ("beam", "dynasor.algorithm='beam'"),
@@ -386,7 +401,7 @@ def confident(p: Program, values: list[float]) -> None:
 
 def test_votes_may_weigh_by_confidence() -> None:
     """One sure branch outweighs two unsure ones, and who leads by number alone is not certain."""
-    answers = {"vote": "confidence", "stop": "margin", "branches": 4}
+    answers = {"vote": "confidence", "stop": "predictive:0.5", "branches": 4}
     p = program(**answers)
     confident(p, [9.0, 1.0, 1.0, 1.0])
     for index, text in enumerate(["#### 7", "#### 8", "#### 8", "#### 8"]):
@@ -419,6 +434,43 @@ def test_votes_may_weigh_by_reward() -> None:
     for index, text in enumerate(["#### 1", "#### 2", "#### 2"]):
         unjudged.finish(index, text, 1, None)
     assert unjudged.record()["answer"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("reward", "votes_until", "answer"), [(0.1, 5, "2"), (1.0, 3, "1")], ids=["few are worth little", "full rewards"]
+)
+def test_margin_is_lossless_by_weight(reward: float, votes_until: int, answer: str) -> None:
+    """Three of five agree, and two may come that weigh 0.9 each: the answer is that of the whole vote, early only where it stands."""
+    field = {"judge": "model", "vote": "reward", "branches": 5}
+    made, whole = program(stop="margin", **field), program(stop="never", **field)
+    for p in (made, whole):
+        start(p, 5)
+        for index, said in enumerate(["1", "1", "1", "2", "2"]):
+            if p.reason is None:
+                p.finish(index, f"#### {said}", 1, reward if said == "1" else 0.9)
+    assert len(made.votes.recent) == votes_until
+    assert made.reason is (StopReason.CAP if votes_until == 5 else StopReason.CERTAIN)
+    assert made.record()["answer"] == whole.record()["answer"] == answer
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["1", "2", "3", None]), st.one_of(st.none(), st.floats(0, 1))),
+        min_size=2,
+        max_size=12,
+    )
+)
+def test_margin_never_changes_a_weighed_answer(votes: list[tuple[str | None, float | None]]) -> None:
+    """Whatever is rewarded how."""
+    found = []
+    for rule in ("margin", "never"):
+        p = program(judge="model", vote="reward", branches=len(votes), stop=rule)
+        start(p, len(votes))
+        for index, (answer, reward) in enumerate(votes):
+            if p.reason is None:
+                p.count(index, answer, 1, reward)
+        found.append(p.record()["answer"])
+    assert found[0] == found[1]
 
 
 def test_the_mean_reward_stops() -> None:

@@ -129,6 +129,24 @@ def test_window_wants_one_whole_unanimous_window() -> None:
     assert not stops(rule, (3, 3), recent=("b", "b", "b", "a", "a", "a"))  # the window agrees, the vote is a tie
 
 
+@pytest.mark.parametrize(
+    ("weights", "num_left", "expected"),
+    [
+        ((0.3,), 2, False),
+        ((0.3,), 0, True),
+        ((2.5, 0.4), 2, True),
+        ((2.5, 0.5), 2, False),  # two rewards of 1 would bring them level
+        ((2.5, 0.4), 3, False),
+        ((0.0,), 1, False),
+    ],
+)
+def test_margin_by_weight(weights: tuple[float, ...], num_left: int, expected: bool) -> None:
+    """Each branch left may weigh 1: votes that weigh little decide nothing, however many they are."""
+    counts = (20, 3)[: len(weights)]
+    assert stops("margin", counts, num_left, weights=weights) is expected
+    assert stops("margin", counts, num_left)
+
+
 def test_reward_uses_the_mean_and_never_fires_without_rewards() -> None:
     """The reward rule is ready for judges and silent until there is one."""
     assert stops("reward:0.4", (), rewards=(0.3, 0.6))

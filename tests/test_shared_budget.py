@@ -218,6 +218,56 @@ def test_a_program_that_is_gone_holds_nothing_back() -> None:
     assert table.budget.budget.held_tokens == {}
 
 
+@pytest.mark.parametrize("num_started", [0, 3])
+def test_who_leaves_before_it_starts_spends_nothing(num_started: int) -> None:
+    """Three of four are given up in line, or while a branch of theirs runs: then what was held for that is spent."""
+    budget = SharedBudget(4000, 4)
+    jobs = [job([("1", 100)], usual=Mean(256.0)) for _ in range(4)]
+    for one in jobs:
+        budget.join(one.program, one, 1000)
+    for one in jobs[:num_started]:
+        one.program.start_branch()
+    for one in jobs[:3]:
+        budget.leave(one.program.budget_number)
+    jobs[3].program.start_branch()
+    jobs[3].program.count(0, "1", 100)
+    budget.leave(3)
+    assert budget.left_tokens == 3900 - num_started * HOLD * 256
+    assert not budget.budget.held_tokens
+
+
+def test_a_look_asks_only_those_that_run() -> None:
+    """However many wait for their first branch."""
+    budget, asked = SharedBudget(10**6, 1000), []
+    jobs = [hard(16) for _ in range(1000)]
+    for one in jobs:
+        budget.join(one.program, one, MOST_TOKENS)
+    for one in jobs[10:13]:
+        one.program.start_branch()
+
+    def look() -> list[Any]:
+        asked.clear()
+        budget.due[budget] = None
+        budget.share_out(64, lambda owner: asked.append(owner) or 90)
+        return asked
+
+    class Members(dict[int, Any]):
+        num_asked = 0
+
+        def __getitem__(self, number: int) -> Any:
+            self.num_asked += 1
+            return super().__getitem__(number)
+
+    budget.members = members = Members(budget.members)
+    assert look() == jobs[10:13]
+    assert members.num_asked <= 3
+    assert budget.budget.held_tokens[10] == pytest.approx(90 + 50)
+    assert budget.budget.held_tokens[9] == HOLD * 50
+    jobs[11].program.count(0, "1", 40)
+    jobs[12].program.fail(0, 40, closes=True)
+    assert look() == jobs[10:11]
+
+
 @pytest.mark.parametrize("name", ["offer", "take", "hold"])
 def test_a_look_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """An exception in its middle loses nobody: the look stays due, and says so."""

@@ -207,6 +207,7 @@ class SentBranches:
         if tag.live.program.branches[tag.index].state is BranchState.IN_FLIGHT:
             why = abort.finished_reason or {"type": "abort", "message": "Aborted"}
             self.voting.fail(tag.live, tag.index, req, why)
+            self.readings.add_later(tag.live, self.go_on)  # SGLang may be going through its queue now
 
     def has_left(self, tag: SentTag) -> None:
         """With the last one that is there the slots are free: nobody says when such a program is over."""

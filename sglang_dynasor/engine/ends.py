@@ -136,12 +136,14 @@ class Ends:
         program.reason = why
         self.inside.admission.leave(live.gang)
         in_flight = {index: req for index, req in live.reqs.items() if self._may_still_speak(program, index, req)}
-        if program.winner is not None or not in_flight:
-            self.answer(live)
-            return
         # One that was retracted and is computed again in chunks cannot speak: SGLang only aborts it.
         chunked = self.scheduler.chunked_req
-        index = max(in_flight, key=lambda i: (in_flight[i] is not chunked, len(in_flight[i].output_ids), -i))
+        index = program.speaker  # of chains that have decided: what it says, or was about to, is their answer
+        if index not in in_flight or in_flight[index] is chunked:
+            if program.winner is not None or not in_flight:
+                self.answer(live)
+                return
+            index = max(in_flight, key=lambda i: (in_flight[i] is not chunked, len(in_flight[i].output_ids), -i))
         self.end_rest(live, spared=index)
         self.inside.end(in_flight[index])
         if in_flight[index].finished():  # it was queued: no step will show it

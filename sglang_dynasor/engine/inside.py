@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_dynasor.engine.live import LiveProgram, SentTag, Tag, generated_tokens, hide, tag_of
+from sglang_dynasor.engine.live import BranchTag, LiveProgram, SentTag, Tag, generated_tokens, hide, tag_of
 from sglang_dynasor.engine.probe import cost_tokens
 from sglang_dynasor.engine.queue import Front
 from sglang_dynasor.engine.req import end_branch, queue_time
@@ -85,4 +85,11 @@ class Inside:
         """Nobody waits any more for what a branch would answer now."""
         if (probe := live.probes.pop(index, None)) is not None:
             self.end(probe)
-            live.program.num_probe_tokens += cost_tokens(probe)
+            cost, req = cost_tokens(probe), live.reqs.get(index)
+            live.program.num_probe_tokens += cost
+            tag = None if req is None else tag_of(req)
+            if (
+                isinstance(tag, BranchTag) and tag.asking is not None and cost
+            ):  # where it goes on, as after a retraction
+                tag.asking.costs.append(cost)
+                tag.asking.is_stale = True

@@ -117,6 +117,7 @@ class Asking:
     num_tokens: int = 0  # of the thought when it was asked last
     is_called: bool = False  # with others of its program: it is asked at its next place
     costs: list[int] = field(default_factory=list[int])  # tokens computed each time
+    is_stale: bool = False  # `at_tokens` was found before the last of these was known
 
 
 @dataclass(slots=True)

@@ -42,6 +42,10 @@ class Readings:
         read(live)
         return True
 
+    def add_later(self, live: LiveProgram, do: Callable[[LiveProgram], None]) -> None:
+        """Have something done when the next step begins, after what waits."""
+        self.waiting.append(Reading(live, 0, do))
+
     def open_step(self, *, has_bound: bool = True) -> None:
         """Read what waits, as far as this step goes; without a bound all of it."""
         self._left = STEP_CHARS

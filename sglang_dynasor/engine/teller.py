@@ -17,6 +17,8 @@ from sglang_dynasor.engine.messages import Told
 from sglang_dynasor.engine.reward_model import RewardModel
 from sglang_dynasor.policy.pace import Pace
 
+FEWEST_SWEPT = 64  # deadlines, before those are looked for whose programs are over
+
 
 class Teller:
     """The first rank's clock: deadlines, rewards and findings that have come, and what a row costs."""
@@ -26,7 +28,8 @@ class Teller:
         self.rewards = RewardModel(config.dynasor_reward_url, config.dynasor_reward_timeout_s)
         self.findings = Findings(config.dynasor_embedding_url, config.dynasor_equal_timeout_s)
         self._undated: list[tuple[int, float]] = []  # program, seconds: those that the clock has not been read for
-        self._deadlines: list[tuple[float, int]] = []  # when, program
+        self._deadlines: list[tuple[float, int]] = []  # heap: when, program
+        self._most_deadlines = FEWEST_SWEPT  # from which on those of programs that are over are dropped
         self._pace = Pace()
         self._last_step = (-1, 0.0)  # forward_ct and time when time was last looked at
 
@@ -46,6 +49,7 @@ class Teller:
         for number, deadline_s in self._undated:
             heapq.heappush(self._deadlines, (now + deadline_s, number))
         self._undated.clear()
+        self._sweep(is_held)
         reached: list[tuple[float, int]] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             entry = heapq.heappop(self._deadlines)
@@ -60,6 +64,13 @@ class Teller:
             yield Told(what="same", parts=(number, index, *(finding or Finding(None))))
         if self._see_step(now) and (rows := self._pace.news(fixed_rows)) is not None:
             yield Told(what="fixed_rows", parts=(rows,))
+
+    def _sweep(self, is_held: Callable[[int], bool]) -> None:
+        """Drop deadlines of programs that are over, whenever there are twice as many as the last time: most never come to theirs."""
+        if len(self._deadlines) >= self._most_deadlines:
+            self._deadlines = [entry for entry in self._deadlines if is_held(entry[1])]
+            heapq.heapify(self._deadlines)
+            self._most_deadlines = max(FEWEST_SWEPT, 2 * len(self._deadlines))
 
     def _see_step(self, now: float) -> bool:
         """Time the step that has just been run. Returns whether there was one."""

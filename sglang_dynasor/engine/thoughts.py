@@ -14,6 +14,7 @@ from sglang_dynasor.engine.ends import Ends
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import Asking, BranchTag, LiveProgram, ProbeTag, branch_tag_of, tag_of
 from sglang_dynasor.engine.probe import (
+    MOST_TRIAL_TOKENS,
     ThoughtTokens,
     closed,
     cost_tokens,
@@ -90,6 +91,8 @@ class Thoughts:
 
     def note_output(self, req: Req, tag: BranchTag) -> None:
         """A branch goes on: it may have come to the place where it is asked next."""
+        if tag.asking is not None and tag.asking.is_stale:
+            tag.asking.is_stale, tag.asking.at_tokens = False, self._next(tag.live, tag.asking)
         if tag.asking is not None and tag.asking.at_tokens <= len(req.output_ids) and self._is_place(req, tag):
             self._due.append(tag)
 
@@ -202,7 +205,7 @@ class Thoughts:
         self.admission.num_probes -= 1
 
     def is_lost(self, req: Req, tag: ProbeTag, abort: AbortReq) -> None:
-        tag.live.probes.pop(tag.index, None)
+        self.inside.end_probe(tag.live, tag.index)
 
     def has_ended(self, req: Req, tag: ProbeTag) -> None:
         """A probe has its answer: the thought goes on, or is closed where it was asked."""
@@ -234,8 +237,7 @@ class Thoughts:
             asked.asking.costs.append(cost)
             asked.asking.at_tokens = self._next(live, asked.asking)
         trial = read_trial(req, tag, tokens, program.spec.answer, program.spec.equal)
-        num_given = trial.num_tokens + len(tokens.new_line) + len(tokens.end)
-        if num_given >= (chain.sampling_params.max_new_tokens or 0):  # no room would be left for the answer
+        if not _has_room(trial.num_tokens, tokens, chain.sampling_params.max_new_tokens or 0):
             return
         closing = program.see_trial(index, trial)
         if program.reason is not None:  # what all chains say a finished one has said
@@ -263,3 +265,12 @@ class Thoughts:
         is_line_end = chain.output_ids[num_tokens - 1] in self._line_ends()
         given = closed(chain.output_ids[:num_tokens], tokens, is_line_end=is_line_end)
         self._go_on(live, index, given, self.inside.end(chain))
+
+
+def _has_room(num_tokens: int, tokens: ThoughtTokens, max_new_tokens: int) -> bool:
+    """Whether a thought of so many tokens that is closed has room left for what asks for its answer, and for that answer.
+
+    The suffix counts beside the end, which it mostly begins with: models write a few words more than it does.
+    """
+    num_given = num_tokens + len(tokens.new_line) + len(tokens.end)
+    return num_given + len(tokens.suffix) + MOST_TRIAL_TOKENS <= max_new_tokens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+logger = logging.getLogger(__name__)
 _warning_lock = threading.Lock()
 
 
@@ -60,3 +62,12 @@ def warn_once(backend: Any) -> None:
         "end a little later than they could",
         stacklevel=4,
     )
+
+
+def abort_all(backend: Backend, rids: Iterable[str]) -> None:
+    """End requests, each whatever becomes of the others. One that cannot be ended runs to its own end, which is logged."""
+    for rid in rids:
+        try:
+            backend.abort(rid)
+        except Exception as error:
+            logger.warning("dynasor: request %s of %s was not ended (%s) and runs on", rid, backend.name, error)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from sglang_dynasor.errors import FieldError
+from sglang_dynasor.frontend.backend import abort_all
 from sglang_dynasor.frontend.branch import Branch
 from sglang_dynasor.frontend.same import find_same
 from sglang_dynasor.frontend.seat import POLL_S, raise_failure, sample_seed
@@ -248,7 +249,7 @@ class Counting:
             branch.ending = ending_of(finish)
             if was_ended:
                 if finish.get("type") == "abort" and self._program.reason is None and branch.index is not None:
-                    self._program.fail(branch.index, branch.num_tokens, closes=False)
+                    self._lose(branch)
                 else:
                     self._settle(branch)
             elif not self.reports:
@@ -283,6 +284,15 @@ class Counting:
         self._compare()
         self._note_change()
 
+    def _lose(self, branch: Branch) -> None:
+        """The server gave a branch up: what it can no longer vote for may make the rest certain."""
+        assert branch.index is not None
+        try:
+            self._program.fail(branch.index, branch.num_tokens, closes=False)
+        except Exception as error:
+            self._fail(error)
+        self._note_change()
+
     def _fail(self, error: Exception) -> None:
         """The author's own rule has failed: told at the next thing that is asked."""
         self._error = self._error or error
@@ -315,9 +325,7 @@ class Counting:
         """Where the engine does not end the others itself, have them aborted: they are answered with what they have."""
         if not self.is_here and self.told is not None:
             return
-        for branch in self.branches:
-            if branch.index is not None and not branch.is_finished:
-                self.backend.abort(branch.rid)
+        abort_all(self.backend, [b.rid for b in self.branches if b.index is not None and not b.is_finished])
 
     def lose(self, branch: Branch, error: Exception) -> bool:
         """A branch's request has failed. Returns whether the program goes on without it.
@@ -328,7 +336,7 @@ class Counting:
         with self._changed:
             branch.is_finished = branch.ended = True
             if branch.index is not None and self._program.branches[branch.index].state is BranchState.IN_FLIGHT:
-                self._program.fail(branch.index, branch.num_tokens, closes=False)
+                self._lose(branch)
             if is_wrong and self._program.reason is None:
                 self._program.reason = StopReason.FAILED
             if is_wrong or self._program.reason is StopReason.FAILED:

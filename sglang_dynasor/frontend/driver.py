@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sglang_dynasor.algorithms.tree import Algorithm, Sample
-from sglang_dynasor.frontend.backend import Backend
+from sglang_dynasor.frontend.backend import Backend, abort_all
 from sglang_dynasor.frontend.judge import Judge, OwnJudge, Reward, model_judge
 from sglang_dynasor.frontend.locked_budget import LockedBudget
 from sglang_dynasor.frontend.plan import Plan
@@ -25,6 +25,7 @@ from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import check_greedy
 
 DEFAULT_ROWS = 64
+ABORT_AGAIN_S = 0.5  # an abort that comes before its request does nothing
 SEEDED_ROOM = 8  # most samples at once of a search with a seed
 
 
@@ -211,11 +212,10 @@ class Driver:
     def _end_rest(self, run: Run) -> None:
         """The search is over: end what is in flight, and count what it has cost."""
         run.is_over = True
-        running = [future for future in run.in_flight if not future.cancel()]
-        for future in running:
-            if not future.done():
-                self.backend.abort(run.in_flight[future][1])
-        wait(running)
+        running = {future for future in run.in_flight if not future.cancel()}
+        while running := wait(running, 0).not_done:
+            abort_all(self.backend, [rid for future, (_, rid) in run.in_flight.items() if future in running])
+            wait(running, ABORT_AGAIN_S)
         for future in list(run.in_flight):
             if future.cancelled() or future.exception() is None:
                 self._take(run, future)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Generator
 from typing import Any
@@ -27,6 +28,7 @@ from sglang_dynasor.policy.program import StopReason
 from sglang_dynasor.policy.spec import parse_field
 from sglang_dynasor.symbolic import check_installed
 
+logger = logging.getLogger(__name__)
 MOST_CLUSTER_CHARS = 256
 
 
@@ -71,12 +73,19 @@ class Reasoning:
             if kind is None:
                 self.join()
             else:
-                self.stop()
+                self._stop_quietly()
         finally:
             if self._timer is not None:
                 self._timer.cancel()
             for branch in self.branches:
                 let_go(branch.stream_executor)
+
+    def _stop_quietly(self) -> None:
+        """End the program while an exception of the author's is under way, which nothing of ours replaces."""
+        try:
+            self.stop()
+        except Exception as error:
+            logger.warning("dynasor: program %s was not ended (%s)", self.id, error)
 
     # What came of it
 

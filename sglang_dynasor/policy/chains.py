@@ -53,6 +53,8 @@ class Chains:
     standing: Standing = NO_STANDING  # now; once they have decided, what it was then
     num_heard: int = 0  # times that one was heard of
     is_decided: bool = False
+    verdict: str | None = None  # the answer that they decided for while they thought; None: they did not, or votes did
+    written: dict[str, str] = field(default_factory=dict[str, str])  # each key's answer as it was written first
     _heard: dict[int, _Heard] = field(default_factory=dict[int, _Heard])
     _since: int = 0  # by the clock, when the leader came to its share
     _held: str | None = None  # the leader that has its share now
@@ -116,14 +118,24 @@ class Chains:
             self.speaker = index
         return self._close(index)
 
+    @property
+    def held_answer(self) -> str | None:
+        """The key of the answer that has its share, and has had it for long enough; None: no answer has."""
+        standing, share = self.standing, self.spec.stop.level_of("trials")
+        return standing.leader if share is not None and standing.is_held and standing.share >= share else None
+
+    def decide(self) -> None:
+        """They have decided, by what they say together or by the votes of finished ones; from here on their standing stays."""
+        self.is_decided, self.verdict = True, self.held_answer
+
     def speak(self) -> int | None:
         """They have decided: let one speak. Returns it if its thought is to be closed for that; None where nobody can, or one
         is writing the answer already."""
         self.speaker = self._choose()
-        self.is_decided = self.speaker is not None
-        if self.speaker is None or not self.branches[self.speaker].is_thought_open:
+        if self.speaker is None:
             return None
-        return self._close(self.speaker)
+        self.decide()
+        return self._close(self.speaker) if self.branches[self.speaker].is_thought_open else None
 
     def _close(self, index: int) -> int:
         """Where it was asked last: the answer follows the text that was tried."""
@@ -143,7 +155,14 @@ class Chains:
             self.clock += max(0, num_tokens - before.num_tokens - (self.clock - before.clock))
         self._heard[index] = _Heard(num_tokens, self.clock)
         self.num_heard += 1
+        self._note_answer(self.branches[index])
         self.look()
+
+    def _note_answer(self, branch: Branch) -> None:
+        """What a chain says in its own words."""
+        said = branch if branch.state is BranchState.FINISHED else branch.trials[-1]
+        if said.key is not None and said.answer is not None:
+            self.written.setdefault(said.key, said.answer)
 
     def look(self) -> Standing:
         """What they say now: counted again, as a chain may have been heard of, or failed."""

@@ -91,6 +91,8 @@ class Program:
         self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
         if self.granted is not None:
             self.granted -= 1
+        if self.budget is not None:
+            self.budget.note_start(self.budget_number)
         return len(self.branches) - 1
 
     @property
@@ -185,16 +187,25 @@ class Program:
     def winner(self) -> int | None:
         """The earliest branch that gave the leading answer; of tied answers, that of the earliest branch.
 
-        With vote "best" the branch of the highest reward; of a long chain of thought the one that was closed to answer.
-        Not the first to finish, which would depend on the load. Where nobody voted, the same of all finished branches; None
-        where none finished.
+        With vote "best" the branch of the highest reward; of a long chain of thought the one that was closed to answer, if it
+        did. Where chains decided while they thought, their answer leads. Not the first to finish, which would depend on the
+        load. Where nobody voted, the same of all finished branches; None where none finished.
         """
-        if self.speaker is not None and self.branches[self.speaker].state is BranchState.FINISHED:
-            return self.speaker
-        if self.votes.voters:
+        speaker, voters = self.speaker, self.votes.voters
+        spoken = None if speaker is None else self.branches[speaker]
+        if spoken is not None and spoken.state is BranchState.FINISHED and (spoken.key is not None or not voters):
+            return speaker
+        if self._verdict in voters:
+            return self._speaks_for(voters[self._verdict])
+        if voters:
             return self._speaks_for(self.votes.ranking[0])
         finished = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
         return self._speaks_for(finished) if finished else None
+
+    @property
+    def _verdict(self) -> str | None:
+        """The key of the answer that chains decided for while they thought; None where they did not."""
+        return None if self.chains is None else self.chains.verdict
 
     @property
     def speakers(self) -> set[int]:
@@ -210,11 +221,19 @@ class Program:
     def certaindex(self) -> float:
         """How sure it is, in [0, 1]: 1 - risk, the best reward (`AlgorithmRecord.is_sure_by_reward`), or the share of chains that
         decided while they thought."""
-        if self.chains is not None and self.chains.decide_together and self.speaker is not None:
+        if self.chains is not None and self._answers_as_decided:
             return self.chains.standing.share
         if self.spec.about.is_sure_by_reward:
             return max((branch.reward or 0.0 for branch in self.branches), default=0.0)
         return 1.0 - self.risk
+
+    @property
+    def _answers_as_decided(self) -> bool:
+        """Whether chains decided while they thought, and the program gives that answer, or will."""
+        if self._verdict is None:
+            return False
+        winner = self.winner
+        return self.reason is None or (winner is not None and self.branches[winner].key == self._verdict)
 
     @property
     def risk(self) -> float:
@@ -248,10 +267,17 @@ class Program:
         self, index: int, answer: str | None, num_tokens: int, reward: float | None = None, *, ending: Ending | None = None,
         key: str | None = None,
     ) -> None:  # fmt: skip
-        """As `finish`, where the branch's answer has been read already; None: an abstention. `key`, if somebody has found that too."""
+        """As `finish`, where the branch's answer has been read already; None: an abstention. `key`, if somebody has found that too.
+
+        One that was to speak for chains that had decided, and did not come to its answer, gives that of its trial.
+        """
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         branch.reward, branch.ending = reward, ending
-        if self.reason is not None:
+        if answer is None and index == self.speaker and self._verdict is not None:
+            answer, key = branch.trials[-1].answer, branch.trials[-1].key
+        if self.reason is not None:  # it does not vote; but who was to speak still does
+            if index == self.speaker:
+                branch.answer, branch.key = answer, key
             return
         lowest = None if branch.confidence is None else branch.confidence.lowest
         if lowest is not None and len(self.warmup) < warmup_branches(self.spec.branches):
@@ -296,14 +322,16 @@ class Program:
             return None
         if not chains.decide_together or not self.spec.stop.stops(self.evidence):
             return chains.settle(index)
-        if self._has_answer:
-            chains.is_decided, self.reason = True, StopReason.CERTAIN
+        if self._has_answer(chains):
+            chains.decide()
+            self.reason = StopReason.CERTAIN
             return None
         return chains.speak()
 
-    @property
-    def _has_answer(self) -> bool:
-        """Whether a finished branch has given the answer that leads, running ones counted."""
+    def _has_answer(self, chains: Chains) -> bool:
+        """Whether a finished chain has given the answer that was decided for: that all chains hold, else that the vote leads to."""
+        if (held := chains.held_answer) is not None:
+            return held in self.votes.voters
         return self.evidence.lead > 0 and not self.evidence.is_contested
 
     def mix_answers(self, said: Said, num: int, entropy: float) -> None:
@@ -344,6 +372,7 @@ class Program:
         self.is_closed |= closes
         if self.reason is None:
             self._stop_if_used_up()
+            self._stop_if_certain()
 
     def _leave(self, index: int, state: BranchState, num_tokens: int) -> Branch:
         branch = self.branches[index]
@@ -394,9 +423,9 @@ class Program:
         ):
             return
         if self.chains is not None:
-            if not self._has_answer:
+            if not self._has_answer(self.chains):
                 return  # a running chain is to speak: who, the next trial says
-            self.chains.is_decided = True
+            self.chains.decide()
         self.reason = StopReason.CERTAIN
 
     def _stop_if_used_up(self) -> None:

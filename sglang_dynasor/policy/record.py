@@ -79,7 +79,7 @@ RECORD_HELP: dict[str, tuple[str, str]] = {
     "num_probe_tokens": (_LONG_COT, "tokens that probes computed (suffix and trial answer); not in `num_tokens`"),
     "closed_at_tokens": (_LONG_COT, "of each chain, the tokens of its thought when it was closed; null where it ended by itself"),
     "asked_at_tokens": (_SEVERAL, "of each chain, the tokens of its thought when it was asked"),
-    "shares": (_SEVERAL, "each change of what the chains said together: `tokens` of thought since the first was asked, the `answer` that led (null: a tie, or nobody says any), its `share` of all chains"),
+    "shares": (_SEVERAL, "each change of what the chains said together: `tokens` of thought since the first was asked, the `answer` that led, as it was written first (null: a tie, or nobody says any), its `share` of all chains"),
     "trials": (_LONG_COT, "what the winning chain would have answered: `tokens`, `answer`, `probability`"),
     "warning": ('`exit: "published"`', "what that rule is known to lose"),
     "num_nodes": (_SEARCH, "nodes of the tree"),
@@ -151,11 +151,15 @@ def _thoughts(program: Program) -> dict[str, Any]:
             {"tokens": t.num_tokens, "answer": shown(t.answer), "probability": round(t.probability, 6)} for t in trials
         ],
     }
-    if program.chains is not None and program.chains.decide_together:
+    if (chains := program.chains) is not None and chains.decide_together:
         more["asked_at_tokens"] = [[trial.num_tokens for trial in branch.trials] for branch in program.branches]
         more["shares"] = [
-            {"tokens": moment.tokens, "answer": shown(moment.leader), "share": round(moment.share, 6)}
-            for moment in program.chains.moments
+            {
+                "tokens": moment.tokens,
+                "answer": None if moment.leader is None else shown(chains.written[moment.leader]),
+                "share": round(moment.share, 6),
+            }
+            for moment in chains.moments
         ]
     if program.spec.branches == 1:
         more["certaindex"] = round(agreement(trials, thought.agree), 6)

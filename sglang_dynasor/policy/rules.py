@@ -19,6 +19,7 @@ from sglang_dynasor.policy.confidence import warmup_branches
 from sglang_dynasor.policy.evidence import Evidence
 
 MAX_STOP_CHARS = 256
+MOST_REWARD = 1.0  # that a vote weighs by reward
 
 
 def predictive(evidence: Evidence, level: float) -> bool:
@@ -51,8 +52,14 @@ def beta(evidence: Evidence, level: float) -> bool:
 
 
 def margin(evidence: Evidence, level: float) -> bool:
-    """The leader cannot be overtaken: lossless. `level` is not used."""
-    return evidence.lead > evidence.num_left
+    """The leader cannot be overtaken: lossless. `level` is not used.
+
+    By weight each branch left may add MOST_REWARD to another answer, and nothing to the leader.
+    """
+    if not evidence.weights:
+        return evidence.lead > evidence.num_left
+    first, second = (*evidence.weights, 0.0)[:2]
+    return first - second > evidence.num_left * MOST_REWARD
 
 
 def reward(evidence: Evidence, level: float) -> bool:

@@ -74,6 +74,7 @@ class SharedBudget:
         self.usual_tokens = Mean(USUAL_TOKENS)  # of a branch, for programs of which nobody knows a server's
         self.due = {} if due is None else due
         self._changed: dict[int, None] = {}  # members whose evidence may be another since the last look
+        self._running: dict[int, Member] = {}  # members that have a branch in flight, by when they started
 
     @property
     def left_tokens(self) -> float:
@@ -109,19 +110,28 @@ class SharedBudget:
             self._changed[number] = None
             self.due[self] = None
 
+    def note_start(self, number: int) -> None:
+        """A branch of the member's has started."""
+        if (member := self.members.get(number)) is not None:
+            self._running[number] = member
+
     def settle(self, number: int, num_tokens: int, *, is_whole: bool) -> None:
         """The member's branch has left with `num_tokens`; `is_whole`: it came to its own end."""
-        if number in self.members:
+        if (member := self.members.get(number)) is not None:
             self.budget.settle(number, num_tokens)
+            if not member.program.num_in_flight:
+                self._running.pop(number, None)
             if is_whole:
                 self.usual_tokens.learn(num_tokens)
             self.note_change(number)
 
     def leave(self, number: int) -> None:
-        """The member's program is over. What is still held for it counts as spent."""
-        if self.members.pop(number, None) is not None:
+        """The member's program is over. What is held for a branch in flight counts as spent; what no branch has begun to spend comes back."""
+        if (member := self.members.pop(number, None)) is not None:
+            self._running.pop(number, None)
             self.budget.withdraw(number)
-            self.budget.settle(number, self.budget.held_tokens.get(number, 0.0))
+            is_spent = member.program.num_in_flight > 0
+            self.budget.settle(number, self.budget.held_tokens.get(number, 0.0) if is_spent else 0.0)
             self.due[self] = None
 
     def share_out(self, most_at_once: int, progress_tokens: Callable[[Any], int]) -> Shares:
@@ -131,10 +141,8 @@ class SharedBudget:
             most_at_once: branches that can run at once.
             progress_tokens: what the branch in flight of a program's owner has generated so far.
         """
-        for number in self.budget.held_tokens:  # one that has grown long is expected to go on as long as another
-            member = self.members[number]
-            if member.program.num_in_flight:
-                self.budget.hold(number, progress_tokens(member.owner) + member.expected_tokens)
+        for number, member in self._running.items():  # one that has grown long is expected to go on as long as another
+            self.budget.hold(number, progress_tokens(member.owner) + member.expected_tokens)
         granted: list[Any] = []
         ended: list[Any] = []
         for number in self._changed:

@@ -39,6 +39,7 @@ from sglang_dynasor.policy.values import (
 
 JUDGES = ("self", "model", "steps")
 VOTES = ("majority", "confidence", "reward", "best")
+_UNBOUNDED = ("confidence", "best")  # of these one vote more may change the answer, however far another one leads
 DEFAULT_GROUP_TOKENS = 128
 # How likely the model must say yes, how close two vectors must be. A model too small for the question says yes by chance:
 # SmolLM2-135M gives 0.37 to 0.71 whatever the answers are (docs/answers.md).
@@ -203,6 +204,11 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
     vote = _text(options, "vote", "confidence" if weighs_confidence else about.vote)
     if vote not in VOTES:
         raise FieldError(f"dynasor.vote={quoted(vote)} is not known; use one of {', '.join(VOTES)}")
+    if stop.uses("margin") and vote in _UNBOUNDED:
+        raise FieldError(
+            f"dynasor.stop={quoted(stop.text)} with vote {quoted(vote)}: nothing bounds what one more branch changes, so that margin never "
+            "holds; use another rule, or vote majority or reward"
+        )
     needs_rewards = about.needs_rewards or vote in ("reward", "best") or stop.uses("reward") or stop.uses("best")
     if judge is None and needs_rewards:
         key = "algorithm" if about.needs_rewards else "vote" if vote in ("reward", "best") else "stop"
