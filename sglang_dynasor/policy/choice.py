@@ -9,6 +9,7 @@ from sglang_dynasor.policy.found import Found
 from sglang_dynasor.policy.marks import boxes, find_boxed
 from sglang_dynasor.policy.structured import find_tag
 
+MAX_LETTERS = 128  # that may be said to be right, the last ones
 ANSWER = r"(?:(?<![^\W_])(?i:answers?|réponse|reponse|antwort|respuesta|risposta|resposta|lösung|ответ)(?![^\W_])|答案|答え|正解|정답)"
 _HEAD = r"(?=[A-DFJL-NRVa-dfjl-nrvОо答正정])"  # of what is looked for: most places are passed over at once
 _FILLER = (
@@ -31,7 +32,7 @@ _RIGHT = re.compile(
     r"(?:(?:the )?(?:only |most )?(?:correct|right|best|appropriate|accurate)(?: (?:answer|option|choice|one|response|letter))?|(?:the|my|our) (?:final )?(?:answer|choice))"
     r"(?=[*_]*(?:[.,;:!\n]|$)| (?:because|since|as|and|here)\b)"
 )
-_BEGINS = re.compile(r"(?:^|\n|[.,;:!] |\b(?:so|thus|hence|therefore|only|and|conclude that|means that) )[ \t>*_#•(\[-]*$", re.I)
+_BEGINS = re.compile(r"(?:^|\n|[.,;:!] |\b(?:so|thus|hence|therefore|only|conclude that|means that) )[ \t>*_#•(\[-]*$", re.I)
 # "I choose C.", "So, C.": where the letter ends it.
 _LAST = re.compile(r"([A-J])(?<![\w'’].)(?=[*_)\]]{0,3}(?:[.,;!\n]|$| (?:because|since)\b))")
 _CHOSE = re.compile(r"\bI(?: would| will|'d|’d|'ll|’ll)? (?:choose|chose|pick|select|go with) (?:option |answer )?[*_(\[]*$")
@@ -100,7 +101,7 @@ def _candidates(text: str) -> Iterator[tuple[str, bool]]:
         listed = find_boxed(text)  # of several boxes all
         for inner in (listed.text if listed else "", box[-1].text):
             if (found := _BOX.match(inner)) and _stands(inner, found.end(), found[1], is_alone=found[1].islower()):
-                yield found[1], True
+                yield found[1], box[-1].is_whole
                 break
     if (
         (tag := find_tag(text, "answer"))
@@ -146,11 +147,11 @@ def _says(text: str, found: re.Match[str]) -> bool:
 def _closing(text: str) -> str | None:
     """The letter that a sentence says is right, or is chosen; None where several are."""
     letters = set[str]()
-    for found in _RIGHT.finditer(text):
+    for found in list(_RIGHT.finditer(text))[-MAX_LETTERS:]:
         before = text[max(0, found.start() - 24) : found.start()]
         if _BEGINS.search(before) and (found[1] != "I" or before[-1:] in ("(", "[", "*")):
             letters.add(found[1])
-    for found in _LAST.finditer(text):
+    for found in list(_LAST.finditer(text))[-MAX_LETTERS:]:
         before = text[max(0, found.start() - 40) : found.start()]
         is_end = _LINE_END.match(text, found.end()) is not None
         if (found[1] != "I" or before[-1:] in ("(", "[", "*")) and (
@@ -182,7 +183,7 @@ def find_yes_no(text: str) -> Found | None:
     """`yes` or `no`: in a box, in `<answer>`, after "answer", "verdict" or "conclusion", alone on a line, or the text's first word."""
     for box in reversed(boxes(text)):
         if found := _YES_NO_BOX.fullmatch(box.text):
-            return Found(found[1].lower(), True)
+            return Found(found[1].lower(), box.is_whole)
         break
     if (tag := find_tag(text, "answer")) and (found := _YES_NO_BOX.fullmatch(tag.text)):
         return Found(found[1].lower(), True)

@@ -49,11 +49,12 @@ _NUMBERED = re.compile(rf"\d{{1,2}}\. [*_]*(?!{STARTER}\b)[A-Z][\w'-]*(?: [\w'-]
 
 
 class Box(NamedTuple):
-    """A box's contents and where the box begins and ends in the text."""
+    """A box's contents, where the box begins and ends in the text, and whether that is its end: without braces more may follow."""
 
     text: str
     start: int
     end: int
+    is_whole: bool = True
 
 
 def boxes(text: str) -> list[Box]:
@@ -71,7 +72,8 @@ def _boxes(text: str) -> tuple[tuple[Box, ...], bool]:
     for brace in _BOX.finditer(text):
         mark = brace[0]
         if brace[1]:
-            found.append(Box(brace[1].rstrip("."), brace.start(), brace.end()))
+            is_whole = text[brace.end() : brace.end() + 1] not in ("", "{")
+            found.append(Box(brace[1].rstrip("."), brace.start(), brace.end(), is_whole))
         elif len(mark) > 1:
             opened.append((brace.start(), brace.end()))
         elif text[brace.start() - 1 : brace.start()] == "\\":
@@ -104,7 +106,7 @@ def find_boxed(text: str) -> Found | None:
         if box.text not in parts:
             parts.insert(0, box.text)
         start = box.start
-    return Found(", ".join(parts), True)
+    return Found(", ".join(parts), last.is_whole)
 
 
 def find_hash(text: str) -> Found | None:
