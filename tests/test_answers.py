@@ -375,6 +375,10 @@ def test_json_of_many_brackets_is_read_in_bounded_time() -> None:
         ("3. **Final Answer**:\n   42\nbye", "42"),
         ("**Answer**\n**42**\nbye", "42"),
         ("最终答案：\n42\nbye", "42"),
+        ("**Step 4: Final Answer:**\n42\nbye", "42"),
+        ("✅ **Final Answer:**\n42\nbye", "42"),
+        ("We have added all of the numbers that there are on this long line of text. The final answer:\n42\nbye", "42"),
+        ("We have added all of the numbers that there are on this long line of text to get the answer:\n42\nbye", "bye"),
         ("So what we get as the answer is\n42\nbye", "42"),
         ("To find the answer: 42\nbye", "42"),  # on its own line it counts as ever
         ("Answer:\n42. I hope it is correct.", "42"),
@@ -528,7 +532,7 @@ def test_the_option_that_is_settled_on(text: str, answer: str | None) -> None:
     ],
 )
 def test_powers_fractions_and_thousands_in_plain_text(text: str, same: str) -> None:
-    """Read whole: of `6.02 × 10²³` and `3.1 × 10²³` the number is not 10."""
+    """Read whole, or two numbers with powers of ten would both be 10."""
     number = extract_answer(text, "number")
     assert number is not None
     assert answer_key(number, extractor="number") == answer_key(same)

@@ -32,11 +32,17 @@ _RIGHT = re.compile(
     r"(?:(?:the )?(?:only |most )?(?:correct|right|best|appropriate|accurate)(?: (?:answer|option|choice|one|response|letter))?|(?:the|my|our) (?:final )?(?:answer|choice))"
     r"(?=[*_]*(?:[.,;:!\n]|$)| (?:because|since|as|and|here)\b)"
 )
-_BEGINS = re.compile(r"(?:^|\n|[.,;:!] |\b(?:so|thus|hence|therefore|only|conclude that|means that) )[ \t>*_#•(\[-]*$", re.I)
+_BEGINS = re.compile(
+    r"(?:^|\n|[.,;:!] |\b(?:so|thus|hence|therefore|only|conclude that|means that) )[ \t>*_#•(\[-]*$", re.I
+)
 # "I choose C.", "So, C.": where the letter ends it.
 _LAST = re.compile(r"([A-J])(?<![\w'’].)(?=[*_)\]]{0,3}(?:[.,;!\n]|$| (?:because|since)\b))")
-_CHOSE = re.compile(r"\bI(?: would| will|'d|’d|'ll|’ll)? (?:choose|chose|pick|select|go with) (?:option |answer )?[*_(\[]*$")
-_SO = re.compile(r"(?:^|\W)(?:so|thus|hence|therefore),? (?:(?:it is|it's|it’s|it must be|we choose|we pick) )?[*_(\[]*$", re.I)
+_CHOSE = re.compile(
+    r"\bI(?: would| will|'d|’d|'ll|’ll)? (?:choose|chose|pick|select|go with) (?:option |answer )?[*_(\[]*$"
+)
+_SO = re.compile(
+    r"(?:^|\W)(?:so|thus|hence|therefore),? (?:(?:it is|it's|it’s|it must be|we choose|we pick) )?[*_(\[]*$", re.I
+)
 _MARKED = re.compile(
     r"\*\*[(\[]?([A-J])(?:[)\].:]|\*\*)|(?<![\w)\]}\\])\(([A-Ja-j])\)(?![\w(])|(?<![\w)\]}\\])\[([A-J])\](?![\w(\[])"
 )
@@ -56,9 +62,7 @@ _LISTED = re.compile(
     r"(?:[\s*_$)}\]]*(?:and|or|&)[\s*_$({\[]*[A-Ja-j](?![\w'’]))?+[*_$)}\]\\\"'`]*(?:\s*$|[ \t]*[\n<(]|\.(?:\s|$)|(?<=[)\]]):| (?:because|since)\b)"
 )
 _FORMULA = re.compile(r" *[=+^<>*/](?!\*)|_\{?\w|\(|'\w| *- *\d|\\[a-z]")
-_WRONG = (
-    r"(?:wrong|incorrect|false|not\b(?! because\b| [*(\[]*[A-J]\b)|out\b|eliminated|excluded|ruled out|isn't|isn’t|aren't|fails?\b)"
-)
+_WRONG = r"(?:wrong|incorrect|false|not\b(?! because\b| [*(\[]*[A-J]\b)|out\b|eliminated|excluded|ruled out|isn't|isn’t|aren't|fails?\b)"
 _DENIED = re.compile(
     rf"[)\]*:]*[ \t]*[:–—-]?[ \t]*(?:is|was|are|seems|looks|must be|would be|can be)?[ \t]*(?:also )?{_WRONG}"
     r"|(?:[\s*)\]]*(?:[,/&]|and|or|nor)[\s*(\[]*(?:(?:and|or|nor) [*(\[]*)?[A-J]\b){1,8}+[)\]*]*"  # and B, or C

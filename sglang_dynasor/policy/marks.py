@@ -31,13 +31,14 @@ _PHRASE = re.compile(
     r"(?:(?P<says>(?:is|are|was|would be|should be|must be|will be|est|ist|es|è|é)\b(?:[ \t]*(?:therefore|thus|then|simply|indeed|exactly)\b,?)?[ \t]*[:：]?|[是为は])|[:：=]|\n)[*_ \t]*",
     re.I,
 )
-# What may stand on the line before a mark whose value is below. "To find the answer:" leads to the working, and not to the value.
+# What of its sentence may stand before a mark whose value is below. "To find the answer:" leads to the working, and not to the value.
 _BEFORE_MARK = re.compile(
-    r"[\s#*_>•-]*(?:(?:step )?\d{1,2}[.):] )?[*_]*(?:(?:so|thus|therefore|hence|then|finally|and|here is|here's|here’s|this is|that is|below is),? ){0,2}"
-    r"(?:(?:the|my|our|your|an?|la|el|le|il|die) )?(?:(?:final|correct|best|right|short|exact|full|complete|numerical|numeric|simplified|endgültige|окончательный) ){0,2}"
-    r"(?:最终|最終|正确|因此|所以|최종)?[*_\s]*",
+    r"[\W\d_]*(?:(?:so|thus|therefore|hence|then|now|finally|and|in conclusion|in summary|here is|here's|here’s|this is|that is|below is),? ){0,2}"
+    r"(?:(?:the|my|our|your|an?|la|el|le|il|die) )?(?:(?:final|correct|best|right|short|exact|full|complete|numerical|numeric|simplified|direct|brief|possible|sample|model|"
+    r"endgültige|окончательный) ){0,2}(?:最终|最終|正确|因此|所以|최종)?[*_\s]*",
     re.I,
 )
+_CLAUSE = re.compile(r"[.!?:][*_]*\s")
 _NO_VALUE = re.compile(
     r"(?:not|that|because|obvious|clear|unclear|given|found|therefore|correct|wrong|incorrect|right|in|as|to|one of|likely|probably|unknown|which|what|whether|when|how|if|of|"
     r"simple|easy|based|still|also|going|supposed|expected|should|must|will|would|could|can|cannot|i|we|it|this|let|so|now|then|first)\b",
@@ -45,7 +46,9 @@ _NO_VALUE = re.compile(
 )
 _LAYOUT = re.compile(r"(?:[\s_>]|\*(?! )|-{2,}(?=\s)|(?:\\?\[|\${1,2})(?=[ \t]*\n))*")
 _ITEM = re.compile(r"[ \t]*(?:[-*•]|[*_]*(?:(step )\d{1,2}[*_]*[.):]?|\d{1,2}[.)])[*_]*)[ \t]+(?=\S)", re.I)
-_NUMBERED = re.compile(rf"\d{{1,2}}\. [*_]*(?!{STARTER}\b)[A-Z][\w'-]*(?: [\w'-]+){{0,3}}[*_]*")  # "1. Paris", in few words
+_NUMBERED = re.compile(
+    rf"\d{{1,2}}\. [*_]*(?!{STARTER}\b)[A-Z][\w'-]*(?: [\w'-]+){{0,3}}[*_]*"
+)  # "1. Paris", in few words
 
 
 class Box(NamedTuple):
@@ -174,6 +177,15 @@ def _items(text: str) -> list[str]:
     return items if len(items) == len(lines) and len(text.strip()) <= MAX_PHRASE_CHARS else []
 
 
+def _is_alone(text: str, start: int) -> bool:
+    """Whether a mark that begins at `start` is all that its line says, or the last sentence on it."""
+    line_start = text.rfind("\n", max(0, start - MAX_LEAD_CHARS), start) + 1
+    before = text[line_start or max(0, start - MAX_LEAD_CHARS - 1) : start]
+    clause = _CLAUSE.split(before)
+    is_begun = len(before) <= MAX_LEAD_CHARS or len(clause) > 1
+    return is_begun and _BEFORE_MARK.fullmatch(clause[-1]) is not None
+
+
 def find_phrase(text: str) -> Found | None:
     """What follows the last "the answer is", "Answer:" or the like, to the end of its sentence or line.
 
@@ -184,9 +196,7 @@ def find_phrase(text: str) -> Found | None:
         at = lead.end()
         is_below = text[at : at + 1] in ("\n", "") or ("\n" in lead[0] and not lead["says"])
         if is_below:
-            line_start = text.rfind("\n", 0, lead.start()) + 1
-            before = text[max(line_start, lead.start() - MAX_LEAD_CHARS - 1) : lead.start()]
-            if not lead["says"] and (len(before) > MAX_LEAD_CHARS or not _BEFORE_MARK.fullmatch(before)):
+            if not lead["says"] and not _is_alone(text, lead.start()):
                 continue
             at = _LAYOUT.match(text, at).end()  # pyright: ignore[reportOptionalMemberAccess]
         item = _ITEM.match(text, at)
