@@ -106,7 +106,8 @@ def test_any_text_gives_a_bounded_answer_or_none(text: str, extractor: str) -> N
         assert answer.strip() == answer != ""
         assert 0 < len(answer_key(answer, extractor=extractor)) <= 256
     cut = extract_answer(text, extractor, is_cut=True)
-    assert cut in (None, answer)
+    # Of a text that was cut `number` reads the marked one, which need not be the last.
+    assert cut in (None, answer) or extractor == "number"
     read_answer(text, text, extractor)
     is_complete(text, text, extractor)
 
