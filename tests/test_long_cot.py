@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from questions import held_out, prompt
 
 from sglang_dynasor.engine import validation
-from sglang_dynasor.engine.probe import thought_tokens
+from sglang_dynasor.engine.probe import LEADS, thought_tokens
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.answers import is_complete
 from sglang_dynasor.policy.program import BranchState, Program, StopReason
@@ -29,6 +29,7 @@ from sglang_dynasor.policy.thought import (
     is_settled,
     may_settle,
     next_probe_tokens,
+    trial_answer,
 )
 from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
@@ -136,6 +137,14 @@ def test_hesitation_is_words(text: str) -> None:
         ("no} wait", "no", True),
         ("no, wait", "no, wait", True),
         ("yes} no", "yes", True),
+        ("No.", "no", False),  # as `yes_no` reads it
+        ("NO\n", "no", False),
+        ("\\boxed{NO}", "NO", False),
+        ("No. But wait", "no", True),
+        ("No, no.", "no", True),
+        ("I know: no.", "no", False),
+        ("I know: maybe.", "no", False),
+        ("Hold on: no.", "no", True),
     ],
 )
 def test_no_may_be_an_answer(text: str, answer: str, expected: bool) -> None:
@@ -156,11 +165,49 @@ def test_no_may_be_an_answer(text: str, answer: str, expected: bool) -> None:
         ("The answer is (", "", "choice", False),
         ("a\nThe answer is ", "12", "number", False),
         ("a\nThe answer is ", "12\n", "number", True),
+        ("a\nThe answer is ", "12.", "number", False),  # 12.5?
+        ("a\nThe answer is ", "12. ", "number", True),
+        ("a\nThe answer is ", "12, ", "number", False),
+        ("a\nThe answer is ", "12, so", "number", True),
+        ("a\nThe answer is ", "12 ", "number", False),  # 12 000?
+        ("a\nThe answer is ", "12 app", "number", False),  # 12 million?
+        ("a\nThe answer is ", "12 apples ", "number", True),
+        ("a\nThe answer is ", "5 + 3 = ", "number", False),
+        ("a\nThe answer is ", "5 + 3 = 8. ", "number", True),
+        ("so ", "\\boxed 1", "boxed", False),
+        ("so ", "\\boxed 1 ", "boxed", True),
     ],
 )
 def test_an_answer_is_complete_when_it_has_ended(lead: str, text: str, extractor: str, expected: bool) -> None:
     """Digits may follow digits; braces must close."""
     assert is_complete(lead, text, extractor) is expected
+
+
+@pytest.mark.parametrize(
+    ("extractor", "text", "answer"),
+    [
+        ("last_line", "42.", "42."),
+        ("last_line", "\n42\n", "42"),
+        ("last_line", "", None),  # what asks is no answer
+        ("number", "42. Let me double-check: 40 + 2", "42"),
+        ("number", "5 + 3 = 8.", "8"),
+        ("number", "42 - 40 is 2 m", "2"),
+        ("number", "-5\n", "-5"),
+        ("number", "5\n- 3", "5"),
+        ("number", "$1,250$ because of 3", "1,250"),
+        ("number", "*42* of 50", "42"),
+        ("number", "x_2 is 5", "5"),
+        ("number", "not known", None),
+        ("number", "<think>7", None),
+        ("number", "7</think> 8", "8"),
+        ("yes_no", "No.", "no"),
+        ("choice", "B) as", "B"),
+    ],
+)
+def test_a_trial_answers_after_what_asked_it(extractor: str, text: str, answer: str | None) -> None:
+    """Its line is without the words that asked, as a finished chain's may be; its number is the first, for it goes on."""
+    lead = f"</think>\n\n{LEADS[extractor]}"
+    assert trial_answer(lead, text, extractor) == answer
 
 
 def chains(num: int, **field: Any) -> Program:

@@ -19,7 +19,7 @@ from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.algorithm import LONG_COT
 from sglang_dynasor.policy.answers import THINK_ENDS, extract_answer, is_complete
 from sglang_dynasor.policy.equal import answer_key
-from sglang_dynasor.policy.thought import Trial, hesitates
+from sglang_dynasor.policy.thought import Trial, hesitates, trial_answer
 from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
 WORD_TOKENS = 16  # that a word of 32 characters and what stands before it may take
@@ -175,7 +175,7 @@ def read_trial(req: Req, tag: ProbeTag, tokens: ThoughtTokens, extractor: str, e
     if isinstance(req.finished_reason, FINISH_MATCHED_TOKEN):  # that it stops there is no part of the answer
         logprobs = logprobs[:-1]
     text = _tokenizer(req).decode(ids, skip_special_tokens=True)
-    answer = extract_answer(tokens.lead + text, extractor)
+    answer = trial_answer(tokens.lead, text, extractor)
     if hesitates(text, answer):
         answer = None
     probability = exp(sum(logprobs) / len(logprobs)) if logprobs else 0.0

@@ -15,7 +15,7 @@ from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.choice import find_choice, find_yes_no
 from sglang_dynasor.policy.found import TAIL_CHARS, Found
 from sglang_dynasor.policy.marks import find_boxed, find_hash, find_phrase, is_box_open
-from sglang_dynasor.policy.number import find_number
+from sglang_dynasor.policy.number import find_number, first_number
 from sglang_dynasor.policy.pattern import check_pattern, find_pattern
 from sglang_dynasor.policy.structured import (
     MAX_PATH_CHARS,
@@ -362,10 +362,12 @@ def shown(answer: str | None) -> str | None:
 
 
 def is_complete(lead: str, text: str, extractor: str) -> bool:
-    """Whether the answer that `text` gives after `lead` has come to its end: its mark is closed, or its line is over."""
+    """Whether the answer that `text` gives after `lead` has come to its end: its mark is closed, its number or its line is over."""
     kind = extractor.partition(":")[0]
     if kind == "boxed" or (kind == "auto" and "\\boxed{" in lead + text):
-        return find_boxed(lead + text) is not None
+        return (box := find_boxed(lead + text)) is not None and box.is_whole
     if kind in ("choice", "yes_no", "tag", "code", "json", "tool_call"):
         return _find(lead + text, extractor) is not None
+    if kind == "number" and (number := first_number(lead + text, len(lead))) is not None and number.is_whole:
+        return True
     return "\n" in text.lstrip()

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from sglang_dynasor.policy.latex import Unreadable, braced, signs
 from sglang_dynasor.policy.python_code import python_form
-from sglang_dynasor.policy.quantity import measure, number_in, plain
+from sglang_dynasor.policy.quantity import MATH_SPACE, measure, number_in, plain
 
 COMPARERS = ("symbolic", "model", "embedding")  # new answers are compared beside the loop (comparison.py)
 EQUALS = ("math", "text", *COMPARERS)
@@ -168,7 +168,7 @@ def _element(text: str) -> str:
 
 def _alternatives(text: str) -> list[str] | None:
     """The parts of "1 or 2", "x=1 or x=2", "A and C": of numbers and names only."""
-    parts = _OR.split(text)
+    parts = _OR.split(MATH_SPACE.sub(r"\1", text))  # x = 1 or x = 2
     if len(parts) < 2 or any(not part for part in parts):
         return None
     found: list[str] = []

@@ -32,7 +32,9 @@ _WRAPPERS = frozenset(
     r"\boxed \fbox \framebox \underline \emph \boldsymbol \bm \ensuremath".split()
 )
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|[^\W\d_]+|\s+|.", re.S)
-_COUNTED = re.compile(r"[a-z]{2,}s|people")  # 12 \text{ apples}
+# 12 \text{ apples}; a scale is no such word: 5 millions are not 5, 3 halves not 3.
+_SCALE = r"(?:tens|dozens|pairs|hundreds|thousands|millions|billions|trillions|percents|halves|thirds|quarters|(?:four|fif|six|seven|eigh|nin|ten|twelf|twentie|hundred|thousand|million)ths)"
+_COUNTED = re.compile(rf"(?!{_SCALE}$)[a-z]{{2,}}s|people")
 
 
 class Unreadable(Exception):

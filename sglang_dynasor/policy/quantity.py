@@ -28,7 +28,7 @@ _NUMBER = re.compile(
 )
 _TEN = re.compile(r"(-?)10\^\{?\(?([-+]?\d{1,2})\)?\}?")
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_MATH_SPACE = re.compile(r" *([-+*/=<>:^]) *")
+MATH_SPACE = re.compile(r" *([-+*/=<>:^]) *")
 _TIMES_TEN = re.compile(r"(?<=\d) ?[xX*] ?(?=10\^)")
 
 
@@ -48,7 +48,7 @@ def number_in(text: str) -> Fraction | None:
     """As `as_number`, of a text without LaTeX."""
     if not text or not (text[-1].isalnum() or text[-1] in ")}.%") or len(text) > 4 * MAX_DIGITS:
         return None
-    text = _TIMES_TEN.sub("*", _MATH_SPACE.sub(r"\1", text.strip()))
+    text = _TIMES_TEN.sub("*", MATH_SPACE.sub(r"\1", text.strip()))
     if ten := _TEN.fullmatch(text):
         return _signed(ten[1], Fraction(10) ** int(ten[2])) if abs(int(ten[2])) <= MAX_DIGITS else None
     found = _NUMBER.fullmatch(text)

@@ -135,7 +135,8 @@ def find_json(text: str, path: str = "") -> Found | None:
     else:
         if isinstance(whole, dict | list) or not path:
             value = at_path(whole, path)
-            return None if value is None else Found(dump(value), True)
+            is_number = isinstance(whole, int | float) and not isinstance(whole, bool)  # digits may follow digits
+            return None if value is None else Found(dump(value), not is_number or text[-1:].isspace())
     for value, _ in values(text):
         if (inner := at_path(value, path)) is not None:
             return Found(dump(inner), True)

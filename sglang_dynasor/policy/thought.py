@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from sglang_dynasor.policy.answers import THINK_ENDS, THINK_STARTS, extract_answer
 from sglang_dynasor.policy.equal import answer_key
+from sglang_dynasor.policy.number import first_number
 from sglang_dynasor.policy.thought_spec import ThoughtSpec
 
 PRICE_FRAC = 0.03  # of a thought's tokens that asking may take, where the client has not said how often to ask
@@ -40,10 +42,24 @@ class Trial:
     num_tokens: int  # of the thought at that place
 
 
+def trial_answer(lead: str, text: str, extractor: str) -> str | None:
+    """What a trial answers with `text`, after `lead` asked; None where it answers nothing.
+
+    The lead's words are no part of a line that the thought's own end would not have. And a trial goes on after its number:
+    there the first counts, not the last.
+    """
+    if extractor == "number" and not any(mark in text for mark in (*THINK_STARTS, *THINK_ENDS)):
+        found = first_number(lead + text, len(lead))
+        return None if found is None else found.text
+    if extractor == "last_line":
+        lead = lead[: lead.rfind("\n") + 1]
+    return extract_answer(lead + text, extractor)
+
+
 def hesitates(text: str, answer: str | None = None) -> bool:
     """Whether a trial takes itself back: it says "wait", "hmm" and the like. Not where "no" is all that it answers."""
-    if answer is not None and answer_key(answer) == "no":
-        text = text.replace(answer, " ", 1)
+    if answer is not None and answer_key(answer).casefold() == "no":  # `yes_no` reads "No." as no
+        text = re.sub(rf"(?<!\w){re.escape(answer)}(?!\w)", " ", text, count=1, flags=re.IGNORECASE)
     return _HESITATION.search(text) is not None
 
 
