@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sglang_dynasor.engine.live import LiveProgram, generated_tokens
+from sglang_dynasor.engine.texts import known
 from sglang_dynasor.policy.answers import shown
 from sglang_dynasor.policy.branch import Branch, BranchState
 
@@ -104,7 +105,7 @@ def texts(live: LiveProgram, tokenizer: Any) -> dict[str, Any]:
     """The prompt and what each branch has written so far, each cut to its last MAX_TEXT_CHARS characters."""
     first = live.parent or next(iter(live.reqs.values()), None)
     return {
-        "prompt": None if first is None else _tail(tokenizer.decode(list(first.origin_input_ids))),
+        "prompt": None if first is None else _tail(tokenizer.decode(known(first, first.origin_input_ids))),
         "branches": {str(index): _text(req, tokenizer) for index, req in live.reqs.items()},
     }
 
