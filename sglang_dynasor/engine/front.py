@@ -59,23 +59,22 @@ def add_record(
     if record["program"] != meta_info["id"]:
         book.keep(record["program"], record)  # branches sent by the client: the latest of them tells the most
     elif "num_tokens" in record:
-        state.dynasor_usage = usage = usage_of(record, meta_info)
+        state.dynasor_usage = usage = usage_of(record, meta_info["prompt_tokens"])
         if details := meta_info.get("cached_tokens_details"):  # siblings find what the first has just computed
             details["device"] = details.get("device", 0) + usage["cached_tokens"] - meta_info["cached_tokens"]
         meta_info.update(usage)
         budgets_of(tokenizer_manager).learn(record)
 
 
-def usage_of(record: dict[str, Any], meta_info: dict[str, Any]) -> dict[str, int]:
+def usage_of(record: dict[str, Any], prompt_tokens: int) -> dict[str, int]:
     """What a program took, each kind of token of all branches that ran, as SGLang's `meta_info` names them.
 
     Args:
-        meta_info: tells what its prompt is, and what of that are images, video and audio; counted once at least.
+        prompt_tokens: of its prompt; counted once at least.
     """
     num_prompts = max(1, sum(tokens > 0 for tokens in record["branch_tokens"]))
-    kinds = ("prompt_tokens", "image_tokens", "video_tokens", "audio_tokens")
     return {
-        **{kind: num_prompts * meta_info[kind] for kind in kinds if kind in meta_info},
+        "prompt_tokens": num_prompts * prompt_tokens,
         "completion_tokens": record["num_tokens"],
         "cached_tokens": record["num_cached_tokens"],
         "reasoning_tokens": record.get("num_reasoning_tokens", 0),
