@@ -75,6 +75,7 @@ def request(num_output_tokens: int = 0, **fields: Any) -> Any:
         "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None, "finished_output": None,
         "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
         "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
+        "multimodal_inputs": None,
     }  # fmt: skip
     req = Stand(**{**given, **fields})
     req.finished = lambda: req.finished_reason is not None

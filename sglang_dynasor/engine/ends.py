@@ -9,6 +9,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
+from sglang_dynasor.engine import media
 from sglang_dynasor.engine.fence import Fence, guarded
 from sglang_dynasor.engine.findings import Findings
 from sglang_dynasor.engine.inside import Inside
@@ -161,6 +162,8 @@ class Ends:
             self.inside.end_probe(live, index)
         self.programs.release(live)
         live.reqs.clear()
+        if live.parent is not None:
+            media.drop(live.parent)
         if live.is_traced:
             live.parent.time_stats.set_completion_time()  # type: ignore[union-attr]  # it closes SGLang's own spans
 
@@ -251,6 +254,7 @@ class Ends:
             pass
         elif done:
             self._speak(live, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})
+            media.drop(parent)
         else:
             assert self.enqueue is not None
             parent.finished_reason = parent.finished_len = None  # it may have been about to be answered without a text

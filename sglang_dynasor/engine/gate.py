@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_dynasor.engine.flag import has_many_fronts
 from sglang_dynasor.engine.live import tag_of
+from sglang_dynasor.engine.media import check_judge
 from sglang_dynasor.engine.validation import CONSTRAINTS, NO_ROOM, check_harmless, check_spec, check_thought
 from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.spec import ProgramSpec, check_greedy, parse_field
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 # What of a Req is not its text, and what of the field one front process would have to know.
-INPUTS = {"multimodal_inputs": "image_data", "input_embeds": "input_embeds", "session": "session_params",
-    "positional_embed_overrides": "positional_embed_overrides", "beam_group": "beam_width"}  # fmt: skip
+INPUTS = {"input_embeds": "input_embeds", "session": "session_params", "positional_embed_overrides": "positional_embed_overrides",
+    "beam_group": "beam_width"}  # fmt: skip
 KEYS = ("program", "budget_tokens", "template")
 
 
@@ -55,7 +56,9 @@ class Gate:
 
     def _check(self, req: Req, field: dict[str, Any], spec: ProgramSpec) -> None:
         params: Any = req.sampling_params
-        check_harmless(req.origin_input_ids, {"top_k": params.top_k}, self._server.model_config.vocab_size)
+        # Where images stand are numbers beyond the vocabulary, and SGLang reads none of it as tokens.
+        ids = req.origin_input_ids if req.multimodal_inputs is None else None
+        check_harmless(ids, {"top_k": params.top_k}, self._server.model_config.vocab_size)
         if key := next((key for key in KEYS if key in field), None):
             raise FieldError(
                 f"dynasor.{key}={quoted(field[key])} on a server with --tokenizer-worker-num above 1, whose workers know only their own "
@@ -71,6 +74,8 @@ class Gate:
             (name for attribute, name in INPUTS.items() if getattr(req, attribute, None) is not None), None
         ):
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
+        if req.multimodal_inputs is not None:
+            check_judge(spec, "image_data")
         check_greedy(spec.branches, {"temperature": params.temperature, "top_k": params.top_k})
         check_spec(spec, self._server)
         if spec.thought is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
+from sglang_dynasor.engine import media
 from sglang_dynasor.engine.branches import Branches, SentBranches
 from sglang_dynasor.engine.ends import Ends
 from sglang_dynasor.engine.gate import Gate
@@ -74,6 +75,8 @@ class Intake:
             return
         try:
             spec = self.gate.read(req, field, self.level)
+            if spec.program is None:
+                media.check_longer(spec, req)
         except FieldError as error:
             self._refuse(req, str(error))
             return
@@ -122,6 +125,7 @@ class Intake:
         if (old := self.programs.held.get(req.rid)) is not None:
             self.ends.replace(old)
         program = self._program(req.rid, spec, req)
+        media.keep(req)
         live = self.programs.number(program, req)
         live.gang = Gang(program, len(req.origin_input_ids), self.room.gang_cost(req), live, self.room.rank(req))
         req.time_stats.set_wait_queue_entry_time()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
+from sglang_dynasor.engine import media
 from sglang_dynasor.engine.inside import Inside
 from sglang_dynasor.engine.live import JudgeTag, LiveProgram
 from sglang_dynasor.engine.req import make_side
@@ -124,6 +125,8 @@ class Judging:
         made = make_side(self.scheduler, req, ids, self.inside.new_rid(), tag, max_new_tokens=1)
         if made is None:  # too long for the model
             return False
+        assert live.parent is not None
+        media.give(made, live.parent)
         live.judges[index] = made
         live.program.num_judge_tokens += len(tokens.suffix) + 1
         self.inside.put(made, tag)

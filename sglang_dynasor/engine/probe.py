@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_TOKEN, Req
 
+from sglang_dynasor.engine import media
 from sglang_dynasor.engine.live import ProbeTag
 from sglang_dynasor.engine.req import make_side
 from sglang_dynasor.errors import FieldError, quoted
@@ -153,6 +154,8 @@ def make_probe(
     ids = [*parent.origin_input_ids, *parent.output_ids, *new_line, *tokens.suffix]
     req = make_side(scheduler, parent, ids, rid, tag, max_new_tokens=MOST_TRIAL_TOKENS)
     if req is not None:
+        assert tag.live.parent is not None
+        media.give(req, tag.live.parent)
         req.skip_radix_cache_insert = True  # nobody will ask for it again
     return req
 

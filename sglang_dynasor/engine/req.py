@@ -13,6 +13,7 @@ from sglang.srt.managers.schedule_batch import BaseFinishReason, Req
 from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from sglang_dynasor.engine import media
 from sglang_dynasor.engine.live import BranchTag, Tag, internal_tag_of, set_tag
 from sglang_dynasor.engine.mould import Mould
 
@@ -50,6 +51,7 @@ def make_branch(scheduler: Any, parent: Any, rid: str, tag: BranchTag) -> Req:
     if parent.grammar is not None:
         req.grammar = parent.grammar.copy()
         req.grammar_key = parent.grammar_key
+    media.give(req, parent)
     set_tag(req, tag)
     return req
 
@@ -61,6 +63,7 @@ def _from_sglang(scheduler: Any, parent: Any, rid: str) -> Req:
         "",
         parent.origin_input_ids,
         copy.copy(parent.sampling_params),
+        origin_input_ids_unpadded=parent.origin_input_ids_unpadded,
         return_logprob=parent.return_logprob,
         top_logprobs_num=parent.logprob.top_logprobs_num,
         token_ids_logprob=parent.logprob.token_ids_logprob,
@@ -90,6 +93,7 @@ def _from_sglang(scheduler: Any, parent: Any, rid: str) -> Req:
 def go_on_from(req: Req, given: array[int]) -> None:
     """Let a fresh branch begin with `given`, a thought that is closed, as if it had sampled that itself."""
     req.output_ids = given
+    media.reach(req)
     params = req.sampling_params
     params.min_new_tokens = max(0, params.min_new_tokens - len(given))  # SGLang counts from where the Req begins
     if req.require_reasoning:

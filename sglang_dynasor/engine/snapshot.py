@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from sglang_dynasor.engine.live import LiveProgram, generated_tokens
+from sglang_dynasor.engine.texts import known
 from sglang_dynasor.policy.answers import shown
 from sglang_dynasor.policy.branch import Branch, BranchState
 
@@ -109,6 +110,6 @@ def tokens(live: LiveProgram) -> dict[str, Any]:
     """Those of the prompt, and what each branch has written so far, each cut to the last MAX_TEXT_TOKENS. To decode them is not this loop's work."""
     first = live.parent or next(iter(live.reqs.values()), None)
     return {
-        "prompt": None if first is None else list(first.origin_input_ids[-MAX_TEXT_TOKENS:]),
+        "prompt": None if first is None else known(first, first.origin_input_ids[-MAX_TEXT_TOKENS:]),
         "branches": {str(index): list(req.output_ids[-MAX_TEXT_TOKENS:]) for index, req in live.reqs.items()},
     }

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sglang_dynasor.engine.flag import config_of, read_templates
+from sglang_dynasor.engine.media import INPUTS
 from sglang_dynasor.engine.validation import UNSUPPORTED_INPUTS, check_program, check_spec, has_field
 from sglang_dynasor.errors import ConfigError, FieldError
 from sglang_dynasor.policy.spec import parse_field
@@ -160,7 +161,7 @@ def give_templates(tokenizer_manager: Any, obj: Any, route: str, model: str) -> 
 
 def _part(obj: Any, index: int) -> Any:
     """What of one prompt of several `check_program` looks at. SGLang keeps what it makes of one itself, so none is made here."""
-    names = (*UNSUPPORTED_INPUTS, "return_logprob")
+    names = (*UNSUPPORTED_INPUTS, *INPUTS, "return_logprob")
     values = {name: getattr(obj, name, None) for name in names}
     return SimpleNamespace(**{k: v[index] if isinstance(v, list) and index < len(v) else v for k, v in values.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 TAIL_TOKENS = 4096  # decoded to look for an answer: bounds the work of a very long branch
 HEAD_TOKENS = 16  # of such a one, that its thought begins in
 LEAD_TOKENS = 64  # of the prompt, that an answer may begin in
+
+
+def known(req: Req, ids: Iterable[int]) -> list[int]:
+    """The tokens of a prompt that a tokenizer knows: where images stand SGLang puts numbers far beyond the vocabulary."""
+    assert req.vocab_size is not None  # SGLang gives it to each
+    return [token for token in ids if token < req.vocab_size]
 
 
 class Texts:
@@ -40,7 +47,7 @@ class Texts:
 
     def lead(self, req: Req) -> str:
         """The end of the prompt of `req`, special tokens told: some models' thought begins with one."""
-        return self.tokenizer.decode(list(req.origin_input_ids[-LEAD_TOKENS:]))
+        return self.tokenizer.decode(known(req, req.origin_input_ids[-LEAD_TOKENS:]))
 
     def _text(self, ids: Any, reason: dict[str, Any], params: Any) -> str:
         trim: Any = DetokenizerManager.trim_matched_stop  # of token ids, or of their text

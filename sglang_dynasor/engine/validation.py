@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_exec, get_memory, get_serving
 from sglang_dynasor.engine.comparing import same_tokens
 from sglang_dynasor.engine.flag import config_of, serves_programs
 from sglang_dynasor.engine.judge import judge_tokens
+from sglang_dynasor.engine.media import INPUTS, check_judge
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.observe.ledger import BudgetBook
@@ -24,9 +25,6 @@ from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, par
 from sglang_dynasor.symbolic import check_installed
 
 UNSUPPORTED_INPUTS = (
-    "image_data",
-    "video_data",
-    "audio_data",
     "input_embeds",
     "session_params",
     "positional_embed_overrides",
@@ -56,7 +54,9 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
         return
     set_placed(obj)
     if has_field(params):
-        check_harmless(input_ids, params, tokenizer_manager.model_config.vocab_size)
+        # With images SGLang has put its own ids in, which it reads as no tokens.
+        ids: Any = obj.input_ids if _sees(tokenizer_manager) and media_of(obj) else input_ids
+        check_harmless(ids, params, tokenizer_manager.model_config.vocab_size)
         obj.sampling_params = check_program(obj, params, tokenizer_manager)
 
 
@@ -136,7 +136,21 @@ def check_program(obj: Any, params: dict[str, Any], tokenizer_manager: Any) -> d
     for name in UNSUPPORTED_INPUTS:
         if getattr(obj, name, None) is not None:
             raise FieldError(f"{name} with dynasor is not supported; leave out one of the two")
+    for name in media_of(obj):
+        if not _sees(tokenizer_manager):
+            raise FieldError(f"{name} with dynasor on a server whose model reads text only; leave one of the two out")
+        check_judge(spec, name)
     return params
+
+
+def media_of(obj: Any) -> list[str]:
+    """What of INPUTS a request has."""
+    return [name for name in INPUTS if getattr(obj, name, None)]
+
+
+def _sees(tokenizer_manager: Any) -> bool:
+    """Whether SGLang reads anything but text here; else it drops images without a word."""
+    return getattr(tokenizer_manager, "mm_processor", None) is not None
 
 
 def check_spec(spec: ProgramSpec, tokenizer_manager: Any) -> None:
