@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from engines import ROOT
 from questions import held_out, prompt
 from server import free_port
 from warm import WarmServer
@@ -25,6 +27,7 @@ pytestmark = [
         reason="SGLang's router is not here; pip install --no-deps sglang-router==0.3.2",
     ),
 ]
+SERVING = (ROOT / "docs" / "serving.md").read_text()
 QUESTION = held_out(12)[8].text
 FIELD = {"branches": 3, "answer": "hash"}
 CHAT = {"model": "any", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 200}
@@ -126,6 +129,18 @@ def test_completions_come_through_as_they_are(router: Router, place: str) -> Non
     records = [record for i in range(2) for record in router.records(f"{name}_{i}")]
     assert [record["cap"] for record in records] == [3, 3]
     assert answer["usage"]["completion_tokens"] == sum(record["num_tokens"] for record in records)
+
+
+@pytest.mark.parametrize(("containing", "cap"), [('"metadata"', 8), ("X-SMG-Routing-Key", 8)])
+def test_the_guide_s_commands_work(router: Router, containing: str, cap: int) -> None:
+    """docs/serving.md: the field in metadata, and a branch of one's own."""
+    (command,) = (b for b in re.findall(r"```bash\n(.*?)```", SERVING, re.S) if containing in b)
+    command = command.replace("http://127.0.0.1:30000", router.url)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    answer = json.loads(done.stdout)
+    assert "#### 19" in done.stdout or containing != '"metadata"'
+    (record,) = router.records("my-program" if containing == "X-SMG-Routing-Key" else answer["id"])
+    assert record["cap"] == cap
 
 
 def test_responses_come_through_with_metadata(router: Router) -> None:
