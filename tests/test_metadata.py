@@ -67,9 +67,9 @@ def test_any_metadata_can_be_read(metadata: Any) -> None:
     assert field_in({**metadata, "dynasor": json.dumps(metadata)}) == metadata
 
 
-def manager(scheduler: str | None = "dynasor") -> Any:
+def manager(config: DynasorConfig = DynasorConfig("dynasor")) -> Any:  # noqa: B008
     """As much of a tokenizer manager as is read."""
-    return SimpleNamespace(server_args=SimpleNamespace(_dynasor=DynasorConfig(scheduler)), tokenizer=None)
+    return SimpleNamespace(server_args=SimpleNamespace(_dynasor=config), tokenizer=None, preferred_sampling_params=None)
 
 
 def sent(route: str, **body: Any) -> Any:
@@ -114,7 +114,10 @@ def test_without_it_a_request_is_stock(route: str, body: dict[str, Any]) -> None
 def test_without_the_flag_nothing_is_read() -> None:
     """Nor refused."""
     for text in (TEXT, "{"):
-        assert taken(CHAT, {"metadata": {"dynasor": text}}, manager(None), sampling_params={}).sampling_params == {}
+        assert (
+            taken(CHAT, {"metadata": {"dynasor": text}}, manager(DynasorConfig()), sampling_params={}).sampling_params
+            == {}
+        )
 
 
 @pytest.mark.parametrize(
@@ -146,6 +149,10 @@ def test_prompts_of_one_request_have_ids_that_tell_each_other() -> None:
     ]
     assert not any("_" in rid for rid in taken("/v1/completions", {}, text=prompts).rid)
     assert "_" not in taken("/v1/completions", body).rid
+    unasked = manager(DynasorConfig("dynasor", dynasor_default="self_consistency"))
+    assert [rid[-2:] for rid in taken("/v1/completions", {}, unasked, text=prompts).rid] == ["_0", "_1", "_2"]
+    plain = {"metadata": {"dynasor": "plain"}}
+    assert not any("_" in rid for rid in taken("/v1/completions", plain, unasked, text=prompts).rid)
 
 
 def converted(request: Any, body: dict[str, Any], route: str = CHAT) -> tuple[Any, Any]:
@@ -202,14 +209,17 @@ def test_ollama_s_endpoints_refuse_it(body: dict[str, Any], where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "body"),
+    ("config", "body"),
     [
-        ("dynasor", {"model": "dynasor", "options": {"seed": 1, "mine": {"dynasor": 1}}, "labels": {"dynasor": 1}}),
-        ("dynasor", {"options": None, "dynasor": None}),
-        ("dynasor", {"options": ["dynasor"]}),
-        (None, {"dynasor": TEXT}),
+        (
+            DynasorConfig("dynasor"),
+            {"model": "dynasor", "options": {"seed": 1, "mine": {"dynasor": 1}}, "labels": {"dynasor": 1}},
+        ),
+        (DynasorConfig("dynasor"), {"options": None, "dynasor": None}),
+        (DynasorConfig("dynasor"), {"options": ["dynasor"]}),
+        (DynasorConfig(), {"dynasor": TEXT}),
     ],
 )
-def test_ollama_s_other_requests_are_stock(scheduler: str | None, body: dict[str, Any]) -> None:
-    serving, request = SimpleNamespace(tokenizer_manager=manager(scheduler)), sent("/api/chat", **body)
+def test_ollama_s_other_requests_are_stock(config: DynasorConfig, body: dict[str, Any]) -> None:
+    serving, request = SimpleNamespace(tokenizer_manager=manager(config)), sent("/api/chat", **body)
     assert refuse_ollama(lambda *args: args, serving, "request", request) == (serving, "request", request)

@@ -54,9 +54,9 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
         raise FieldError(wrong)
     if (field := carried(request)) is not None:
         _put(obj, field)
+    give_templates(tokenizer_manager, obj, route, model_of(body))
     if route == "/v1/completions" and body.get("rid") is None:
         _name_prompts(obj)
-    give_templates(tokenizer_manager, obj, route, model_of(body))
     if isinstance(obj.sampling_params, list):
         _share_budget(obj)
 
