@@ -46,7 +46,7 @@ def new_engine(options: dict[str, Any]) -> AbstractContextManager[Any]:
 
 
 # The modules that need `warm.py`'s Python or a server of their own: one test process makes these for all of them.
-TOGETHER = {"test_examples", "test_fault_matrix", "test_http", "test_metrics", "test_patches"}
+TOGETHER = {"test_examples", "test_fault_matrix", "test_http", "test_metrics", "test_patches", "test_router"}
 WHOLE = {"test_control"}  # modules with a server of their own: each goes to one test process
 
 

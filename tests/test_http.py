@@ -279,6 +279,64 @@ def test_chat_returns_the_record_on_request(server: Server) -> None:
     assert choice["meta_info"]["dynasor"]["num_branches"] >= 3
 
 
+def test_metadata_carries_the_field(server: Server) -> None:
+    """What a client or a router has no other place for, as text or as it is; the record is in a chat's answer, else by the response's id."""
+    asks = {"branches": 3, "answer": "hash"}
+    chat = {"model": "any", "messages": [{"role": "user", "content": QUESTION.text}], "max_tokens": 200}
+    text = {"model": "any", "prompt": prompt(QUESTION.text), "max_tokens": 200}
+    served = plain_body(server, "/v1/responses")["model"]
+    for path, body, field in (
+        ("/v1/chat/completions", chat, json.dumps(asks)),
+        ("/v1/chat/completions", chat, asks),
+        ("/v1/completions", text, json.dumps(asks)),
+        ("/v1/responses", {"model": served, "input": QUESTION.text, "max_output_tokens": 200, "temperature": 1}, json.dumps(asks)),
+        ("/v1/messages", {**chat, "temperature": 1}, json.dumps(asks)),
+        ("/v1/chat/completions", chat, "vote@1"),
+    ):  # fmt: skip
+        metadata = {"dynasor": field, "user_id": "u"}
+        response = httpx.post(server.url + path, json={**body, "metadata": metadata}, timeout=120)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        record = newest(server)
+        assert (record["cap"], record.get("template")) == (3, "vote@1" if field == "vote@1" else None), path
+        if path == "/v1/chat/completions":
+            told = answer["choices"][0]["meta_info"]["dynasor"]
+            assert {key: record[key] for key in told} == told
+        if path != "/v1/messages":
+            kept = httpx.get(f"{server.url}/dynasor/programs/{answer['id']}", timeout=30).json()
+            assert kept["program"] == record["program"]
+    streamed = {**chat, "stream": True, "metadata": {"dynasor": "vote@2"}}
+    chunks = httpx.post(f"{server.url}/v1/chat/completions", json=streamed, timeout=120).text.split("data: ")[1:-1]
+    kept = httpx.get(f"{server.url}/dynasor/programs/{json.loads(chunks[0])['id']}", timeout=30).json()
+    assert kept["template"] == "vote@2"
+    plain = {**chat, "model": "voter", "max_tokens": 4, "metadata": {"dynasor": "plain"}}
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=plain, timeout=120).json()
+    assert httpx.get(f"{server.url}/dynasor/programs/{answer['id']}", timeout=30).status_code == 404
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_each_prompt_of_one_request_has_its_record(server: Server, is_streamed: bool) -> None:
+    """A response of completions names the first program only; the others' ids end in their choice's number."""
+    body = {
+        "model": "any", "prompt": [prompt(QUESTION.text)] * 3, "max_tokens": 200, "stream": is_streamed,
+        "custom_params": {"dynasor": {"branches": 2, "answer": "hash"}},
+    }  # fmt: skip
+    response = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+    if is_streamed:
+        chunks = [json.loads(chunk) for chunk in response.text.split("data: ")[1:-1]]
+        ids = {choice["index"]: chunk["id"] for chunk in chunks for choice in chunk["choices"]}
+    else:
+        ids = {0: response.json()["id"]}
+    name = ids[0].removesuffix("_0")
+    records = [httpx.get(f"{server.url}/dynasor/programs/{name}_{i}", timeout=30).json() for i in range(3)]
+    assert [record["program"] for record in records] == [f"{name}_{i}" for i in range(3)]
+    assert all(record["num_branches"] == 2 for record in records)
+    assert all(ids[i] == f"{name}_{i}" for i in ids)
+    if not is_streamed:
+        spent = response.json()["usage"]["completion_tokens"]
+        assert spent == sum(record["num_tokens"] for record in records)
+
+
 @pytest.mark.parametrize(
     ("effort", "field", "agree"),
     [("high", {}, 3), ("minimal", {}, 1), (None, {}, 2), ("none", {}, 2), ("high", {"effort": "low"}, 1)],
@@ -336,6 +394,8 @@ def plain_body(server: Server, path: str) -> dict[str, Any]:
         "/generate": {"text": "Q", "sampling_params": {"max_new_tokens": 1}},
         "/v1/completions": {"model": "any", "prompt": "Q", "max_tokens": 1},
         "/v1/responses": {"model": model, "input": "Q", "max_output_tokens": 8},
+        "/api/chat": {**chat, "options": {"num_predict": 1}},
+        "/api/generate": {"model": "any", "prompt": "Q", "options": {"num_predict": 1}},
     }.get(path, chat)
 
 
@@ -350,8 +410,19 @@ def plain_body(server: Server, path: str) -> dict[str, Any]:
         ("/v1/chat/completions", {"extra_body": {"custom_params": {"dynasor": {}}}}, "argument of the OpenAI Python client"),
         ("/v1/chat/completions", {"custom_params": {"dynasour": {}}}, "custom_params.dynasour is not read"),
         ("/v1/chat/completions", {"custom_param": {"dynasor": {}}}, "custom_param.dynasor is not read"),
-        ("/v1/responses", {"custom_params": {"dynasor": {}}}, "/v1/responses, which takes no dynasor field"),
-        ("/v1/messages", {"dynasor": {}}, "/v1/messages, which takes no dynasor field"),
+        ("/v1/responses", {"custom_params": {"dynasor": {}}}, "send the field as metadata.dynasor"),
+        ("/v1/messages", {"dynasor": {}}, "send the field as metadata.dynasor"),
+        ("/generate", {"metadata": {"dynasor": "{}"}}, "metadata.dynasor is not read by /generate"),
+        ("/v1/chat/completions", {"metadata": {"dynasor": "{"}}, "metadata.dynasor='{' is neither a name nor the JSON"),
+        ("/v1/completions", {"metadata": {"dynasor": "{"}}, "metadata.dynasor='{' is neither a name nor the JSON"),
+        ("/v1/responses", {"metadata": {"dynasor": "{"}}, "metadata.dynasor='{' is neither a name nor the JSON"),
+        ("/v1/messages", {"metadata": {"dynasor": "{"}}, "is neither a name nor the JSON"),
+        ("/v1/chat/completions", {"metadata": {"dynasor": "nobody"}}, "dynasor.template='nobody' is not known"),
+        ("/v1/completions", {"metadata": {"dynasor": '{"branches": 1000}'}}, "dynasor.branches=1000 is outside [1, 64]"),
+        ("/v1/chat/completions", {"metadata": {"dynasor": "{}"}, "custom_params": {"dynasor": {}}}, "are both there"),
+        ("/v1/chat/completions", {"metadata": {"dynasor": "{"}, "stream": True}, "is neither a name nor the JSON"),
+        ("/api/chat", {"dynasor": {}}, "/api/chat, which takes no dynasor field"),
+        ("/api/generate", {"options": {"dynasor": {}}, "stream": False}, "/api/generate, which takes no dynasor field"),
     ],
 )  # fmt: skip
 def test_a_field_at_the_wrong_place_is_a_400(server: Server, path: str, more: dict[str, Any], message: str) -> None:
@@ -364,7 +435,16 @@ def test_a_field_at_the_wrong_place_is_a_400(server: Server, path: str, more: di
 
 
 @pytest.mark.parametrize(
-    "path", ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"]
+    "path",
+    [
+        "/generate",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/api/chat",
+        "/api/generate",
+    ],
 )
 def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: str) -> None:
     """Those that SGLang drops, and those that only sound like ours."""
@@ -375,7 +455,7 @@ def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: st
         "custom_params": {"dynamo": 1},
     }
     if path != "/generate":
-        more["metadata"] = {"user_id": "dynasor", "dynasor": "v1"}
+        more["metadata"] = {"user_id": "dynasor", "note": "dynasor"}
     response = httpx.post(server.url + path, json=plain_body(server, path) | more, timeout=60)
     assert response.status_code == 200, response.text
 

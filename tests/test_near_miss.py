@@ -19,7 +19,7 @@ from sglang_dynasor.policy.near_miss import _is_within, near_miss
 FIELD = {"algorithm": "self_consistency"}
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "dynasor?"}], "max_tokens": 9, "n": 1}
 NATIVE: dict[str, Any] = {"text": "dynasor?", "sampling_params": {"max_new_tokens": 9}, "stream": False}
-OPENAI = ("custom_params", "dynasor")
+OPENAI, METADATA = ("custom_params", "dynasor"), ("metadata", "dynasor")
 DEEP = ("sampling_params", "custom_params", "dynasor")
 
 
@@ -44,14 +44,18 @@ DEEP = ("sampling_params", "custom_params", "dynasor")
         ({"sampling_param": {"custom_params": {"dynasor": FIELD}}}, DEEP, "sampling_param.custom_params.dynasor"),
         ({"custom_params": {"custom_params": {"dynasor": FIELD}}}, OPENAI, "custom_params.custom_params.dynasor"),
         ({"custom_params": {"dynasor": FIELD}, "dynasor": FIELD}, OPENAI, "dynasor"),  # which of them was meant?
-        ({"custom_params": {"dynasor": FIELD}}, None, "custom_params.dynasor"),
+        ({"custom_params": {"dynasor": FIELD}}, METADATA, "custom_params.dynasor"),
+        ({"metadata": {"dynasor": "self_consistency"}}, DEEP, "metadata.dynasor"),
+        ({"metadata": {"user_id": "u", "Dynasor": "self_consistency"}}, METADATA, "metadata.Dynasor"),
+        ({"metadata": {"custom_params": {"dynasor": FIELD}}}, METADATA, "metadata.custom_params.dynasor"),
+        ({"extra_body": {"metadata": {"dynasor": "self_consistency"}}}, METADATA, "extra_body.metadata.dynasor"),
         *(({"custom_params": {key: FIELD}}, OPENAI, f"custom_params.{key}")
           for key in ("dynasour", "Dynasor", "dynasor_", "DYNASOR", "dynaosr", "dynasr", "dinasor", "dynazor", "x-dynasor")),
     ],
 )  # fmt: skip
-def test_a_near_miss_is_found(more: dict[str, Any], place: tuple[str, ...] | None, path: str) -> None:
+def test_a_near_miss_is_found(more: dict[str, Any], place: tuple[str, ...], path: str) -> None:
     """With the path as its client wrote it, whatever stands beside it."""
-    body = (CHAT if place == OPENAI else NATIVE) | more
+    body = (NATIVE if place == DEEP else CHAT) | more
     assert near_miss(body, place) == tuple(path.split("."))
 
 
@@ -60,7 +64,11 @@ def test_a_near_miss_is_found(more: dict[str, Any], place: tuple[str, ...] | Non
     [
         {},
         {"custom_params": {"dynasor": FIELD}},
-        {"metadata": {"dynasor": "v1", "note": "dynasor"}},
+        {"metadata": {"dynasor": "self_consistency", "note": "dynasor"}},
+        {"metadata": {"user_id": "dynasor", "dynamo": "v1", "mine": {"dynasor": "theirs"}, "dynasor_version": "2"}},
+        {"metadata": dict.fromkeys(map(str, range(16)), "mine") | {"dynasour": "more than OpenAI takes"}},
+        {"metadata": "dynasor", "meta_data": {"dynasor": "theirs"}, "Metadata": {"dynasor": "theirs"}},
+        {"custom_params": {"metadata": {"dynasor": "of a logit processor"}}},
         {"labels": {"dynasor": "on"}, "user": "dynasor", "unknown": {"nested": {"dynasor": FIELD}}},
         {"custom_params": {"thinking_budget": 9, "note": "dynasor", "mine": {"dynasor": "theirs"}}},
         {"custom_params": {"dynamo": 1, "dynamic": 2, "dynasty": 3, "dynosaur": 4, "sensor": 5, "a": 6}},
@@ -80,7 +88,7 @@ def test_a_near_miss_is_found(more: dict[str, Any], place: tuple[str, ...] | Non
 )
 def test_a_plain_request_is_none(more: dict[str, Any]) -> None:
     """Nor is a program whose field is at its place: what others call theirs is not looked into."""
-    assert near_miss(CHAT | more, OPENAI) is None
+    assert near_miss(CHAT | more, OPENAI, METADATA) is None
 
 
 @given(
@@ -138,8 +146,10 @@ def sent(body: Any, route: str) -> Any:
         ({"dynasor": FIELD}, "/v1/chat/completions", ["send the field as custom_params.dynasor", '{"custom_params": {"dynasor"']),
         ({"dynasor": FIELD}, "/v1/completions", ["send the field as custom_params.dynasor"]),
         ({"extra_body": {"dynasor": FIELD}}, "/v1/chat/completions", ["argument of the OpenAI Python client"]),
-        ({"custom_params": {"dynasor": FIELD}}, "/v1/responses", ["/v1/responses, which takes no dynasor field", "/v1/chat/completions"]),
-        ({"custom_params": {"dynasor": FIELD}}, "/v1/messages", ["takes no dynasor field"]),
+        ({"metadata": {"Dynasor": "x"}}, "/v1/chat/completions", ['send the field as metadata.dynasor, such as {"metadata": {"dynasor": "self_consistency"}}']),
+        ({"metadata": {"dynasor": "x"}}, "/generate", ["metadata.dynasor is not read by /generate; send the field as sampling_params.custom_params.dynasor"]),
+        ({"custom_params": {"dynasor": FIELD}}, "/v1/responses", ["not read by /v1/responses; send the field as metadata.dynasor"]),
+        ({"custom_params": {"dynasor": FIELD}}, "/v1/messages", ["not read by /v1/messages; send the field as metadata.dynasor"]),
     ],
 )  # fmt: skip
 def test_the_error_says_where_it_belongs(body: dict[str, Any], route: str, words: list[str]) -> None:

@@ -80,6 +80,15 @@ PATCHES: tuple[Patch, ...] = (
         "puts a template's text around a chat; OpenAI's reasoning_effort says how soon a long thought may be closed",
         "SGLang hands chats to plugins before it renders them",
     ),
+    *(
+        Patch(
+            f"sglang.srt.entrypoints.ollama.serving.OllamaServing.{name}", "around", ("self", "request", "raw_request"),
+            f"{_PLACE}.refuse_ollama", "main",
+            "answers a dynasor field, which Ollama's API has no place for and SGLang would drop, with HTTP 400",
+            "SGLang refuses keys that it does not know",
+        )
+        for name in ("handle_chat", "handle_generate")
+    ),
     Patch(
         f"{_TOKENIZER}.update_request_meta_info", "around",
         ("self", "meta_info", "state", "customized_info", "index", "finish_reason"),

@@ -11,7 +11,7 @@ from sglang.srt.entrypoints.openai.protocol import (
 )
 
 from sglang_dynasor.engine.flag import serves_programs
-from sglang_dynasor.engine.place import route_of
+from sglang_dynasor.engine.place import carried, route_of
 from sglang_dynasor.engine.templates import book_of, why_plain, with_field
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.policy.algorithm import ENGINE_ALGORITHMS
@@ -32,6 +32,8 @@ def convert(original: Callable[..., Any], serving_chat: Any, request: Any, raw_r
     tokenizer_manager = serving_chat.tokenizer_manager
     if not serves_programs(tokenizer_manager.server_args):
         return original(serving_chat, request, raw_request)
+    if (field := carried(raw_request)) is not None:
+        request = with_carried(request, field)
     book, custom = book_of(tokenizer_manager), request.custom_params
     is_asked, row = isinstance(custom, dict) and "dynasor" in custom, None
     name: Any = custom["dynasor"] if is_asked else None
@@ -80,6 +82,15 @@ def _convert_default(
     elif wrapped is not request:
         result = original(serving_chat, request, raw_request)
     return result, why
+
+
+def with_carried(request: Any, field: Any) -> Any:
+    """A chat with the field that its metadata carry, and with its record in the answer: who sends it there cannot ask for that.
+
+    SGLang's router drops `return_meta_info`; SGLang refuses it of a stream.
+    """
+    custom = {**(request.custom_params or {}), "dynasor": field}
+    return request.model_copy(update={"custom_params": custom, "return_meta_info": not request.stream})
 
 
 def wrap_chat(request: Any, template: Template) -> Any:

@@ -6,26 +6,30 @@ What stands at the wrong place is an HTTP 400, which SGLang would drop without a
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from typing import Any, cast
 
+from fastapi.responses import JSONResponse
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_dynasor.engine.flag import serves_programs
-from sglang_dynasor.engine.templates import give_templates
-from sglang_dynasor.engine.validation import is_placed
+from sglang_dynasor.engine.templates import give_templates, with_field
+from sglang_dynasor.engine.validation import has_field, is_placed
 from sglang_dynasor.errors import FieldError, quoted, spelled
-from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
+from sglang_dynasor.policy.metadata import field_in
+from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, METADATA, near_miss, plain
 
 # Where the field is read, by route. Only routes whose errors SGLang answers with HTTP 400 are here; the others go unlooked at.
 _NATIVE, _OPENAI = ("sampling_params", "custom_params", "dynasor"), ("custom_params", "dynasor")
-_PLACES: dict[str, tuple[str, ...] | None] = {
-    "sgl.Engine": _NATIVE,
-    "/generate": _NATIVE,
-    "/v1/chat/completions": _OPENAI,
-    "/v1/completions": _OPENAI,
-    "/invocations": _OPENAI,
-    "/v1/responses": None,
-    "/v1/messages": None,
+_METADATA = METADATA, "dynasor"
+_PLACES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "sgl.Engine": (_NATIVE,),
+    "/generate": (_NATIVE,),
+    "/v1/chat/completions": (_OPENAI, _METADATA),
+    "/v1/completions": (_OPENAI, _METADATA),
+    "/invocations": (_OPENAI, _METADATA),
+    "/v1/responses": (_METADATA,),
+    "/v1/messages": (_METADATA,),
 }
 
 
@@ -48,7 +52,11 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
         wrong = _misplaced({"sampling_params": obj.sampling_params}, "sgl.Engine")
     if wrong is not None:
         raise FieldError(wrong)
+    if (field := carried(request)) is not None:
+        _put(obj, field)
     give_templates(tokenizer_manager, obj, route, model_of(body))
+    if route == "/v1/completions" and body.get("rid") is None:
+        _name_prompts(obj)
     if isinstance(obj.sampling_params, list):
         _share_budget(obj)
 
@@ -57,6 +65,39 @@ def route_of(request: Any) -> str:
     """The endpoint that a request was sent to, as SGLang's app has it; empty if it was sent to none."""
     scope: Any = getattr(request, "scope", None)
     return getattr(scope.get("route"), "path", "") if isinstance(scope, dict) else ""
+
+
+def carried(request: Any) -> Any:
+    """The field that a request's metadata carry where they are read; None where there is none.
+
+    Raises:
+        FieldError: it is wrong, or another stands in `custom_params`.
+    """
+    body: Any = getattr(request, "_json", None)
+    if not isinstance(body, dict) or _METADATA not in _PLACES.get(route_of(request), ()):
+        return None
+    field, custom = field_in(body.get(METADATA)), body.get("custom_params")
+    if field is not None and isinstance(custom, dict) and "dynasor" in custom:
+        raise FieldError("metadata.dynasor and custom_params.dynasor are both there; send one of them")
+    return field
+
+
+def _put(obj: Any, field: Any) -> None:
+    """Let each prompt have the field that the request's metadata carry; a chat has it already (chat.py)."""
+
+    def put(params: Any) -> Any:
+        return params if has_field(params) else with_field(params, field)
+
+    params = obj.sampling_params
+    obj.sampling_params = [put(each) for each in params] if isinstance(params, list) else put(params)
+
+
+def _name_prompts(obj: Any) -> None:
+    """Let a client know the ids of all programs of one request, of which a response tells one: the first prompt's, which ends in _0."""
+    params = obj.sampling_params
+    if isinstance(params, list) and isinstance(obj.rid, list) and any(map(has_field, params)):
+        name = uuid.uuid4().hex
+        obj.rid = [f"{name}_{i}" for i in range(len(obj.rid))]
 
 
 def model_of(body: Any) -> str:
@@ -111,17 +152,37 @@ def say_place(result: str | None, body: Any) -> str | None:
     return _misplaced(body, "/generate") if serves else None
 
 
+def refuse_ollama(original: Callable[..., Any], serving: Any, request: Any, raw_request: Any) -> Any:
+    """Ollama's endpoints: a field, which nobody reads there, is an HTTP 400 before SGLang begins a stream; else the same as by stock."""
+    body: Any = getattr(raw_request, "_json", None)
+    if serves_programs(serving.tokenizer_manager.server_args) and isinstance(body, dict):
+        path = near_miss(body)
+        if path is None and (inner := near_miss(body.get("options"))) is not None:
+            path = ("options", *inner)
+        if path is not None:
+            return _refused(_told(path, route_of(raw_request), ()))
+    return original(serving, request, raw_request)
+
+
+async def _refused(message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=400)
+
+
 def _misplaced(body: Any, route: str) -> str | None:
     """What is wrong with the place of the field in a body sent to `route`; None if nothing is."""
     if route not in _PLACES:
         return None
-    place = _PLACES[route]
-    path = near_miss(body, place)
-    if path is None:
-        return None
+    places = _PLACES[route]
+    path = near_miss(body, *places)
+    return None if path is None else _told(path, route, places)
+
+
+def _told(path: tuple[str, ...], route: str, places: tuple[tuple[str, ...], ...]) -> str:
+    """The error of a field at `path`, where `route` does not read it, but at `places`."""
     where = ".".join(map(spelled, path))
-    if place is None:
+    if not places:
         return f"{where} is not read by {route}, which takes no dynasor field; send the request to /v1/chat/completions or /generate"
+    place = _METADATA if path[0] == METADATA and _METADATA in places else places[0]
     example = '{"dynasor": "self_consistency"}'
     for key in reversed(place[:-1]):
         example = f'{{"{key}": {example}}}'
