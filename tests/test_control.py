@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,11 +20,9 @@ from engines import GIVEN_BACK
 from questions import held_out, prompt
 from server import Server
 
-from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.routes import check_query, check_settings
-from sglang_dynasor.errors import ConfigError, DynasorError, FieldError
+from sglang_dynasor.errors import DynasorError, FieldError
 from sglang_dynasor.observe.ledger import RecordBook
-from sglang_dynasor.observe.log import MOST_UNWRITTEN, RecordLog
 from sglang_dynasor.top import row
 
 QUESTION = prompt(held_out(1)[0].text)
@@ -63,76 +60,7 @@ def test_a_wrong_query_is_told(state: str, limit: str) -> None:
     check_query("done", "10000")
 
 
-# The log of records
-
-
-def record(program: str, **keys: Any) -> dict[str, Any]:
-    return {"id": program, "at": 1.0, "record": {"program": program, **keys}}
-
-
-def test_what_is_logged_is_read_at_the_next_start(tmp_path: Path) -> None:
-    """But for a line that was cut off, and what is no record."""
-    log = RecordLog(tmp_path / "log")
-    assert log.newest(10) == []
-    for i in range(5):
-        log.write(record(str(i)))
-    log.flush()
-    with log.path.open("a") as file:
-        file.write('[1]\n{"record": 3}\n{"id": "5", "rec')
-    assert [line["id"] for line in RecordLog(log.path).newest(100)] == list("01234")
-    assert [line["id"] for line in RecordLog(log.path).newest(4)] == [
-        "4"
-    ]  # of the last four lines, three of which are none
-    assert (log.num_written, log.num_lost) == (5, 0)
-
-
-def test_of_a_long_log_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a server with years of records starts as soon as one without; nothing of what has no end."""
-    log = RecordLog(tmp_path / "log")
-    for i in range(50):
-        log.write(record(str(i)))
-    log.flush()
-    size = log.path.stat().st_size
-    monkeypatch.setattr("sglang_dynasor.observe.log.MOST_READ_BYTES", size // 5 + 10)
-    assert [line["id"] for line in log.newest(100)] == [str(i) for i in range(40, 50)]
-    monkeypatch.setattr("sglang_dynasor.observe.log.MOST_READ_BYTES", 10 * size)
-    with log.path.open("ab") as file:
-        file.write(b"\xff\xfe\n")
-    assert len(log.newest(100)) == 50
-    assert RecordLog(Path("/dev/zero")).newest(100) == []
-
-
-def test_nothing_is_logged_while_it_is_off(tmp_path: Path) -> None:
-    log = RecordLog(tmp_path / "log")
-    log.is_on = False
-    log.write(record("a"))
-    assert not log.path.exists()
-
-
-def test_a_full_disk_is_counted_and_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """/dev/full says ENOSPC; said once."""
-    log = RecordLog(Path("/dev/full"))
-    started = time.perf_counter()
-    for i in range(100):
-        log.write(record(str(i)))
-    assert time.perf_counter() - started < 5
-    log.flush()
-    assert (log.num_written, log.num_lost) == (0, 100)
-    assert caplog.text.count("could not be written") == 1
-
-
-def test_more_than_the_disk_takes_is_lost_and_counted(tmp_path: Path) -> None:
-    log = RecordLog(tmp_path / "log")
-    log._thread = object()  # type: ignore[assignment]  # nobody writes
-    for i in range(MOST_UNWRITTEN + 3):
-        log.write(record(str(i)))
-    assert log.num_lost == 3
-
-
-def test_a_log_that_cannot_be_there_is_refused_at_start() -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
-        DynasorConfig("dynasor", dynasor_log="/nowhere/at/all")
-    DynasorConfig("dynasor", dynasor_log="here.jsonl")
+# The book of records
 
 
 def test_each_program_is_listed_once() -> None:

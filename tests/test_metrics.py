@@ -83,6 +83,15 @@ def test_a_program_without_an_answer_has_saved_nothing() -> None:
     assert not {"dynasor_branches_saved_total", "dynasor_tokens_saved_estimate_total", "dynasor_risk"} & set(found)
 
 
+def test_who_was_cut_has_saved_nothing() -> None:
+    """Branches that there was no time, budget or patience for were not saved; those that nobody needed were."""
+    for outcome in ("deadline", "budget", "operator"):
+        found = over(outcome)
+        assert (found["dynasor_branches_saved_total"], found["dynasor_tokens_saved_estimate_total"]) == (0, 0)
+        assert found["dynasor_tokens_total"] == 45
+    assert over("price")["dynasor_branches_saved_total"] == 5
+
+
 # A running server
 
 
