@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -181,5 +182,6 @@ def lines_of(path: Path) -> Iterator[bytes]:
 
 def with_older(path: Path) -> list[Path]:
     """A log and those that it became before (FILE.1, FILE.2, ...) where they are there, the oldest first."""
-    older = [path.with_name(f"{path.name}.{number}") for number in range(NUM_OLDER, 0, -1)]
+    base = os.path.realpath(path) if path.is_symlink() else path
+    older = [Path(f"{base}.{number}") for number in range(NUM_OLDER, 0, -1)]
     return [*(file for file in older if file.is_file()), path]
