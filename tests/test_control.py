@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +23,10 @@ from server import Server
 
 from sglang_dynasor.engine.routes import check_query, check_settings
 from sglang_dynasor.errors import DynasorError, FieldError
+from sglang_dynasor.observe.entry import ANSWERED, entry_of
 from sglang_dynasor.observe.ledger import RecordBook
+from sglang_dynasor.observe.line import LINE_HELP, VERSION
+from sglang_dynasor.observe.report import Report, lines_of
 from sglang_dynasor.top import row
 
 QUESTION = prompt(held_out(1)[0].text)
@@ -351,17 +355,95 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
 @engine
 def test_records_are_logged(server: Server) -> None:
     """One line each, while the log is on."""
-    send(server, "logged", branches=2)
+    response = send(server, "logged", branches=2).json()["meta_info"]
     call(server, "POST", "/dynasor/settings", json={"log": False})
     send(server, "unlogged", branches=2)
     log = call(server, "POST", "/dynasor/settings", json={"log": True}).json()["log"]
     assert log["is_on"] is True
     assert log["num_lost"] == 0
-    lines = [json.loads(line) for line in (server.log.parent / "records").read_text().splitlines()]
+    lines = logged(server)
     ids = [line["id"] for line in lines]
     assert ids.count("logged") == 1
     assert "unlogged" not in ids
-    assert all(line["record"]["program"] and line["at"] > 1.7e9 for line in lines)
+    assert all(set(line) == set(LINE_HELP) and line["v"] == VERSION for line in lines)  # the server shows texts
+    line = lines[ids.index("logged")]
+    assert line["record"]["cap"] == 2
+    assert line["settings"] == {
+        "answer": "hash",
+        "equal": "math",
+        "vote": "majority",
+        "max_new_tokens": 200,
+        "temperature": 1.0,
+    }
+    assert (line["endpoint"], line["prompt"]) == ("/generate", QUESTION)
+    assert line["model"] == call(server, "GET", "/v1/models", KEY).json()["data"][0]["id"]
+    assert 0 < line["took_s"] < 60
+    assert line["at"] - line["arrived_at"] == pytest.approx(line["took_s"], abs=0.01)
+    assert time.time() - 600 < line["arrived_at"] < time.time()
+    assert (line["prompt_tokens"], line["output_tokens"] in line["record"]["branch_tokens"]) == (
+        response["prompt_tokens"] // 2,
+        True,
+    )
+
+
+def logged(server: Server) -> list[dict[str, Any]]:
+    """The lines of the server's log, once all are written."""
+    path = server.log.parent / "records"
+    for _ in range(600):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        log = call(server, "GET", "/dynasor/settings").json()["log"]
+        if len(lines) == log["num_written"]:
+            return lines
+        time.sleep(0.05)
+    raise AssertionError(log)
+
+
+@engine
+def test_a_report_of_the_log_says_what_the_server_counted(server: Server, tmp_path: Path) -> None:
+    """Programs by how they ended, branches, tokens, and what was saved; each prompt of a batch is one, by its endpoint."""
+    body = {
+        "model": "m", "prompt": [QUESTION] * 2, "max_tokens": 200, "temperature": 1.0,
+        "custom_params": {"dynasor": {"answer": "hash", "tenant": "acme", "deadline_s": 50}},
+    }  # fmt: skip
+    assert call(server, "POST", "/v1/completions", KEY, json=body).status_code == 200
+    lines = logged(server)
+    theirs = [line for line in lines if line["endpoint"] == "/v1/completions"]
+    assert [(line["record"]["tenant"], line["settings"]["deadline_s"], line["prompt"]) for line in theirs] == [
+        ("acme", 50, QUESTION)
+    ] * 2
+    report = Report()
+    report.read(lines_of(server.log.parent / "records"))
+    unlogged = call(server, "GET", "/dynasor/programs/unlogged", KEY)  # of the test before
+    if unlogged.status_code == 200:
+        report.add(entry_of({"id": "unlogged", "record": unlogged.json()}))
+    report.close()
+    status, sums = call(server, "GET", "/dynasor/status", KEY).json()[0], report.all
+    outcomes = dict(
+        zip(
+            ANSWERED,
+            ("num_certain", "", "num_expired", "num_finished_early", "num_used_up", "num_priced_out"),
+            strict=True,
+        )
+    )
+    assert {key: sums.outcomes[name] for name, key in outcomes.items() if key} == {
+        key: status[key] for key in outcomes.values() if key
+    }
+    assert sum(sums.outcomes[name] for name in ANSWERED) == status["num_programs"]
+    assert sums.outcomes["aborted"] == status["num_aborted"]
+    assert sum(sums.tokens[name] for name in ANSWERED) == status["num_tokens"] > 0
+    assert sums.num_branches_saved == status["num_branches_saved"] > 0
+    assert (report.num_unreadable, report.num_unknown) == (0, 0)
+    made = subprocess.run(
+        [sys.executable, "-m", "sglang_dynasor.cli", "report", str(server.log.parent / "records"), "--html", str(tmp_path / "page.html")],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert f"programs: {len(lines)} (" in made.stdout
+    html = (tmp_path / "page.html").read_text()
+    logged_tokens = sum(line["record"]["num_tokens"] for line in lines)
+    assert f"<b>{len(lines):,}</b>" in html
+    assert f"<b>{logged_tokens:,}</b>" in html
+    acme = sum(line["record"]["num_tokens"] for line in lines if line["record"].get("tenant") == "acme")
+    assert f'<td class="text">acme</td><td>{acme:,}</td>' in html
 
 
 @engine
