@@ -13,7 +13,7 @@ body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sa
 h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem; } .verdict { font-size: 1.15rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } td.text { white-space: normal; text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; } td.text { white-space: normal; }
 ul { color: var(--soft); padding-left: 1.2rem; }
 """.strip()
 # Nothing is loaded and nothing runs, whatever stands in the page.
@@ -62,12 +62,12 @@ def table_of(rows: Sequence[Mapping[str, object]], texts: Sequence[str] = ()) ->
     """A table; its columns are the first row's keys, those named in `texts` are prose. Empty where there are no rows."""
     if not rows:
         return Html("")
-    head = "".join(f"<th>{text_of(name)}</th>" for name in rows[0])
-    body = "".join(
-        "<tr>" + "".join(tag("td", cell, kind="text" if name in texts else "") for name, cell in row.items()) + "</tr>"
-        for row in rows
+    kinds = {name: "text" if name in texts else "" for name in rows[0]}
+    head = "".join(tag("th", name, kind=kind) for name, kind in kinds.items())
+    body = "".join(tag("tr", *(tag("td", cell, kind=kinds[name]) for name, cell in row.items())) for row in rows)
+    return Html(
+        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
-    return Html(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
 
 
 def bar_of(parts: Iterable[tuple[str, float]], whole: float) -> Html:

@@ -360,6 +360,7 @@ def test_what_stands_out_is_suggested_with_a_value(keys: dict[str, Any], setting
         ({**USUAL, "stop_reason": "deadline", "settings": {"deadline_s": 86_400}}, "no deadline may be longer"),
         ({**USUAL, "num_truncated": 2, "num_abstentions": 2, "finish_reasons": ["length"] * 2, "branch_tokens": [200] * 2}, "few are cut"),
         ({**USUAL, "stop_reason": "deadline", "num_truncated": 9, "num_abstentions": 9, "finish_reasons": ["length"] * 9}, "time cut them"),
+        ({**USUAL, "stop_reason": "operator", "num_truncated": 9, "num_abstentions": 9, "finish_reasons": ["length"] * 9}, "somebody cut them"),
         ({**USUAL, "num_abstentions": 3}, "few are not read"),
         ({**USUAL, "num_abstentions": 9, "num_weak": 9}, "they were ended as weak"),
         ({**THOUGHT, "closed_at_tokens": [500]}, "thoughts are closed"),

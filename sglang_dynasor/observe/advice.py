@@ -64,13 +64,13 @@ class Seen:
     shares: Spread = field(default_factory=Spread)  # of the leading answer, where the whole cap was used
     variety: Spread = field(default_factory=Spread)  # different answers by branches, likewise
     num_by_vote: int = 0
-    num_timely_branches: int = 0  # of programs that no deadline ended; as the next two
+    num_own_branches: int = 0  # of programs that were not cut short; as the next three
     num_cut: int = 0
     num_unread: int = 0
     cut_tokens: int = 0
     deadlines: Spread = field(default_factory=Spread)
     late_branches: Spread = field(default_factory=Spread)  # of those that a deadline ended
-    num_closed: int = 0  # chains of thought
+    num_closed: int = 0  # chains of thought; of such programs, too, as the next three
     num_probes: int = 0
     thought_tokens: Spread = field(default_factory=Spread)
     agree: float = 0.0
@@ -99,12 +99,11 @@ class Seen:
             self.deadlines.add(entry.deadline_s)
         if entry.outcome == "deadline":
             self.late_branches.add(entry.num_branches)
-        elif entry.is_answered:
-            self.num_timely_branches += entry.num_branches
+        elif entry.outcome in _SETTLES:
+            self.num_own_branches += entry.num_branches
             self.num_cut += entry.num_truncated
             self.num_unread += entry.num_unread
             self.cut_tokens = max(self.cut_tokens, entry.cut_tokens)
-        if entry.is_answered:
             self.num_closed += entry.num_chains_closed
             self.num_probes += entry.num_probes
             self.thought_tokens.add(entry.num_tokens / max(1, entry.num_branches))
@@ -144,7 +143,7 @@ def _agreement(kind: Kind, seen: Seen) -> Found:
     said = f"{num_cap:,} of {num:,} programs used all {kind.cap} branches, and the leading answer had {share:.0%} of the votes on average"
     if share >= TOGETHER and (level := _quicker(kind.stop_rule)):
         return "stop", level, f"{said}: a quicker rule would have ended them earlier"
-    if share >= APART or seen.num_unread >= UNREAD_FRAC * seen.num_timely_branches:
+    if share >= APART or seen.num_unread >= UNREAD_FRAC * seen.num_own_branches:
         return None
     if seen.variety.mean >= DIFFERENT and kind.equal.partition(":")[0] not in COMPARERS:
         value = "symbolic" if kind.extractor in _FORMULAS else "model"
@@ -177,29 +176,29 @@ def _deadline(kind: Kind, seen: Seen) -> Found:
 
 
 def _length(kind: Kind, seen: Seen) -> Found:
-    if not _are_enough(seen) or seen.num_cut < CUT_FRAC * seen.num_timely_branches or not seen.cut_tokens:
+    if seen.num_settled < FEWEST or seen.num_cut < CUT_FRAC * seen.num_own_branches or not seen.cut_tokens:
         return None
-    why = f"{seen.num_cut:,} of {seen.num_timely_branches:,} branches were cut by their length, at up to {seen.cut_tokens:,} tokens"
+    why = f"{seen.num_cut:,} of {seen.num_own_branches:,} branches were cut by their length, at up to {seen.cut_tokens:,} tokens"
     return "max_new_tokens (max_tokens)", f"{2 * seen.cut_tokens}", why
 
 
 def _extractor(kind: Kind, seen: Seen) -> Found:
-    if not _are_enough(seen) or seen.num_unread < UNREAD_FRAC * seen.num_timely_branches:
+    if seen.num_settled < FEWEST or seen.num_unread < UNREAD_FRAC * seen.num_own_branches:
         return None
-    why = f"{seen.num_unread:,} of {seen.num_timely_branches:,} branches came to their own end, and no answer was found in them"
+    why = f"{seen.num_unread:,} of {seen.num_own_branches:,} branches came to their own end, and no answer was found in them"
     if kind.extractor in ("", "auto"):
         return "answer", "boxed", f"{why}: also ask for it in the prompt, by a template's `after`"
     return "answer", "auto", f"{why} by {kind.extractor!r}"
 
 
 def _thoughts(kind: Kind, seen: Seen) -> Found:
-    if kind.algorithm != "long_cot" or not _are_enough(seen) or seen.num_closed or seen.outcomes["certain"]:
+    if kind.algorithm != "long_cot" or seen.num_settled < FEWEST or seen.num_closed or seen.outcomes["certain"]:
         return None
     tokens = seen.thought_tokens.mean
     if not seen.num_probes:
-        why = f"no thought of {seen.num_answered:,} programs was ever asked: they have {tokens:,.0f} tokens on average"
+        why = f"no thought of {seen.num_settled:,} programs was ever asked: they have {tokens:,.0f} tokens on average"
         return "min_tokens", f"{floor(tokens / 2)}", why
-    why = f"no thought of {seen.num_answered:,} programs was closed early, and {seen.num_probes:,} probes were made"
+    why = f"no thought of {seen.num_settled:,} programs was closed early, and {seen.num_probes:,} probes were made"
     return ("effort", "low", why) if seen.agree != 1 else ("exit", "trial:0.9", why)
 
 
@@ -219,8 +218,3 @@ def _price(kind: Kind, seen: Seen) -> Found:
         return None
     why = f"{num_priced:,} of {num:,} programs ended because a branch cost up to {seen.price:g}, with a certaindex of {sure:.2f} on average"
     return "--dynasor-max-price, max_price", f"{seen.price / 2:.2g}", why
-
-
-def _are_enough(seen: Seen) -> bool:
-    """Programs that no deadline ended."""
-    return seen.num_answered - seen.outcomes["deadline"] >= FEWEST

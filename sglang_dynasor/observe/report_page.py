@@ -25,7 +25,8 @@ STYLE = """
 .late { fill: var(--greedy); background: var(--greedy); } .lost { fill: var(--wrong); background: var(--wrong); }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0; } .figures div { display: flex; flex-direction: column; }
 .figures b { font-size: 1.3rem; } .figures small, .key, .note { color: var(--soft); } .key i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .3rem 0 1rem; }
-td.text { overflow-wrap: anywhere; min-width: 9rem; }
+body { max-width: 84rem; } .wide { margin-bottom: 1.2rem; } td { vertical-align: top; } .bar { margin-top: .4rem; }
+td.text { overflow-wrap: anywhere; min-width: 8rem; } td.text:last-child { min-width: 18rem; }
 """.strip()
 
 
@@ -128,7 +129,7 @@ def _figures(report: Report) -> Html:
 def _suggestions(report: Report) -> list[Html]:
     found = report.advice()
     rows = [
-        {"setting": each.setting, "value": each.value, "of": each.kind.label, "because": each.why, "their tokens": f"{each.num_tokens:,}"}
+        {"setting": each.setting, "value": each.value, "of": each.kind.label, "their tokens": f"{each.num_tokens:,}", "because": each.why}
         for each in found[:MOST_ADVICE]
     ]  # fmt: skip
     none = "Nothing stands out, or too few programs have the same settings."
