@@ -14,6 +14,7 @@ from pathlib import Path
 from sglang_dynasor.algorithms.catalogue import ALGORITHMS, SEARCH_HELP
 from sglang_dynasor.config import HELP, DynasorConfig
 from sglang_dynasor.observe.ledger import STATUS_HELP
+from sglang_dynasor.observe.line import LINE_HELP
 from sglang_dynasor.observe.metrics import METRICS
 from sglang_dynasor.policy.answers import EXTRACTORS, FORMS
 from sglang_dynasor.policy.record import RECORD_HELP
@@ -145,6 +146,9 @@ def reference(name: str) -> str:
             return grid(("option", "default", "meaning"), rows)
         case "record":
             rows = [(f"`{key}`", where, meaning) for key, (where, meaning) in RECORD_HELP.items()]
+            return grid(("key", "where", "meaning"), rows)
+        case "line":
+            rows = [(f"`{key}`", where, meaning) for key, (where, meaning) in LINE_HELP.items()]
             return grid(("key", "where", "meaning"), rows)
         case "status":
             return grid(("counter", "meaning"), [(f"`{key}`", meaning) for key, meaning in STATUS_HELP.items()])

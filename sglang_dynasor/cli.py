@@ -1,20 +1,24 @@
-"""`sglang-dynasor`: check this installation, see it work, watch it, measure it on a server of your own, or simulate what it would do."""
+"""`sglang-dynasor`: check this installation, see it work, watch it, read its log, measure it on a server of your own, or simulate it."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from sglang_dynasor import __version__
 from sglang_dynasor.bench.command import add_bench_options, run_bench
 from sglang_dynasor.check import run_check
-from sglang_dynasor.errors import DynasorError
+from sglang_dynasor.errors import ConfigError, DynasorError
+from sglang_dynasor.observe.command import add_report_options, run_report
 from sglang_dynasor.outcome import show
 from sglang_dynasor.page.dashboard import add_dashboard_options, run_dashboard
 from sglang_dynasor.sim.command import add_simulate_options, run_simulate, shown
 from sglang_dynasor.top import run_top
+
+WRONG = 2  # the exit code of a log that cannot be read, as of a wrong option
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,6 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="print and end")
     dashboard = commands.add_parser("dashboard", help="the live page of several servers, on this machine")
     add_dashboard_options(dashboard)
+    report = commands.add_parser("report", help="what a log of programs says: where tokens went, and what to change")
+    add_report_options(report)
     return parser
 
 
@@ -63,6 +69,15 @@ def _run_bench(args: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def _run_report(args: argparse.Namespace) -> int:
+    try:
+        print("\n".join(run_report(args)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG
+    return 0
+
+
 def main() -> None:
     """Entry point of the `sglang-dynasor` command."""
     args = make_parser().parse_args()
@@ -73,6 +88,8 @@ def main() -> None:
             _run_demo(args)
         elif args.command == "bench":
             raise SystemExit(_run_bench(args))
+        elif args.command == "report":
+            raise SystemExit(_run_report(args))
         elif args.command == "top":
             run_top(args.url, args.api_key, once=args.once)
         elif args.command == "dashboard":

@@ -153,8 +153,9 @@ HELP = {
     "field.",
     "dynasor_default": "Template or algorithm of requests that send no field, where no row of the file fits; those that cannot be programs are "
     "served without.",
-    "dynasor_log": "File to which each record is appended as a line of JSON; at the next start the newest are read from it.",
-    "dynasor_show_texts": "Let who may see programs in flight also read their prompts and texts.",
+    "dynasor_log": "File to which each record is appended as a line of JSON, for 'sglang-dynasor report'; at the next start the newest are read "
+    "from it.",
+    "dynasor_show_texts": "Let who may see programs in flight also read their prompts and texts; the beginnings of prompts go into the log, too.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }
 

@@ -24,11 +24,12 @@ from questions import held_out, prompt
 from server import Server
 
 from sglang_dynasor import top
-from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.routes import check_query, check_settings
 from sglang_dynasor.errors import ConfigError, DynasorError, FieldError
+from sglang_dynasor.observe.entry import ANSWERED, entry_of
 from sglang_dynasor.observe.ledger import RecordBook
-from sglang_dynasor.observe.log import MOST_UNWRITTEN, RecordLog
+from sglang_dynasor.observe.line import LINE_HELP, VERSION
+from sglang_dynasor.observe.report import Report, lines_of
 from sglang_dynasor.top import row
 
 QUESTION = prompt(held_out(1)[0].text)
@@ -66,76 +67,7 @@ def test_a_wrong_query_is_told(state: str, limit: str) -> None:
     check_query("done", "10000")
 
 
-# The log of records
-
-
-def record(program: str, **keys: Any) -> dict[str, Any]:
-    return {"id": program, "at": 1.0, "record": {"program": program, **keys}}
-
-
-def test_what_is_logged_is_read_at_the_next_start(tmp_path: Path) -> None:
-    """But for a line that was cut off, and what is no record."""
-    log = RecordLog(tmp_path / "log")
-    assert log.newest(10) == []
-    for i in range(5):
-        log.write(record(str(i)))
-    log.flush()
-    with log.path.open("a") as file:
-        file.write('[1]\n{"record": 3}\n{"id": "5", "rec')
-    assert [line["id"] for line in RecordLog(log.path).newest(100)] == list("01234")
-    assert [line["id"] for line in RecordLog(log.path).newest(4)] == [
-        "4"
-    ]  # of the last four lines, three of which are none
-    assert (log.num_written, log.num_lost) == (5, 0)
-
-
-def test_of_a_long_log_the_end_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a server with years of records starts as soon as one without; nothing of what has no end."""
-    log = RecordLog(tmp_path / "log")
-    for i in range(50):
-        log.write(record(str(i)))
-    log.flush()
-    size = log.path.stat().st_size
-    monkeypatch.setattr("sglang_dynasor.observe.log.MOST_READ_BYTES", size // 5 + 10)
-    assert [line["id"] for line in log.newest(100)] == [str(i) for i in range(40, 50)]
-    monkeypatch.setattr("sglang_dynasor.observe.log.MOST_READ_BYTES", 10 * size)
-    with log.path.open("ab") as file:
-        file.write(b"\xff\xfe\n")
-    assert len(log.newest(100)) == 50
-    assert RecordLog(Path("/dev/zero")).newest(100) == []
-
-
-def test_nothing_is_logged_while_it_is_off(tmp_path: Path) -> None:
-    log = RecordLog(tmp_path / "log")
-    log.is_on = False
-    log.write(record("a"))
-    assert not log.path.exists()
-
-
-def test_a_full_disk_is_counted_and_holds_nobody_up(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """/dev/full says ENOSPC; said once."""
-    log = RecordLog(Path("/dev/full"))
-    started = time.perf_counter()
-    for i in range(100):
-        log.write(record(str(i)))
-    assert time.perf_counter() - started < 5
-    log.flush()
-    assert (log.num_written, log.num_lost) == (0, 100)
-    assert caplog.text.count("could not be written") == 1
-
-
-def test_more_than_the_disk_takes_is_lost_and_counted(tmp_path: Path) -> None:
-    log = RecordLog(tmp_path / "log")
-    log._thread = object()  # type: ignore[assignment]  # nobody writes
-    for i in range(MOST_UNWRITTEN + 3):
-        log.write(record(str(i)))
-    assert log.num_lost == 3
-
-
-def test_a_log_that_cannot_be_there_is_refused_at_start() -> None:
-    with pytest.raises(ConfigError, match="cannot be written"):
-        DynasorConfig("dynasor", dynasor_log="/nowhere/at/all")
-    DynasorConfig("dynasor", dynasor_log="here.jsonl")
+# The book of records
 
 
 def test_each_program_is_listed_once() -> None:
@@ -469,17 +401,95 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
 @engine
 def test_records_are_logged(server: Server) -> None:
     """One line each, while the log is on."""
-    send(server, "logged", branches=2)
+    response = send(server, "logged", branches=2).json()["meta_info"]
     call(server, "POST", "/dynasor/settings", json={"log": False})
     send(server, "unlogged", branches=2)
     log = call(server, "POST", "/dynasor/settings", json={"log": True}).json()["log"]
     assert log["is_on"] is True
     assert log["num_lost"] == 0
-    lines = [json.loads(line) for line in (server.log.parent / "records").read_text().splitlines()]
+    lines = logged(server)
     ids = [line["id"] for line in lines]
     assert ids.count("logged") == 1
     assert "unlogged" not in ids
-    assert all(line["record"]["program"] and line["at"] > 1.7e9 for line in lines)
+    assert all(set(line) == set(LINE_HELP) and line["v"] == VERSION for line in lines)  # the server shows texts
+    line = lines[ids.index("logged")]
+    assert line["record"]["cap"] == 2
+    assert line["settings"] == {
+        "answer": "hash",
+        "equal": "math",
+        "vote": "majority",
+        "max_new_tokens": 200,
+        "temperature": 1.0,
+    }
+    assert (line["endpoint"], line["prompt"]) == ("/generate", QUESTION)
+    assert line["model"] == call(server, "GET", "/v1/models", KEY).json()["data"][0]["id"]
+    assert 0 < line["took_s"] < 60
+    assert line["at"] - line["arrived_at"] == pytest.approx(line["took_s"], abs=0.01)
+    assert time.time() - 600 < line["arrived_at"] < time.time()
+    assert (line["prompt_tokens"], line["output_tokens"] in line["record"]["branch_tokens"]) == (
+        response["prompt_tokens"] // 2,
+        True,
+    )
+
+
+def logged(server: Server) -> list[dict[str, Any]]:
+    """The lines of the server's log, once all are written."""
+    path = server.log.parent / "records"
+    for _ in range(600):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        log = call(server, "GET", "/dynasor/settings").json()["log"]
+        if len(lines) == log["num_written"]:
+            return lines
+        time.sleep(0.05)
+    raise AssertionError(log)
+
+
+@engine
+def test_a_report_of_the_log_says_what_the_server_counted(server: Server, tmp_path: Path) -> None:
+    """Programs by how they ended, branches, tokens, and what was saved; each prompt of a batch is one, by its endpoint."""
+    body = {
+        "model": "m", "prompt": [QUESTION] * 2, "max_tokens": 200, "temperature": 1.0,
+        "custom_params": {"dynasor": {"answer": "hash", "tenant": "acme", "deadline_s": 50}},
+    }  # fmt: skip
+    assert call(server, "POST", "/v1/completions", KEY, json=body).status_code == 200
+    lines = logged(server)
+    theirs = [line for line in lines if line["endpoint"] == "/v1/completions"]
+    assert [(line["record"]["tenant"], line["settings"]["deadline_s"], line["prompt"]) for line in theirs] == [
+        ("acme", 50, QUESTION)
+    ] * 2
+    report = Report()
+    report.read(lines_of(server.log.parent / "records"))
+    unlogged = call(server, "GET", "/dynasor/programs/unlogged", KEY)  # of the test before
+    if unlogged.status_code == 200:
+        report.add(entry_of({"id": "unlogged", "record": unlogged.json()}))
+    report.close()
+    status, sums = call(server, "GET", "/dynasor/status", KEY).json()[0], report.all
+    outcomes = dict(
+        zip(
+            ANSWERED,
+            ("num_certain", "", "num_expired", "num_finished_early", "num_used_up", "num_priced_out"),
+            strict=True,
+        )
+    )
+    assert {key: sums.outcomes[name] for name, key in outcomes.items() if key} == {
+        key: status[key] for key in outcomes.values() if key
+    }
+    assert sum(sums.outcomes[name] for name in ANSWERED) == status["num_programs"]
+    assert sums.outcomes["aborted"] == status["num_aborted"]
+    assert sum(sums.tokens[name] for name in ANSWERED) == status["num_tokens"] > 0
+    assert sums.num_branches_saved == status["num_branches_saved"] > 0
+    assert (report.num_unreadable, report.num_unknown) == (0, 0)
+    made = subprocess.run(
+        [sys.executable, "-m", "sglang_dynasor.cli", "report", str(server.log.parent / "records"), "--html", str(tmp_path / "page.html")],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert f"programs: {len(lines)} (" in made.stdout
+    html = (tmp_path / "page.html").read_text()
+    logged_tokens = sum(line["record"]["num_tokens"] for line in lines)
+    assert f"<b>{len(lines):,}</b>" in html
+    assert f"<b>{logged_tokens:,}</b>" in html
+    acme = sum(line["record"]["num_tokens"] for line in lines if line["record"].get("tenant") == "acme")
+    assert f'<td class="text">acme</td><td>{acme:,}</td>' in html
 
 
 @engine

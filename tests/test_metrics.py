@@ -105,6 +105,15 @@ def test_counters_go_on_after_a_fresh_start() -> None:
             REGISTRY.unregister(metric)
 
 
+def test_who_was_cut_has_saved_nothing() -> None:
+    """Branches that there was no time, budget or patience for were not saved; those that nobody needed were."""
+    for outcome in ("deadline", "budget", "operator"):
+        found = over(outcome)
+        assert (found["dynasor_branches_saved_total"], found["dynasor_tokens_saved_estimate_total"]) == (0, 0)
+        assert found["dynasor_tokens_total"] == 45
+    assert over("price")["dynasor_branches_saved_total"] == 5
+
+
 # A running server
 
 

@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from sglang_dynasor.errors import ConfigError
-from sglang_dynasor.observe.recent import MOST_TENANTS, OTHERS, Recent, saved_tokens
+from sglang_dynasor.observe.recent import MOST_TENANTS, OTHERS, Recent
+from sglang_dynasor.observe.savings import saved_tokens
 from sglang_dynasor.page import watching
 from sglang_dynasor.page.dashboard import dashboard_app, merged, run_dashboard, servers_of
 from sglang_dynasor.page.files import FOLDER, HEADERS, PAGE, OpenPage, page_files

@@ -675,6 +675,8 @@ def test_totals_add_up() -> None:
     assert totals.num_branches_saved == 8
     assert totals.num_tokens == 64
     assert totals.num_certain == 1
+    totals.add({**p.record(), "stop_reason": "deadline"})  # there was no time for the others: nothing was saved
+    assert (totals.num_programs, totals.num_branches, totals.num_branches_saved) == (2, 16, 8)
 
 
 JUDGED = {"judge": "self", "judge_suffix": "?", "judge_good": "y", "judge_bad": "n"}

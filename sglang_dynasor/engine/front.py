@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sglang_dynasor.engine.flag import config_of, has_many_fronts, serves_programs
+from sglang_dynasor.engine.logged import line_of
 from sglang_dynasor.engine.page import note_record
 from sglang_dynasor.engine.templates import book_of
 from sglang_dynasor.engine.validation import budgets_of
@@ -22,8 +22,15 @@ def records_of(tokenizer_manager: Any) -> RecordBook:
         book = tokenizer_manager._dynasor_records = RecordBook()
         if (log := log_of(tokenizer_manager)) is not None:
             for line in log.newest(book.size):
-                book.keep(line["id"], line["record"])
+                _keep(book, line["id"], line["record"])
     return tokenizer_manager._dynasor_records
+
+
+def _keep(book: RecordBook, rid: str, record: dict[str, Any]) -> None:
+    """Keep a record under its response's id, and under the program's: of branches sent by a client the latest tells the most."""
+    book.keep(rid, record)
+    if record["program"] != rid:
+        book.keep(record["program"], record)
 
 
 def log_of(tokenizer_manager: Any) -> RecordLog | None:
@@ -51,14 +58,11 @@ def add_record(
         return
     record = records[index][0]
     meta_info["dynasor"] = record
-    book = records_of(tokenizer_manager)
-    book.keep(meta_info["id"], record)
+    _keep(records_of(tokenizer_manager), meta_info["id"], record)
     note_record(tokenizer_manager, record, state)
-    if (log := log_of(tokenizer_manager)) is not None:
-        log.write({"id": meta_info["id"], "at": time.time(), "record": record})
-    if record["program"] != meta_info["id"]:
-        book.keep(record["program"], record)  # branches sent by the client: the latest of them tells the most
-    elif "num_tokens" in record:
+    if (log := log_of(tokenizer_manager)) is not None and log.is_on:
+        log.write(line_of(tokenizer_manager, record, meta_info, state))
+    if record["program"] == meta_info["id"] and "num_tokens" in record:
         state.dynasor_usage = usage = usage_of(record, meta_info["prompt_tokens"])
         if details := meta_info.get("cached_tokens_details"):  # siblings find what the first has just computed
             details["device"] = details.get("device", 0) + usage["cached_tokens"] - meta_info["cached_tokens"]

@@ -12,9 +12,10 @@ from typing import Any, cast
 from fastapi.responses import JSONResponse
 from sglang.srt.managers.io_struct import GenerateReqInput
 
+from sglang_dynasor.engine import validation
 from sglang_dynasor.engine.flag import serves_programs
 from sglang_dynasor.engine.templates import give_templates, with_field
-from sglang_dynasor.engine.validation import has_field, is_placed
+from sglang_dynasor.engine.validation import has_field
 from sglang_dynasor.errors import FieldError, quoted, spelled
 from sglang_dynasor.policy.metadata import field_in
 from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, METADATA, near_miss, plain
@@ -39,13 +40,14 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed. From here on a
     request has the settings of its template, and its prompts share its budget.
     """
-    if not serves_programs(tokenizer_manager.server_args) or is_placed(obj):
+    if not serves_programs(tokenizer_manager.server_args) or validation.is_placed(obj):
         return
     _check_rids(obj)
     if not isinstance(obj, GenerateReqInput):
         return
     body: Any = getattr(request, "_json", None)
     route = route_of(request)
+    validation.route.set(route)
     if isinstance(body, dict):
         wrong = _misplaced(body, route)
     else:  # from `sgl.Engine`, or not JSON

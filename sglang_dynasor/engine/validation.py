@@ -8,6 +8,7 @@ from __future__ import annotations
 import uuid
 from array import array
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,10 @@ def _first_outside(input_ids: Sequence[int], vocab_size: int) -> int | None:
     return next((token for token in input_ids if not 0 <= token < vocab_size), None)
 
 
+# Of the request that this task serves: the endpoint that it was sent to. SGLang makes one object of each of its prompts.
+route: ContextVar[str] = ContextVar("route", default="")
+
+
 def is_placed(obj: Any) -> bool:
     """Whether place.py has seen a request before: SGLang brings the choices of one again, each with what it was given."""
     return getattr(obj, "_dynasor_placed", False)
@@ -93,6 +98,7 @@ def is_placed(obj: Any) -> bool:
 
 def set_placed(obj: Any) -> None:
     obj._dynasor_placed = True
+    obj._dynasor_route = route.get()
 
 
 def has_field(params: Any) -> bool:

@@ -9,6 +9,7 @@ from math import ceil
 from typing import Any
 
 from sglang_dynasor.errors import FieldError, quoted
+from sglang_dynasor.observe.savings import saved_branches
 from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.spec import ProgramSpec
@@ -24,7 +25,7 @@ STATUS_HELP = {
     "num_priced_out": "of those, ended because one more branch was not worth its price under the load",
     "num_aborted": "programs given up: aborts, disconnects, time-outs; their clients are told what there was",
     "num_branches": "branches that answered programs started",
-    "num_branches_saved": "branches that their caps allowed and they did not start",
+    "num_branches_saved": "branches that the caps of those allowed that were sure, or priced out, and that they did not start; others have saved nothing",
     "num_tokens": "tokens that answered programs generated, all branches together",
     "num_policy_errors": "exceptions in our own code that fell back to stock behaviour",
     "num_fresh_starts": "times that such an exception left something half done: programs under way ended, and new ones began anew",
@@ -68,7 +69,7 @@ class Totals:
     num_priced_out: int = 0  # one more branch was not worth its price
     num_aborted: int = 0
     num_branches: int = 0
-    num_branches_saved: int = 0  # allowed by the caps, not used
+    num_branches_saved: int = 0  # allowed by the caps, not needed
     num_tokens: int = 0
 
     def add(self, record: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ class Totals:
         self.num_used_up += record["stop_reason"] == "budget"
         self.num_priced_out += record["stop_reason"] == "price"
         self.num_branches += record["num_branches"]
-        self.num_branches_saved += record["cap"] - record["num_branches"]
+        self.num_branches_saved += saved_branches(record)
         self.num_tokens += record["num_tokens"]
 
     def as_dict(self) -> dict[str, int]:

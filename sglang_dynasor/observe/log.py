@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
 import threading
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any
+from typing import Any, BinaryIO
+
+from sglang_dynasor.observe.line import read_line
 
 logger = logging.getLogger(__name__)
-MOST_READ_BYTES = 64 << 20  # of the end of a file that was there before
+MOST_FILE_BYTES = 64 << 20  # of FILE; then it becomes FILE.1, FILE.1 becomes FILE.2, and so on
+NUM_OLDER = 4  # of these are kept
+MOST_READ_BYTES = 64 << 20  # of the ends of files that were there before
 MOST_UNWRITTEN = 10_000  # lines; where the disk is slower than programs end, further ones are lost, and counted
 
 
 class RecordLog:
-    """Appends lines of JSON to `path` while `is_on`."""
+    """Appends lines of JSON to `path` while `is_on`. It is one server's: two that write to one file are promised nothing."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -25,6 +31,8 @@ class RecordLog:
         self.num_lost = 0
         self._lines: Queue[str] = Queue(MOST_UNWRITTEN)
         self._thread: threading.Thread | None = None
+        self._may_be_cut = True  # whether the file may end inside a line: by a crash, or a disk that was full
+        self._has_warned = False
 
     def write(self, line: dict[str, Any]) -> None:
         """Have a line written soon; never waits."""
@@ -39,33 +47,43 @@ class RecordLog:
             self.num_lost += 1
 
     def newest(self, num_lines: int) -> list[dict[str, Any]]:
-        """What the file's last lines say, the oldest first; nothing where there is no file. A line that was cut off is left out.
+        """What the last lines of FILE say, and of the files before it, the oldest first; nothing where there is none.
 
-        However long the file is, this takes about a second at most. What is no file (a pipe, a device) is not read.
+        What is no line of a log is left out. However long the files are, this takes about a second at most. What is no file (a
+        pipe, a device) is not read.
         """
-        if not self.path.is_file():
-            return []
-        try:
-            with self.path.open("rb") as file:
-                file.seek(max(0, self.path.stat().st_size - MOST_READ_BYTES))
-                last = deque(file, num_lines)
-        except OSError:
-            return []
-        return [line for text in last if (line := _read(text)) is not None]
+        found: list[dict[str, Any]] = []
+        num_bytes = MOST_READ_BYTES
+        for path in (self.path, *map(self._older, range(1, NUM_OLDER + 1))):
+            if len(found) == num_lines or num_bytes <= 0:
+                break
+            if not path.is_file():
+                continue
+            try:
+                last = _end(path, num_bytes)
+            except OSError:
+                continue
+            num_bytes -= sum(map(len, last))
+            found += _newest_first(last, num_lines - len(found))
+        return found[::-1]
 
     def flush(self) -> None:
         """Wait until what was given is written, or lost."""
         self._lines.join()
 
+    def _older(self, number: int) -> Path:
+        """FILE.1, FILE.2, ...; beside the file itself, where FILE is a link to it."""
+        return Path(f"{os.path.realpath(self.path)}.{number}")
+
     def _run(self) -> None:
         while True:
-            line = self._lines.get()
+            line = self._lines.get().encode() + b"\n"
             try:
-                with self.path.open("a") as file:
-                    file.write(line + "\n")
+                self._append(line)
                 self.num_written += 1
             except OSError as error:
                 self.num_lost += 1
+                self._may_be_cut = True
                 if self.num_lost == 1:
                     logger.error(
                         "dynasor: a record could not be written to --dynasor-log=%s (%s); logged once", self.path, error
@@ -73,14 +91,68 @@ class RecordLog:
             finally:
                 self._lines.task_done()
 
+    def _append(self, line: bytes) -> None:
+        with self.path.open("ab") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                file.write(line)
+                return
+            if not status.st_size or status.st_size + len(line) <= MOST_FILE_BYTES or not self._rotate():
+                self._append_to(file, line, status.st_size)
+                return
+        with self.path.open("ab") as file:
+            self._append_to(file, line, os.fstat(file.fileno()).st_size)
 
-def _read(text: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    return (
-        line
-        if isinstance(line, dict) and isinstance(line.get("record"), dict) and "program" in line["record"]
-        else None
-    )
+    def _append_to(self, file: BinaryIO, line: bytes, size: int) -> None:
+        if self._may_be_cut and size and not self._ends_a_line():
+            line = b"\n" + line  # else this one would be lost with the one that was cut
+        file.write(line)
+        file.flush()
+        self._may_be_cut = False
+
+    def _ends_a_line(self) -> bool:
+        try:
+            with self.path.open("rb") as file:
+                file.seek(-1, os.SEEK_END)
+                return file.read() == b"\n"
+        except OSError:
+            return False  # it may only be written
+
+    def _rotate(self) -> bool:
+        """Make FILE the first of the older ones; whether that was done. If not, FILE grows: no line is lost for it."""
+        try:
+            # No further than where one is missing: what is renamed again and again, because the last step fails, would be lost.
+            num_older = next(
+                number for number in range(NUM_OLDER + 1) if not self._older(number + 1).exists() or number == NUM_OLDER
+            )
+            for number in range(min(num_older, NUM_OLDER - 1), 0, -1):
+                os.replace(self._older(number), self._older(number + 1))
+            os.replace(os.path.realpath(self.path), self._older(1))
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    "dynasor: --dynasor-log=%s grows beyond %d MiB: it could not be renamed (%s); logged once",
+                    self.path, MOST_FILE_BYTES >> 20, error,
+                )  # fmt: skip
+            self._has_warned = True
+            return False
+        return True
+
+
+def _end(path: Path, num_bytes: int) -> list[bytes]:
+    """The last lines of a file, whole ones but for the very last."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > num_bytes:
+            file.seek(size - num_bytes - 1)
+            file.readline()  # the rest of a line, or the end of one
+        return file.readlines(num_bytes + 1)
+
+
+def _newest_first(lines: list[bytes], num_lines: int) -> Iterator[dict[str, Any]]:
+    for text in reversed(lines):
+        if not num_lines:
+            return
+        if (line := read_line(text)) is not None:
+            num_lines -= 1
+            yield line

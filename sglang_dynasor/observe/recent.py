@@ -6,22 +6,12 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sglang_dynasor.observe.savings import saved_branches, saved_tokens
+
 NEWEST = 200  # kept for who opens the page
 MOST_TENANTS = 100  # with sums of their own; the others share one line
 OTHERS = "(others)"
 MOST_MOMENTS = 50  # of a list that grows with a program's tokens
-SAVING = ("certain", "price")  # a program that was cut for another reason has saved nothing
-
-
-def saved_tokens(record: dict[str, Any]) -> int:
-    """Tokens saved against using the whole cap, 0 or more: an estimate by the mean of all its branches, so rather too little.
-
-    0 where the program ended for want of time or tokens.
-    """
-    lengths = record.get("branch_tokens")
-    if not lengths or record["stop_reason"] not in SAVING:
-        return 0
-    return max(0, round(record["cap"] * sum(lengths) / len(lengths)) - record["num_tokens"])
 
 
 @dataclass(slots=True)
@@ -34,7 +24,7 @@ class Sum:
     num_branches: int = 0
     num_branches_saved: int = 0
     num_tokens: int = 0
-    num_saved_tokens: int = 0  # see `saved_tokens`
+    num_saved_tokens: int = 0  # see savings.py, as the branches
 
 
 class Recent:
@@ -70,7 +60,7 @@ class Recent:
         sums = self._sums.setdefault((algorithm, tenant), Sum(algorithm, tenant))
         sums.num_programs += record["stop_reason"] != "aborted"
         sums.num_branches += record["num_branches"]
-        sums.num_branches_saved += record["cap"] - record["num_branches"]
+        sums.num_branches_saved += saved_branches(record)
         sums.num_tokens += record["num_tokens"]
         sums.num_saved_tokens += num_saved_tokens
 
