@@ -147,13 +147,13 @@ def test_each_program_is_listed_once() -> None:
         ("x", "x", 2),
     ):
         book.keep(rid, {"program": program, "num": num})
-    assert [(r["program"], r["num"]) for r in book.newest()] == [("x", 2), ("b", 1), ("a", 1)]
+    assert [(r["program"], r["num"]) for _, r in book.newest()] == [("x", 2), ("b", 1), ("a", 1)]
 
 
 # In a terminal
 
 PROGRAM: dict[str, Any] = {
-    "id": "p", "algorithm": "self_consistency", "tenant": None, "state": "running", "age_s": 1.25, "cap": 16, "num_tokens": 1234,
+    "id": "p", "algorithm": "self_consistency", "tenant": None, "owner": None, "state": "running", "age_s": 1.25, "cap": 16, "num_tokens": 1234,
     "certaindex": 0.876, "votes": [["19", 2.0], ["7", 1.0]],
     "branches": [{"state": state} for state in ("finished", "compared", "running", "judged", "queued")],
 }  # fmt: skip

@@ -1014,20 +1014,20 @@ def test_programs_that_clients_send_are_forgotten_the_longest_unused_first(monke
     programs = Programs(Slots(2))
 
     def join(name: str) -> Program:
-        live = programs.join(name, Program(name, parse_field({"program": name}, 64)))
+        live = programs.join(Program(name, parse_field({"program": name}, 64)))
         return live.program
 
     first = join("0")
     first.start_branch()
     for i in range(1, 6):
         join(str(i))
-    assert set(programs.sent) == {"0", "4", "5"}
+    assert {id for _, id in programs.sent} == {"0", "4", "5"}
     for name in ("6", "7", "8"):
         join(name).start_branch()
-    assert set(programs.sent) == {"0", "6", "7", "8"}
+    assert {id for _, id in programs.sent} == {"0", "6", "7", "8"}
     first.finish(0, "#### 1", 3)
     programs.forget_unused()
-    assert set(programs.sent) == {"6", "7", "8"}
+    assert {id for _, id in programs.sent} == {"6", "7", "8"}
 
 
 # Who is refused

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sglang_dynasor.engine.books import budgets_of, keep_claims
 from sglang_dynasor.engine.flag import config_of, has_many_fronts, serves_programs
+from sglang_dynasor.engine.owner import owner_in
 from sglang_dynasor.engine.page import note_record
 from sglang_dynasor.engine.templates import book_of
-from sglang_dynasor.engine.validation import budgets_of
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor.observe.ledger import RecordBook
 from sglang_dynasor.observe.log import RecordLog
@@ -22,7 +23,7 @@ def records_of(tokenizer_manager: Any) -> RecordBook:
         book = tokenizer_manager._dynasor_records = RecordBook()
         if (log := log_of(tokenizer_manager)) is not None:
             for line in log.newest(book.size):
-                book.keep(line["id"], line["record"])
+                book.keep(line["id"], line["record"], str(line.get("owner", "")))
     return tokenizer_manager._dynasor_records
 
 
@@ -51,13 +52,16 @@ def add_record(
         return
     record = records[index][0]
     meta_info["dynasor"] = record
-    book = records_of(tokenizer_manager)
-    book.keep(meta_info["id"], record)
-    note_record(tokenizer_manager, record, state)
+    custom: Any = state.obj.sampling_params["custom_params"]
+    book, owner = records_of(tokenizer_manager), owner_in(custom)
+    book.keep(meta_info["id"], record, owner)
+    keep_claims(tokenizer_manager, owner, meta_info["id"], record["program"], custom["dynasor"])
+    note_record(tokenizer_manager, record, state, owner)
     if (log := log_of(tokenizer_manager)) is not None:
-        log.write({"id": meta_info["id"], "at": time.time(), "record": record})
+        whose = {"owner": owner} if owner else {}
+        log.write({"id": meta_info["id"], **whose, "at": time.time(), "record": record})
     if record["program"] != meta_info["id"]:
-        book.keep(record["program"], record)  # branches sent by the client: the latest of them tells the most
+        book.keep(record["program"], record, owner)  # branches sent by the client: the latest of them tells the most
     elif "num_tokens" in record:
         state.dynasor_usage = usage = usage_of(record, meta_info["prompt_tokens"])
         if details := meta_info.get("cached_tokens_details"):  # siblings find what the first has just computed

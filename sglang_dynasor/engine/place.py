@@ -11,8 +11,9 @@ from typing import Any, cast
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_dynasor.engine.flag import serves_programs
+from sglang_dynasor.engine.owner import owner_of, with_owner
 from sglang_dynasor.engine.templates import give_templates
-from sglang_dynasor.engine.validation import is_placed
+from sglang_dynasor.engine.validation import has_field, is_placed
 from sglang_dynasor.errors import FieldError, quoted, spelled
 from sglang_dynasor.policy.near_miss import CLIENT_ARGUMENT, near_miss, plain
 
@@ -33,7 +34,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     """Refuse a field that is misspelt, or where nobody reads it (FieldError), before SGLang makes anything of the request.
 
     A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed. From here on a
-    request has the settings of its template, and its prompts share its budget.
+    request has the settings of its template and says whose it is, and its prompts share its budget.
     """
     if not serves_programs(tokenizer_manager.server_args) or is_placed(obj):
         return
@@ -49,6 +50,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     if wrong is not None:
         raise FieldError(wrong)
     give_templates(tokenizer_manager, obj, route, model_of(body))
+    _set_owner(obj, owner_of(tokenizer_manager.server_args, request))
     if isinstance(obj.sampling_params, list):
         _share_budget(obj)
 
@@ -66,10 +68,31 @@ def model_of(body: Any) -> str:
 
 
 def _check_rids(obj: Any) -> None:
-    """SGLang aborts by prefix of the rid as soon as it knows it: none may be one of the server's own."""
+    """SGLang aborts by prefix of the rid as soon as it knows it: none may be one of the server's own. Lists of programs are JSON in
+    UTF-8, which has no place for half a surrogate pair."""
     for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
-        if isinstance(rid, str) and rid.startswith("\0"):
+        if not isinstance(rid, str):
+            continue
+        if rid.startswith("\0"):
             raise FieldError(f"rid={quoted(rid)} begins with a NUL, as the server's own do; send another, or none")
+        try:
+            rid.encode()
+        except UnicodeEncodeError:
+            raise FieldError(
+                f"rid={quoted(rid)} has half a surrogate pair and is no text; send another, or none"
+            ) from None
+
+
+def _set_owner(obj: Any, owner: str) -> None:
+    """Let the prompts that are programs say whose they are."""
+    params: Any = obj.sampling_params
+    obj.sampling_params = [_of(owner, one) for one in params] if isinstance(params, list) else _of(owner, params)
+
+
+def _of(owner: str, params: Any) -> Any:
+    """One prompt's sampling parameters as its owner's."""
+    custom: Any = params["custom_params"] if has_field(params) else None
+    return params if custom is None else params | {"custom_params": with_owner(custom, owner)}
 
 
 def _share_budget(obj: Any) -> None:

@@ -14,9 +14,11 @@ from sglang_dynasor.config import LEVELS, check_level, check_price, check_width
 from sglang_dynasor.engine.flag import config_of, is_off
 from sglang_dynasor.engine.front import log_of, records_of
 from sglang_dynasor.engine.messages import ask
+from sglang_dynasor.engine.owner import is_operator, owner_of
 from sglang_dynasor.engine.page import add_page
 from sglang_dynasor.engine.templates import book_of
 from sglang_dynasor.errors import DynasorError, FieldError, quoted
+from sglang_dynasor.page.files import PAGE
 
 STATES = ("waiting", "running", "done")
 MOST_LISTED = 10_000
@@ -67,31 +69,31 @@ def add_to(app: FastAPI) -> None:
         ]
         return JSONResponse(list(islice(found, int(limit))))
 
-    @app.get("/dynasor/programs/{program_id}")
-    async def program(program_id: str, texts: bool = False) -> JSONResponse:
-        has_texts = texts and config_of(manager().server_args).dynasor_show_texts
-        if texts and not has_texts:
+    # An id may hold a slash.
+    @app.post("/dynasor/programs/{program_id:path}/finish")
+    @operators_only
+    async def finish(program_id: str, owner: str | None = None) -> JSONResponse:
+        return await _do("finish", program_id, owner)
+
+    @app.post("/dynasor/programs/{program_id:path}/cancel")
+    @operators_only
+    async def cancel(program_id: str, owner: str | None = None) -> JSONResponse:
+        return await _do("cancel", program_id, owner)
+
+    @app.get("/dynasor/programs/{program_id:path}")
+    async def program(request: Request, program_id: str, texts: bool = False, owner: str | None = None) -> JSONResponse:
+        if texts:
             return refuse(
-                "texts=true on a server without --dynasor-show-texts; start it with that, or leave texts out", 403
+                f"texts=true is not for clients; the operator reads texts at {PAGE}/opened?id=, with --dynasor-show-texts",
+                403,
             )
-        if (record := records_of(manager()).find(program_id)) is not None and record.get("stop_reason") is not None:
-            return JSONResponse(record)
-        for found in await ask(manager(), "program", id=program_id, has_texts=has_texts):
-            if found:
-                return JSONResponse(found)
-        if record is not None:
-            return JSONResponse(record)
-        return _unknown(program_id)
+        args = manager().server_args
+        return await _one(program_id, owner if is_operator(args, request) else owner_of(args, request), has_texts=False)
 
-    @app.post("/dynasor/programs/{program_id}/finish")
+    @app.get(f"{PAGE}/opened")
     @operators_only
-    async def finish(program_id: str) -> JSONResponse:
-        return await _do("finish", program_id)
-
-    @app.post("/dynasor/programs/{program_id}/cancel")
-    @operators_only
-    async def cancel(program_id: str) -> JSONResponse:
-        return await _do("cancel", program_id)
+    async def opened(id: str, owner: str | None = None) -> JSONResponse:
+        return await _one(id, owner, has_texts=config_of(manager().server_args).dynasor_show_texts)
 
     @app.get("/dynasor/state")
     @operators_only
@@ -145,9 +147,9 @@ async def _in_flight(state: str) -> list[dict[str, Any]]:
 
 def _done(state: str) -> Iterator[dict[str, Any]]:
     if state in ("", "done"):
-        for record in records_of(manager()).newest():
+        for owner, record in records_of(manager()).newest():
             if record.get("stop_reason") is not None:
-                yield {"id": record["program"], "state": "done", **record}
+                yield {"id": record["program"], "state": "done", "owner": owner or None, **record}
 
 
 def _templates(*, reads: bool) -> JSONResponse:
@@ -163,12 +165,48 @@ def _templates(*, reads: bool) -> JSONResponse:
     return JSONResponse(book.listing())
 
 
-async def _do(what: str, program_id: str) -> JSONResponse:
+async def _one(program_id: str, owner: str | None, *, has_texts: bool) -> JSONResponse:
+    """A program of this owner's, whoever's it is where that is None: its record if it is over, else as far as it is."""
+    try:
+        owner = await _whose(program_id, owner)
+    except FieldError as error:
+        return refuse(error, 409)
+    record = records_of(manager()).find(program_id, owner)
+    if record is None or record.get("stop_reason") is None:
+        for found in await ask(manager(), "program", id=program_id, owner=owner, has_texts=has_texts):
+            if found:
+                return JSONResponse(found)
+    return _unknown(program_id) if record is None else JSONResponse(record)
+
+
+async def _whose(program_id: str, owner: str | None) -> str:
+    """The owner of a program; where the operator names it by its id alone, who has one.
+
+    Raises:
+        FieldError: several have.
+    """
+    if owner is not None:
+        return owner
+    owners = set(records_of(manager()).owners_of(program_id))
+    for answer in await ask(manager(), "whose", id=program_id):
+        owners.update(answer.get("owners", []))
+    if len(owners) > 1:
+        raise FieldError(
+            f"program {quoted(program_id)} is there of {len(owners)} owners; add owner=, as /dynasor/programs lists them"
+        )
+    return owners.pop() if owners else ""
+
+
+async def _do(what: str, program_id: str, owner: str | None) -> JSONResponse:
     """Let whichever scheduler has the program do it."""
-    answers = await ask(manager(), what, id=program_id)
+    try:
+        owner = await _whose(program_id, owner)
+    except FieldError as error:
+        return refuse(error, 409)
+    answers = await ask(manager(), what, id=program_id, owner=owner)
     if any(answer.get("is_done") for answer in answers):
         return JSONResponse({"id": program_id, what: True})
-    if records_of(manager()).find(program_id) is not None:
+    if records_of(manager()).find(program_id, owner) is not None:
         return refuse(
             f"program {quoted(program_id)} has been decided already; its record is at /dynasor/programs/", 409
         )
