@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -264,11 +265,9 @@ def test_programs_are_seen_finished_and_cancelled(server: Server, sent: list[Fut
     assert found["age_s"] > 0
     assert call(server, "GET", "/dynasor/programs?algorithm=long_cot&state=running").json() == []
 
-    opened = call(server, "GET", "/dynasor/programs/endless-0?texts=true", KEY).json()
-    assert QUESTION.strip() in opened["texts"]["prompt"]
-    assert len(opened["texts"]["branches"]) == 4
-    assert opened["stop_reason"] is None
-    assert "texts" not in call(server, "GET", "/dynasor/programs/endless-0").json()
+    seen = call(server, "GET", "/dynasor/programs/endless-0", KEY).json()
+    assert (seen["state"], seen["stop_reason"], len(seen["branches"])) == ("running", None, 4)
+    assert "texts" not in seen
 
     assert call(server, "POST", "/dynasor/programs/endless-0/finish").json() == {"id": "endless-0", "finish": True}
     finished = sent[0].result(60)
@@ -335,6 +334,18 @@ def test_the_operator_s_routes_want_the_operator_s_key(server: Server) -> None:
         assert call(server, method, path).status_code in (200, 409), path
     assert call(server, "GET", "/dynasor/programs/mine", "").status_code == 401
     assert call(server, "GET", "/dynasor/programs/mine", KEY).json() == record
+    assert call(server, "GET", "/dynasor/opened?id=mine").json() == record
+
+
+@engine
+@pytest.mark.usefixtures("sent")
+def test_texts_are_the_operator_s(server: Server) -> None:
+    """A client's key reads none by an id, its own or another's."""
+    refused = call(server, "GET", "/dynasor/programs/endless-0?texts=true", KEY)
+    assert refused.status_code == 403
+    assert QUESTION.strip() not in refused.text
+    assert "/dynasor/opened?id=" in refused.json()["error"]
+    assert call(server, "GET", "/dynasor/opened?id=endless-0", KEY).status_code == 401
 
 
 @engine
@@ -367,8 +378,35 @@ def test_a_program_that_is_opened_shows_its_texts(server: Server) -> None:
     assert found["texts"]["prompt"] == QUESTION
     assert any(found["texts"]["branches"].values())
     assert call(server, "GET", "/dynasor/opened?id=endless-2").json()["texts"] == {"prompt": QUESTION, "branches": {}}
+    assert len(found["texts"]["branches"]) == 4
     gone = call(server, "GET", "/dynasor/opened?id=nobody")
-    assert (gone.status_code, gone.json()["error"]) == (404, "program 'nobody' is not in flight")
+    assert gone.status_code == 404
+    assert gone.json()["error"].startswith("program 'nobody' is not known")
+
+
+@engine
+def test_an_id_may_be_any_text(server: Server) -> None:
+    """A slash in it, and what else an address gives a meaning to; but for half of a letter, by which no list could be read."""
+    rid = "a/b/finish?c=%2F#ä𝕏"
+    path = f"/dynasor/programs/{quote(rid, safe='')}"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(send, server, rid, ENDLESS, branches=2, stop="never")
+        until(server, "state=running", 1)
+        assert call(server, "GET", path, KEY).json()["id"] == rid
+        assert call(server, "POST", f"{path}/cancel", KEY).status_code == 401
+        assert call(server, "POST", f"{path}/cancel").json() == {"id": rid, "cancel": True}
+        assert running.result(60).status_code == 503
+    assert call(server, "POST", f"{path}/finish").status_code == 409
+    assert call(server, "GET", path, KEY).json()["stop_reason"] == "aborted"
+    body = {
+        "text": "Q",
+        "rid": "\ud800x",
+        "sampling_params": {"max_new_tokens": 1, "custom_params": {"dynasor": {"branches": 1}}},
+    }
+    refused = call(server, "POST", "/generate", KEY, content=json.dumps(body))
+    assert refused.status_code == 400
+    assert "half a surrogate pair" in refused.text
+    assert call(server, "GET", "/dynasor/programs").status_code == 200
 
 
 @engine
@@ -396,6 +434,7 @@ def test_settings_change_while_it_runs(server: Server) -> None:
 @engine
 def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
     """It serves those that it has, and plain requests."""
+    assert send(server, "early-0", program="early", branches=2).status_code == 200
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(
             send, server, "before", {"ignore_eos": True, "max_new_tokens": 400}, branches=2, stop="never"
@@ -403,9 +442,12 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
         until(server, "state=running", 1)
         assert call(server, "POST", "/dynasor/settings", json={"drain": True}).json()["drain"] is True
         try:
-            refused = send(server, "after")
-            assert refused.status_code == 503
-            assert "drains" in refused.text
+            for params, field in (({}, {}), ({}, {"program": "sent", "branches": 2}), ({"n": 2}, {})):
+                refused = send(server, "after", params, **field)
+                assert refused.status_code == 503, field
+                assert "drains" in refused.text
+            # One that it has is served, whoever sends its branches.
+            assert send(server, "early-1", program="early", branches=2).status_code == 200
             plain = call(
                 server,
                 "POST",
@@ -418,6 +460,9 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
         finally:
             assert call(server, "POST", "/dynasor/settings", json={"drain": False}).json()["drain"] is False
     assert send(server, "again").status_code == 200
+    # What was refused has claimed nothing: other settings, another tenant.
+    assert send(server, "after", program="sent", branches=3, tenant="t").json()["meta_info"]["dynasor"]["cap"] == 3
+    assert send(server, "late", program="early", branches=3).status_code == 400
 
 
 @engine

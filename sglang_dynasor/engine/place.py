@@ -50,7 +50,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     if wrong is not None:
         raise FieldError(wrong)
     give_templates(tokenizer_manager, obj, route, model_of(body))
-    _set_owner(obj, owner_of(tokenizer_manager.server_args, request))
+    _set_owner(obj, tokenizer_manager.server_args, request)
     if isinstance(obj.sampling_params, list):
         _share_budget(obj)
 
@@ -68,13 +68,19 @@ def model_of(body: Any) -> str:
 
 
 def _check_rids(obj: Any) -> None:
-    """SGLang aborts by prefix of the rid as soon as it knows it: none may be one of the server's own. Lists of programs are JSON in
-    UTF-8, which has no place for half a surrogate pair."""
-    for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
-        if not isinstance(rid, str):
-            continue
+    """SGLang aborts by prefix of the rid as soon as it knows it: none may be one of the server's own."""
+    for rid in _rids(obj):
         if rid.startswith("\0"):
             raise FieldError(f"rid={quoted(rid)} begins with a NUL, as the server's own do; send another, or none")
+
+
+def _rids(obj: Any) -> list[str]:
+    return [rid for rid in (obj.rid if isinstance(obj.rid, list) else [obj.rid]) if isinstance(rid, str)]
+
+
+def _check_names(obj: Any) -> None:
+    """Programs are listed by their rids, in UTF-8, which has no place for half a surrogate pair."""
+    for rid in _rids(obj):
         try:
             rid.encode()
         except UnicodeEncodeError:
@@ -83,10 +89,13 @@ def _check_rids(obj: Any) -> None:
             ) from None
 
 
-def _set_owner(obj: Any, owner: str) -> None:
+def _set_owner(obj: Any, server_args: Any, request: Any) -> None:
     """Let the prompts that are programs say whose they are."""
     params: Any = obj.sampling_params
-    obj.sampling_params = [_of(owner, one) for one in params] if isinstance(params, list) else _of(owner, params)
+    if any(map(has_field, params if isinstance(params, list) else [params])):
+        _check_names(obj)
+        owner = owner_of(server_args, request)
+        obj.sampling_params = [_of(owner, one) for one in params] if isinstance(params, list) else _of(owner, params)
 
 
 def _of(owner: str, params: Any) -> Any:

@@ -88,12 +88,13 @@ def add_to(app: FastAPI) -> None:
                 403,
             )
         args = manager().server_args
-        return await _one(program_id, owner if is_operator(args, request) else owner_of(args, request), has_texts=False)
+        own = owner_of(args, request)
+        return await _one(program_id, owner if is_operator(args, request) else own, own, has_texts=False)
 
     @app.get(f"{PAGE}/opened")
     @operators_only
     async def opened(id: str, owner: str | None = None) -> JSONResponse:
-        return await _one(id, owner, has_texts=config_of(manager().server_args).dynasor_show_texts)
+        return await _one(id, owner, None, has_texts=config_of(manager().server_args).dynasor_show_texts)
 
     @app.get("/dynasor/state")
     @operators_only
@@ -165,10 +166,15 @@ def _templates(*, reads: bool) -> JSONResponse:
     return JSONResponse(book.listing())
 
 
-async def _one(program_id: str, owner: str | None, *, has_texts: bool) -> JSONResponse:
-    """A program of this owner's, whoever's it is where that is None: its record if it is over, else as far as it is."""
+async def _one(program_id: str, owner: str | None, own: str | None, *, has_texts: bool) -> JSONResponse:
+    """A program of this owner's: its record if it is over, else as far as it is.
+
+    Args:
+        owner: None: whoever's it is, the caller's own first.
+        own: who the caller is; None: nobody who has programs.
+    """
     try:
-        owner = await _whose(program_id, owner)
+        owner = await _whose(program_id, owner, own)
     except FieldError as error:
         return refuse(error, 409)
     record = records_of(manager()).find(program_id, owner)
@@ -179,8 +185,8 @@ async def _one(program_id: str, owner: str | None, *, has_texts: bool) -> JSONRe
     return _unknown(program_id) if record is None else JSONResponse(record)
 
 
-async def _whose(program_id: str, owner: str | None) -> str:
-    """The owner of a program; where the operator names it by its id alone, who has one.
+async def _whose(program_id: str, owner: str | None, own: str | None = None) -> str:
+    """The owner of a program; where the operator names it by its id alone, who has one, the operator first.
 
     Raises:
         FieldError: several have.
@@ -190,6 +196,8 @@ async def _whose(program_id: str, owner: str | None) -> str:
     owners = set(records_of(manager()).owners_of(program_id))
     for answer in await ask(manager(), "whose", id=program_id):
         owners.update(answer.get("owners", []))
+    if own in owners:
+        return own
     if len(owners) > 1:
         raise FieldError(
             f"program {quoted(program_id)} is there of {len(owners)} owners; add owner=, as /dynasor/programs lists them"
