@@ -118,6 +118,15 @@ def test_without_a_key_records_belong_to_the_credential_that_was_sent(server: Wa
     path = f"{server.url}/dynasor/programs/owned"
     assert [httpx.get(path, headers=headers, timeout=30).json()["cap"] for headers in credentials] == [1, 2, 3]
     assert httpx.get(path, headers={"Authorization": "Bearer c"}, timeout=30).status_code == 404
+    # Who sends none may list everybody's, and read them, as where the OpenAI client sends a key that means nothing.
+    somebody_s = {
+        "text": "Q",
+        "rid": "somebody-s",
+        "sampling_params": {"max_new_tokens": 4, "custom_params": {"dynasor": {}}},
+    }
+    httpx.post(f"{server.url}/generate", json=somebody_s, headers=credentials[0], timeout=60).raise_for_status()
+    path = f"{server.url}/dynasor/programs/somebody-s"
+    assert [httpx.get(path, headers=headers, timeout=30).status_code for headers in credentials] == [200, 404, 200]
 
 
 def scraped(server: WarmServer) -> dict[str, list[tuple[dict[str, str], float]]]:
