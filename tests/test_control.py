@@ -403,7 +403,8 @@ def test_an_id_may_be_any_text(server: Server) -> None:
         "rid": "\ud800x",
         "sampling_params": {"max_new_tokens": 1, "custom_params": {"dynasor": {"branches": 1}}},
     }
-    refused = call(server, "POST", "/generate", KEY, content=json.dumps(body))
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    refused = httpx.post(f"{server.url}/generate", content=json.dumps(body), headers=headers, timeout=30)
     assert refused.status_code == 400
     assert "half a surrogate pair" in refused.text
     assert call(server, "GET", "/dynasor/programs").status_code == 200

@@ -667,9 +667,16 @@ def test_the_best_branch_speaks_also_where_nothing_can_be_read() -> None:
     assert judged(texts="prose").winner is None
 
 
+class Held:
+    """What SGLang holds of a request."""
+
+
+UNDER_WAY = Held()
+
+
 def test_tenants_keep_programs_apart() -> None:
     """The same field again is welcome; another tenant's, or one with other settings, is not; old ones are forgotten."""
-    ids, records = IdBook(lambda rid: True, size=4), RecordBook()
+    ids, records = IdBook(lambda rid: UNDER_WAY, size=4), RecordBook()
 
     def send(rid: str, **field: Any) -> None:
         ids.claim(rid, parse_field({"program": "p", "branches": 4, **field}, 64), records)
@@ -703,7 +710,7 @@ def test_tenants_keep_programs_apart() -> None:
 )
 def test_a_record_is_overwritten_by_its_own_tenant_only(rid: str, field: dict[str, Any], wrong: str | None) -> None:
     """Whether it is in flight under its rid, or has been answered."""
-    ids, records = IdBook(lambda rid: True), RecordBook()
+    ids, records = IdBook(lambda rid: UNDER_WAY), RecordBook()
     records.keep("done", {"program": "done", "tenant": "me"})
     records.keep("nobody's", {"program": "nobody's"})
     ids.claim("mine", parse_field({"tenant": "me"}, 64), records)

@@ -11,20 +11,20 @@ from sglang_dynasor.observe.ledger import BudgetBook, IdBook
 def ids_of(tokenizer_manager: Any) -> IdBook:
     """The ids that clients name programs by."""
     if not hasattr(tokenizer_manager, "_dynasor_ids"):
-        tokenizer_manager._dynasor_ids = IdBook(_is_open(tokenizer_manager))
+        tokenizer_manager._dynasor_ids = IdBook(_under_way(tokenizer_manager))
     return tokenizer_manager._dynasor_ids
 
 
 def budgets_of(tokenizer_manager: Any) -> BudgetBook:
     """The budgets that were declared, and how long branches are here."""
     if not hasattr(tokenizer_manager, "_dynasor_budgets"):
-        tokenizer_manager._dynasor_budgets = BudgetBook(_is_open(tokenizer_manager))
+        tokenizer_manager._dynasor_budgets = BudgetBook(_under_way(tokenizer_manager))
     return tokenizer_manager._dynasor_budgets
 
 
-def _is_open(tokenizer_manager: Any) -> Callable[[str], bool]:
-    """SGLang forgets a request before it tells its client how it ended."""
-    return lambda rid: rid in tokenizer_manager.rid_to_state
+def _under_way(tokenizer_manager: Any) -> Callable[[str], Any]:
+    """What SGLang holds of a rid's request. It forgets one before it tells its client how it ended."""
+    return lambda rid: tokenizer_manager.rid_to_state.get(rid)
 
 
 def keep_claims(tokenizer_manager: Any, owner: str, rid: str, program_id: str, field: Any) -> None:

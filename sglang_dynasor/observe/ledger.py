@@ -124,11 +124,11 @@ class IdBook:
     Every owner has ids of their own. Within one owner they are kept apart by tenant.
 
     Args:
-        is_open: whether the request of a rid is under way.
+        under_way: what SGLang holds of the request of a rid; None where it is over.
     """
 
-    def __init__(self, is_open: Callable[[str], bool], size: int = 10_000):
-        self._claims: Claims[ProgramSpec] = Claims(is_open, size)
+    def __init__(self, under_way: Callable[[str], Any], size: int = 10_000):
+        self._claims: Claims[ProgramSpec] = Claims(under_way, size)
 
     def claim(self, rid: str, spec: ProgramSpec, records: RecordBook) -> None:
         """Take note of a program, or of a branch that a client sends.
@@ -165,12 +165,12 @@ class BudgetBook:
     """The newest `size` budgets that several requests of one owner share, and what a branch usually takes on this server.
 
     Args:
-        is_open: whether the request of a rid is under way.
+        under_way: what SGLang holds of the request of a rid; None where it is over.
     """
 
-    def __init__(self, is_open: Callable[[str], bool], size: int = 10_000):
+    def __init__(self, under_way: Callable[[str], Any], size: int = 10_000):
         self.branch_tokens = Mean(0.0)
-        self._claims: Claims[tuple[str, BudgetSpec]] = Claims(is_open, size)
+        self._claims: Claims[tuple[str, BudgetSpec]] = Claims(under_way, size)
 
     def learn(self, record: dict[str, Any]) -> None:
         """Take in the lengths of an answered program's branches that came to their own end."""
