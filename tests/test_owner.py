@@ -241,11 +241,15 @@ def test_finished_programs_of_two_owners_are_two_rows() -> None:
 # Ids
 
 
+class Held:
+    """What SGLang holds of a request."""
+
+
 class Requests(dict[str, Any]):
     """What SGLang holds of those under way, by rid."""
 
     def begin(self, rid: str) -> str:
-        self[rid] = SimpleNamespace()
+        self[rid] = Held()
         return rid
 
 
@@ -380,7 +384,7 @@ def test_a_request_claims_for_its_owner(tmp_path: Path) -> None:
 
     def send(rid: str, owner: str, **field: Any) -> None:
         params = {"custom_params": with_owner({"dynasor": field}, owner)}
-        manager.rid_to_state[rid] = SimpleNamespace()
+        manager.rid_to_state[rid] = Held()
         claims.claim(None, manager, GenerateReqInput(text="Q", rid=rid, sampling_params=params))
 
     send("1", ALICE, program="p", tenant="t")

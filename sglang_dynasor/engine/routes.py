@@ -89,12 +89,12 @@ def add_to(app: FastAPI) -> None:
             )
         args = manager().server_args
         own = owner_of(args, request)
-        return await _one(program_id, owner if is_operator(args, request) else own, own, has_texts=False)
+        return await _one(program_id, owner if is_operator(args, request) else own, own)
 
     @app.get(f"{PAGE}/opened")
     @operators_only
     async def opened(id: str, owner: str | None = None) -> JSONResponse:
-        return await _one(id, owner, None, has_texts=config_of(manager().server_args).dynasor_show_texts)
+        return await _one(id, owner, is_opened=True)
 
     @app.get("/dynasor/state")
     @operators_only
@@ -166,22 +166,25 @@ def _templates(*, reads: bool) -> JSONResponse:
     return JSONResponse(book.listing())
 
 
-async def _one(program_id: str, owner: str | None, own: str | None, *, has_texts: bool) -> JSONResponse:
-    """A program of this owner's: its record if it is over, else as far as it is.
+async def _one(program_id: str, owner: str | None, own: str | None = None, *, is_opened: bool = False) -> JSONResponse:
+    """A program of this owner's: its record, or how far it is.
 
     Args:
         owner: None: whoever's it is, the caller's own first.
         own: who the caller is; None: nobody who has programs.
+        is_opened: by the operator, who sees texts where they are shown, and of an id that was sent again what is in flight.
     """
     try:
         owner = await _whose(program_id, owner, own)
     except FieldError as error:
         return refuse(error, 409)
     record = records_of(manager()).find(program_id, owner)
-    if record is None or record.get("stop_reason") is None:
-        for found in await ask(manager(), "program", id=program_id, owner=owner, has_texts=has_texts):
-            if found:
-                return JSONResponse(found)
+    if not is_opened and record is not None and record.get("stop_reason") is not None:
+        return JSONResponse(record)
+    has_texts = is_opened and config_of(manager().server_args).dynasor_show_texts
+    for found in await ask(manager(), "program", id=program_id, owner=owner, has_texts=has_texts):
+        if found:
+            return JSONResponse(found)
     return _unknown(program_id) if record is None else JSONResponse(record)
 
 
