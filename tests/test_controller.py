@@ -1008,6 +1008,29 @@ def test_a_program_is_a_span_and_its_branches_are_children(is_traced: bool) -> N
     assert program.start < first.start < first.end_time < second.end_time == program.end_time
 
 
+@pytest.mark.parametrize("tenant", ["acme", ""])
+def test_a_program_that_fell_back_has_its_tenant_in_its_record(
+    make_controller: Callable[..., Controller], tenant: str
+) -> None:
+    """Its client may try again under the same rid, and others may not; whether it fell back alone or with all."""
+    controller = make_controller(strict=False)
+    told: list[Any] = []
+    controller.ends.emit = lambda reqs, return_logprob: told.extend(reqs)
+    for falls_alone in (True, False):
+        live = live_program(branches=2, **({"tenant": tenant} if tenant else {}))
+        req = branch(live)
+        live.reqs[0], req.finished_reason = req, FINISH_MATCHED_STR("x")
+        live.program.finish(0, "#### 1", 5)
+        controller.programs.hold(live)
+        controller.ends.inside.admission.arrive(live.gang)
+        if falls_alone:
+            controller.ends.surrender(live, ValueError("ours"))
+        else:
+            assert aside._answer(controller, live, live.parent)
+    expected = {"program": "p", "stop_reason": "failed", **({"tenant": tenant} if tenant else {})}
+    assert [record_of(req) for req in told] == [expected, expected]
+
+
 def test_programs_that_clients_send_are_forgotten_the_longest_unused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that is in flight; what was too many then goes as soon as it is over."""
     monkeypatch.setattr(programs_module, "MAX_CLIENT_PROGRAMS", 3)
