@@ -398,15 +398,19 @@ def test_an_id_may_be_any_text(server: Server) -> None:
         assert running.result(60).status_code == 503
     assert call(server, "POST", f"{path}/finish").status_code == 409
     assert call(server, "GET", path, KEY).json()["stop_reason"] == "aborted"
-    body = {
-        "text": "Q",
-        "rid": "\ud800x",
-        "sampling_params": {"max_new_tokens": 1, "custom_params": {"dynasor": {"branches": 1}}},
-    }
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    refused = httpx.post(f"{server.url}/generate", content=json.dumps(body), headers=headers, timeout=30)
-    assert refused.status_code == 400
-    assert "half a surrogate pair" in refused.text
+    custom = {"custom_params": {"dynasor": {"branches": 1}}}
+    for path, body in (
+        ("/generate", {"text": "Q", "sampling_params": {"max_new_tokens": 1, **custom}}),
+        ("/v1/completions", {"model": "m", "prompt": "Q", "max_tokens": 1, **custom}),
+        (
+            "/v1/chat/completions",
+            {"model": "m", "messages": [{"role": "user", "content": "Q"}], "max_tokens": 1, **custom},
+        ),
+    ):
+        content = json.dumps({**body, "rid": "\ud800x"})
+        refused = httpx.post(server.url + path, content=content, headers=headers, timeout=30)
+        assert refused.status_code == 400, (path, refused.text)
     assert call(server, "GET", "/dynasor/programs").status_code == 200
 
 
