@@ -23,9 +23,8 @@ class Programs:
         self.slots = slots
         self.held: dict[str, LiveProgram] = {}  # by the client's rid, in order of arrival
         self.numbered: dict[int, LiveProgram] = {}  # the same by number
-        self.sent: OrderedDict[tuple[str, str], LiveProgram] = (
-            OrderedDict()
-        )  # by owner and program id, the longest unused first
+        # By owner and program id, the longest unused first.
+        self.sent: OrderedDict[tuple[str, str], LiveProgram] = OrderedDict()
         self.num = 0  # that were numbered
 
     def number(self, program: Program, parent: Req) -> LiveProgram:
