@@ -1138,7 +1138,7 @@ def test_a_client_s_branch_that_comes_late_leaves_nothing_with_sglang(
     controller, sent, stock = make_controller(**books.fields()), list[Any](), list[Any]()
     controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
     field = {"program": "p", "branches": 2, "answer": "hash"}
-    live = controller.programs.join("p", Program("p", parse_field(field, 64)))
+    live = controller.programs.join(Program("p", parse_field(field, 64)))
     live.program.reason = StopReason.CERTAIN if is_decided else None
     req = asks(field, session=SimpleNamespace(streaming=True))
     controller.take(lambda req, is_retracted: stock.append(req), req, is_retracted=False)
