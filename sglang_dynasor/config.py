@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +15,7 @@ SGLANG_RANGE = ">=0.5.23,<0.5.24"
 # Levels of the rule `predictive` by name, the first the default. docs/results.md has the replay that they come from.
 LEVELS = {"careful": 0.05, "balanced": 0.1, "fast": 0.2}
 CAREFUL = next(iter(LEVELS))
+_HEADER = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class DynasorConfig:
     dynasor_templates: str = ""
     dynasor_default: str = ""
     dynasor_log: str = ""
+    dynasor_owner_header: str = ""
     dynasor_show_texts: bool = False
     dynasor_strict: bool = False
 
@@ -81,6 +84,11 @@ class DynasorConfig:
         if self.dynasor_log and not os.access(os.path.dirname(self.dynasor_log) or ".", os.W_OK):
             raise ConfigError(
                 f"--dynasor-log={self.dynasor_log!r} cannot be written: its folder is not there or not writable; choose another file"
+            )
+        if self.dynasor_owner_header and not _HEADER.fullmatch(self.dynasor_owner_header):
+            raise ConfigError(
+                f"--dynasor-owner-header={quoted(self.dynasor_owner_header)} is no name of an HTTP header; write one such as x-user, which your "
+                "gateway sets on every request"
             )
         _ = self.tenant_weights
 
@@ -155,6 +163,8 @@ HELP = {
     "served without.",
     "dynasor_log": "File to which each record is appended as a line of JSON, for 'sglang-dynasor report'; at the next start the newest are read "
     "from it.",
+    "dynasor_owner_header": "HTTP header in which a gateway says who sends a request, in place of the credential: ids and records are each "
+    "owner's own.",
     "dynasor_show_texts": "Let who may see programs in flight also read their prompts and texts; the beginnings of prompts go into the log, too.",
     "dynasor_strict": "Let an exception in dynasor's policy fail the engine instead of falling back (for tests).",
 }

@@ -16,6 +16,7 @@ from sglang_dynasor.errors import ConfigError
 
 REFRESH_S = 1.0
 TIMEOUT_S = 10.0
+NOBODY = ("", "")  # who is marked: the id and the owner of a program
 KEYS = "up/down: mark   f: finish now   c: cancel   q: quit"
 _COLUMNS = (
     ("program", 24),
@@ -152,7 +153,7 @@ def run_top(url: str, key: str, *, once: bool) -> None:
 class _Screen:
     def __init__(self, operator: Operator):
         self.operator = operator
-        self.marked = ""  # the id of a program
+        self.marked = NOBODY
         self.said = KEYS
 
     def run(self, window: Any) -> None:
@@ -166,45 +167,53 @@ class _Screen:
                 programs = []
                 window.erase()
                 _put(window, 0, str(error))
-            if not self._obey(window.getch(), [program["id"] for program in programs]):
+            if not self._obey(window.getch(), list(map(_name, programs))):
                 return
 
     def _draw(self, window: Any) -> list[dict[str, Any]]:
         state = state_of(self.operator)
         programs = programs_of(state)
-        ids = [program["id"] for program in programs]
-        if self.marked not in ids:
-            self.marked = ""  # nobody else is finished or cancelled by a key that was meant for it
+        names = list(map(_name, programs))
+        if self.marked not in names:
+            self.marked = NOBODY  # nobody else is finished or cancelled by a key that was meant for it
         window.erase()
         for place, line in enumerate(summary(state)):
             _put(window, place, line)
         _put(window, 3, head(), curses.A_BOLD)
         num_rows = window.getmaxyx()[0] - 5
-        first = max(0, ids.index(self.marked) - num_rows + 1) if self.marked else 0
+        first = max(0, names.index(self.marked) - num_rows + 1) if self.marked in names else 0
         for place, program in enumerate(programs[first : first + num_rows]):
-            _put(window, 4 + place, row(program), curses.A_REVERSE if program["id"] == self.marked else curses.A_NORMAL)
+            _put(
+                window, 4 + place, row(program), curses.A_REVERSE if _name(program) == self.marked else curses.A_NORMAL
+            )
         _put(window, window.getmaxyx()[0] - 1, f"{time.strftime('%H:%M:%S')}  {self.said}", curses.A_DIM)
         return programs
 
-    def _obey(self, key: int, ids: list[str]) -> bool:
+    def _obey(self, key: int, names: list[tuple[str, str]]) -> bool:
         """Do what a key means. Returns whether to go on."""
         if key in (ord("q"), 27):
             return False
-        place = ids.index(self.marked) if self.marked in ids else -1
-        if key in (curses.KEY_DOWN, ord("j")) and ids:
-            self.marked = ids[min(len(ids) - 1, place + 1)]
-        elif key in (curses.KEY_UP, ord("k")) and ids:
-            self.marked = ids[max(0, place - 1)]
+        place = names.index(self.marked) if self.marked in names else -1
+        if key in (curses.KEY_DOWN, ord("j")) and names:
+            self.marked = names[min(len(names) - 1, place + 1)]
+        elif key in (curses.KEY_UP, ord("k")) and names:
+            self.marked = names[max(0, place - 1)]
         elif key in (ord("f"), ord("c")) and place >= 0:
             self._do("finish" if key == ord("f") else "cancel")
         return True
 
     def _do(self, what: str) -> None:
         try:
-            self.operator.post(f"/dynasor/programs/{quote(self.marked, safe='')}/{what}")
-            self.said = f"{what}: {_plain(self.marked)}   {KEYS}"
+            id, owner = self.marked
+            self.operator.post(f"/dynasor/programs/{quote(id, safe='')}/{what}?owner={quote(owner, safe='')}")
+            self.said = f"{what}: {_plain(id)}   {KEYS}"
         except ConfigError as error:
             self.said = str(error)
+
+
+def _name(program: dict[str, Any]) -> tuple[str, str]:
+    """What tells a program from all others on a server: its id, and whose it is."""
+    return program["id"], program["owner"] or ""
 
 
 def _put(window: Any, place: int, line: str, how: int = 0) -> None:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -82,13 +83,13 @@ def test_each_program_is_listed_once() -> None:
         ("x", "x", 2),
     ):
         book.keep(rid, {"program": program, "num": num})
-    assert [(r["program"], r["num"]) for r in book.newest()] == [("x", 2), ("b", 1), ("a", 1)]
+    assert [(r["program"], r["num"]) for _, r in book.newest()] == [("x", 2), ("b", 1), ("a", 1)]
 
 
 # In a terminal
 
 PROGRAM: dict[str, Any] = {
-    "id": "p", "algorithm": "self_consistency", "tenant": None, "state": "running", "age_s": 1.25, "cap": 16, "num_tokens": 1234,
+    "id": "p", "algorithm": "self_consistency", "tenant": None, "owner": None, "state": "running", "age_s": 1.25, "cap": 16, "num_tokens": 1234,
     "certaindex": 0.876, "votes": [["19", 2.0], ["7", 1.0]],
     "branches": [{"state": state} for state in ("finished", "compared", "running", "judged", "queued")],
 }  # fmt: skip
@@ -242,11 +243,9 @@ def test_programs_are_seen_finished_and_cancelled(server: Server, sent: list[Fut
     assert found["age_s"] > 0
     assert call(server, "GET", "/dynasor/programs?algorithm=long_cot&state=running").json() == []
 
-    opened = call(server, "GET", "/dynasor/programs/endless-0?texts=true", KEY).json()
-    assert QUESTION.strip() in opened["texts"]["prompt"]
-    assert len(opened["texts"]["branches"]) == 4
-    assert opened["stop_reason"] is None
-    assert "texts" not in call(server, "GET", "/dynasor/programs/endless-0").json()
+    seen = call(server, "GET", "/dynasor/programs/endless-0", KEY).json()
+    assert (seen["state"], seen["stop_reason"], len(seen["branches"])) == ("running", None, 4)
+    assert "texts" not in seen
 
     assert call(server, "POST", "/dynasor/programs/endless-0/finish").json() == {"id": "endless-0", "finish": True}
     finished = sent[0].result(60)
@@ -313,6 +312,18 @@ def test_the_operator_s_routes_want_the_operator_s_key(server: Server) -> None:
         assert call(server, method, path).status_code in (200, 409), path
     assert call(server, "GET", "/dynasor/programs/mine", "").status_code == 401
     assert call(server, "GET", "/dynasor/programs/mine", KEY).json() == record
+    assert call(server, "GET", "/dynasor/opened?id=mine").json() == record
+
+
+@engine
+@pytest.mark.usefixtures("sent")
+def test_texts_are_the_operator_s(server: Server) -> None:
+    """A client's key reads none by an id, its own or another's."""
+    refused = call(server, "GET", "/dynasor/programs/endless-0?texts=true", KEY)
+    assert refused.status_code == 403
+    assert QUESTION.strip() not in refused.text
+    assert "/dynasor/opened?id=" in refused.json()["error"]
+    assert call(server, "GET", "/dynasor/opened?id=endless-0", KEY).status_code == 401
 
 
 @engine
@@ -345,8 +356,40 @@ def test_a_program_that_is_opened_shows_its_texts(server: Server) -> None:
     assert found["texts"]["prompt"] == QUESTION
     assert any(found["texts"]["branches"].values())
     assert call(server, "GET", "/dynasor/opened?id=endless-2").json()["texts"] == {"prompt": QUESTION, "branches": {}}
+    assert len(found["texts"]["branches"]) == 4
     gone = call(server, "GET", "/dynasor/opened?id=nobody")
-    assert (gone.status_code, gone.json()["error"]) == (404, "program 'nobody' is not in flight")
+    assert gone.status_code == 404
+    assert gone.json()["error"].startswith("program 'nobody' is not known")
+
+
+@engine
+def test_an_id_may_be_any_text(server: Server) -> None:
+    """A slash in it, and what else an address gives a meaning to; but for half of a letter, by which no list could be read."""
+    rid = "a/b/finish?c=%2F#ä𝕏"
+    path = f"/dynasor/programs/{quote(rid, safe='')}"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(send, server, rid, ENDLESS, branches=2, stop="never")
+        until(server, "state=running", 1)
+        assert call(server, "GET", path, KEY).json()["id"] == rid
+        assert call(server, "POST", f"{path}/cancel", KEY).status_code == 401
+        assert call(server, "POST", f"{path}/cancel").json() == {"id": rid, "cancel": True}
+        assert running.result(60).status_code == 503
+    assert call(server, "POST", f"{path}/finish").status_code == 409
+    assert call(server, "GET", path, KEY).json()["stop_reason"] == "aborted"
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    custom = {"custom_params": {"dynasor": {"branches": 1}}}
+    for path, body in (
+        ("/generate", {"text": "Q", "sampling_params": {"max_new_tokens": 1, **custom}}),
+        ("/v1/completions", {"model": "m", "prompt": "Q", "max_tokens": 1, **custom}),
+        (
+            "/v1/chat/completions",
+            {"model": "m", "messages": [{"role": "user", "content": "Q"}], "max_tokens": 1, **custom},
+        ),
+    ):
+        content = json.dumps({**body, "rid": "\ud800x"})
+        refused = httpx.post(server.url + path, content=content, headers=headers, timeout=30)
+        assert refused.status_code == 400, (path, refused.text)
+    assert call(server, "GET", "/dynasor/programs").status_code == 200
 
 
 @engine
@@ -374,6 +417,7 @@ def test_settings_change_while_it_runs(server: Server) -> None:
 @engine
 def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
     """It serves those that it has, and plain requests."""
+    assert send(server, "early-0", program="early", branches=2).status_code == 200
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(
             send, server, "before", {"ignore_eos": True, "max_new_tokens": 400}, branches=2, stop="never"
@@ -381,9 +425,12 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
         until(server, "state=running", 1)
         assert call(server, "POST", "/dynasor/settings", json={"drain": True}).json()["drain"] is True
         try:
-            refused = send(server, "after")
-            assert refused.status_code == 503
-            assert "drains" in refused.text
+            for params, field in (({}, {}), ({}, {"program": "sent", "branches": 2}), ({"n": 2}, {})):
+                refused = send(server, "after", params, **field)
+                assert refused.status_code == 503, field
+                assert "drains" in refused.text
+            # One that it has is served, whoever sends its branches.
+            assert send(server, "early-1", program="early", branches=2).status_code == 200
             plain = call(
                 server,
                 "POST",
@@ -396,6 +443,9 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
         finally:
             assert call(server, "POST", "/dynasor/settings", json={"drain": False}).json()["drain"] is False
     assert send(server, "again").status_code == 200
+    # What was refused has claimed nothing: other settings, another tenant.
+    assert send(server, "after", program="sent", branches=3, tenant="t").json()["meta_info"]["dynasor"]["cap"] == 3
+    assert send(server, "late", program="early", branches=3).status_code == 400
 
 
 @engine

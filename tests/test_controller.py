@@ -1160,26 +1160,49 @@ def test_a_program_is_a_span_and_its_branches_are_children(is_traced: bool) -> N
     assert program.start < first.start < first.end_time < second.end_time == program.end_time
 
 
+@pytest.mark.parametrize("tenant", ["acme", ""])
+def test_a_program_that_fell_back_has_its_tenant_in_its_record(
+    make_controller: Callable[..., Controller], tenant: str
+) -> None:
+    """Its client may try again under the same rid, and others may not; whether it fell back alone or with all."""
+    controller = make_controller(strict=False)
+    told: list[Any] = []
+    controller.ends.emit = lambda reqs, return_logprob: told.extend(reqs)
+    for falls_alone in (True, False):
+        live = live_program(branches=2, **({"tenant": tenant} if tenant else {}))
+        req = branch(live)
+        live.reqs[0], req.finished_reason = req, FINISH_MATCHED_STR("x")
+        live.program.finish(0, "#### 1", 5)
+        controller.programs.hold(live)
+        controller.ends.inside.admission.arrive(live.gang)
+        if falls_alone:
+            controller.ends.surrender(live, ValueError("ours"))
+        else:
+            assert aside._answer(controller, live, live.parent)
+    expected = {"program": "p", "stop_reason": "failed", **({"tenant": tenant} if tenant else {})}
+    assert [record_of(req) for req in told] == [expected, expected]
+
+
 def test_programs_that_clients_send_are_forgotten_the_longest_unused_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one that is in flight; what was too many then goes as soon as it is over."""
     monkeypatch.setattr(programs_module, "MAX_CLIENT_PROGRAMS", 3)
     programs = Programs(Slots(2))
 
     def join(name: str) -> Program:
-        live = programs.join(name, Program(name, parse_field({"program": name}, 64)))
+        live = programs.join(Program(name, parse_field({"program": name}, 64)))
         return live.program
 
     first = join("0")
     first.start_branch()
     for i in range(1, 6):
         join(str(i))
-    assert set(programs.sent) == {"0", "4", "5"}
+    assert {id for _, id in programs.sent} == {"0", "4", "5"}
     for name in ("6", "7", "8"):
         join(name).start_branch()
-    assert set(programs.sent) == {"0", "6", "7", "8"}
+    assert {id for _, id in programs.sent} == {"0", "6", "7", "8"}
     first.finish(0, "#### 1", 3)
     programs.forget_unused()
-    assert set(programs.sent) == {"6", "7", "8"}
+    assert {id for _, id in programs.sent} == {"6", "7", "8"}
 
 
 # Who is refused
@@ -1267,7 +1290,7 @@ def test_a_client_s_branch_that_comes_late_leaves_nothing_with_sglang(
     controller, sent, stock = make_controller(**books.fields()), list[Any](), list[Any]()
     controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
     field = {"program": "p", "branches": 2, "answer": "hash"}
-    live = controller.programs.join("p", Program("p", parse_field(field, 64)))
+    live = controller.programs.join(Program("p", parse_field(field, 64)))
     live.program.reason = StopReason.CERTAIN if is_decided else None
     req = asks(field, session=SimpleNamespace(streaming=True))
     controller.take(lambda req, is_retracted: stock.append(req), req, is_retracted=False)

@@ -21,7 +21,7 @@ GREEDY = {"temperature": 0, "max_new_tokens": 40}
 SAMPLED = {"temperature": 1.0, "max_new_tokens": 40}
 
 
-@pytest.mark.parametrize("option", ["dynasor_templates", "dynasor_default", "dynasor_log"])
+@pytest.mark.parametrize("option", ["dynasor_templates", "dynasor_default", "dynasor_log", "dynasor_owner_header"])
 def test_what_takes_a_front_process_is_refused_at_the_start(option: str, tmp_path: Any, monkeypatch: Any) -> None:
     """And not where there is one."""
     from types import SimpleNamespace
@@ -29,7 +29,8 @@ def test_what_takes_a_front_process_is_refused_at_the_start(option: str, tmp_pat
     monkeypatch.setattr("sglang_dynasor_patches.install.require_live", lambda roles: None)
     file = tmp_path / "file"
     file.touch()
-    given: dict[str, Any] = {option: "self_consistency" if option == "dynasor_default" else str(file)}
+    values = {"dynasor_default": "self_consistency", "dynasor_owner_header": "x-user"}
+    given: dict[str, Any] = {option: values.get(option, str(file))}
     config = DynasorConfig(scheduler="dynasor", **given)
     priorities = {"enable_priority_scheduling": False, "disable_priority_preemption": False}
     one: Any = SimpleNamespace(tokenizer_worker_num=1, **priorities)

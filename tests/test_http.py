@@ -89,6 +89,7 @@ def template_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory, template_file: Path) -> Iterator[Server]:
     running = Server(
         tmp_path_factory.mktemp("server") / "log", "--scheduler", "dynasor", "--enable-metrics", "--dynasor-templates", str(template_file),
+        "--dynasor-owner-header", "x-user",
     )  # fmt: skip
     try:
         running.wait()
@@ -623,6 +624,124 @@ def test_a_record_is_its_tenant_s(server: Server) -> None:
     body["rid"] = "first"
     assert send({"branches": 2, "program": "claimed", "tenant": "b"}, temperature=-1).status_code == 400  # by SGLang
     assert send({"branches": 2, "program": "claimed", "tenant": "a"}).status_code == 200
+
+
+# A gateway says who sends each request; without its header all is one owner's, as in the other tests
+
+
+def seen_by(server: Server, user: str, path: str) -> httpx.Response:
+    return httpx.get(
+        f"{server.url}/dynasor/{path}", headers={"x-user": user, "Authorization": "Bearer s3cret"}, timeout=30
+    )
+
+
+def send_as(server: Server, user: str, path: str, body: dict[str, Any], field: Any, **more: Any) -> httpx.Response:
+    custom = {"custom_params": {"dynasor": field, **more}}
+    params = {"max_new_tokens": 60, **body.pop("sampling_params", {}), **custom}
+    body |= {"sampling_params": params} if path == "/generate" else custom
+    headers = {"x-user": user, "Authorization": "Bearer s3cret"}
+    return httpx.post(server.url + path, json=body, headers=headers, timeout=120)
+
+
+def test_a_record_is_its_owner_s(server: Server) -> None:
+    """To others it is as if it had never been; the operator sees all. Two who use the same id do not mix."""
+    caps = {"alice": 2, "bob": 3}
+    for user, cap in caps.items():
+        body = {"text": prompt(QUESTION.text), "rid": "owned"}
+        assert send_as(server, user, "/generate", body, {"branches": cap}).json()["meta_info"]["dynasor"]["cap"] == cap
+        unknown = seen_by(server, "bob", "programs/unknown")
+        if user == "alice":
+            for other in ("bob", "", "alice,bob"):
+                hidden = seen_by(server, other, "programs/owned")
+                assert hidden.status_code == 404
+                assert hidden.json()["error"] == unknown.json()["error"].replace("unknown", "owned")
+    assert {user: seen_by(server, user, "programs/owned").json()["cap"] for user in caps} == caps
+    listed = httpx.get(f"{server.url}/dynasor/programs?state=done&limit=2", timeout=30).json()
+    assert [(program["id"], program["cap"]) for program in listed] == [("owned", 3), ("owned", 2)]
+    bob, alice = (program["owner"] for program in listed)
+    assert seen_by(server, "bob", f"programs/owned?owner={alice}").json()["cap"] == 3  # no client says who it is
+    several = seen_by(server, "", "opened?id=owned")
+    assert several.status_code == 409
+    assert "2 owners" in several.json()["error"]
+    assert [seen_by(server, "", f"opened?id=owned&owner={owner}").json()["cap"] for owner in (alice, bob)] == [2, 3]
+    forged = {"text": prompt(QUESTION.text), "rid": "forged"}
+    assert send_as(server, "bob", "/generate", forged, {"branches": 2}, dynasor_owner=alice).status_code == 200
+    assert seen_by(server, "alice", "programs/forged").status_code == 404
+    assert seen_by(server, "bob", "programs/forged").status_code == 200
+    assert "s3cret" not in server.log.read_text() + json.dumps(listed)
+
+
+def test_a_program_in_flight_is_its_owner_s(server: Server) -> None:
+    """Alike; two who send branches of the same id have a program each."""
+    params = {"ignore_eos": True, "max_new_tokens": 900}
+
+    def branch(user: str, rid: str) -> httpx.Response:
+        body = {"text": prompt(QUESTION.text), "rid": rid, "sampling_params": params}
+        return send_as(server, user, "/generate", body, {"program": "flying", "branches": 2, "stop": "never"})
+
+    with ThreadPoolExecutor(4) as pool:
+        sent = {user: [pool.submit(branch, user, f"{user}-{i}") for i in range(2)] for user in ("alice", "bob")}
+        for _ in range(600):
+            flying = httpx.get(f"{server.url}/dynasor/programs?state=running", timeout=30).json()
+            if [len(program["branches"]) for program in flying if program["id"] == "flying"] == [2, 2]:
+                break
+            time.sleep(0.05)
+        owners = [program["owner"] for program in flying if program["id"] == "flying"]
+        assert len(set(owners)) == 2
+        for user in sent:
+            seen = seen_by(server, user, "programs/flying").json()
+            assert (seen["id"], len(seen["branches"])) == ("flying", 2)
+        assert seen_by(server, "carol", "programs/flying").status_code == 404
+        assert seen_by(server, "", "programs/flying").status_code == 404
+        ask = f"{server.url}/dynasor/programs/flying/finish"
+        assert httpx.post(ask, timeout=30).status_code == 409
+        assert httpx.post(f"{ask}?owner=nobody", timeout=30).status_code == 404
+        assert not any(one.done() for both in sent.values() for one in both)
+        for owner in owners:
+            assert httpx.post(f"{ask}?owner={owner}", timeout=30).status_code == 200
+        for user, both in sent.items():
+            records = [one.result(60).json()["meta_info"]["dynasor"] for one in both]
+            assert max(record["num_branches"] for record in records) == 2
+            assert seen_by(server, user, "programs/flying").json()["stop_reason"] == "operator"
+
+
+def test_every_way_in_has_its_owner(server: Server) -> None:
+    """Chats, completions of several prompts, choices, templates, and what the operator gives unasked."""
+    text, chat = prompt(QUESTION.text), {"model": "m", "messages": [{"role": "user", "content": QUESTION.text}]}
+    generate, completions, chats = "/generate", "/v1/completions", "/v1/chat/completions"
+    for path, body, field, num in (
+        (generate, {"text": [text, text]}, {"branches": 2}, 2),
+        (generate, {"text": text, "sampling_params": {"n": 2}}, {"answer": "hash"}, 1),
+        (completions, {"model": "m", "prompt": [text, text], "max_tokens": 60}, {"branches": 2}, 2),
+        (chats, {**chat, "max_tokens": 60, "n": 2}, {"answer": "hash"}, 1),
+        (chats, {**chat, "max_tokens": 60}, "asked", 1),
+    ):
+        assert send_as(server, "dora", path, dict(body), field).status_code == 200
+        listed = httpx.get(f"{server.url}/dynasor/programs?state=done&limit={num + 1}", timeout=30).json()
+        programs, before = listed[:num], listed[num]
+        assert len({program["owner"] for program in programs}) == 1, (path, field)
+        for program in programs:
+            assert program["id"] != before["id"]
+            assert seen_by(server, "dora", f"programs/{program['id']}").status_code == 200, (path, field)
+            assert seen_by(server, "bob", f"programs/{program['id']}").status_code == 404, (path, field)
+    body = {"model": "voter", "prompt": text, "max_tokens": 60}
+    response = httpx.post(server.url + completions, json=body, headers={"x-user": "dora"}, timeout=120)
+    assert seen_by(server, "dora", f"programs/{response.json()['id']}").json()["template"] == "vote@1"
+    assert seen_by(server, "bob", f"programs/{response.json()['id']}").status_code == 404
+
+
+def test_a_budget_is_its_owner_s(server: Server) -> None:
+    """Another's of the same id has tokens of its own."""
+    for user, tokens in (("alice", 5000), ("bob", 6000)):
+        body = {"text": prompt(QUESTION.text)}
+        field = {"branches": 2, "budget": "purse", "budget_programs": 2, "budget_tokens": tokens}
+        assert (
+            send_as(server, user, "/generate", dict(body), field).json()["meta_info"]["dynasor"]["budget_tokens"]
+            == tokens
+        )
+        refused = send_as(server, user, "/generate", dict(body), field | {"budget_tokens": 7000})
+        assert refused.status_code == 400
+        assert f"was declared with budget_tokens={tokens}" in refused.text
 
 
 def test_a_client_forges_no_line_of_the_log(server: Server) -> None:

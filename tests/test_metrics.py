@@ -136,6 +136,30 @@ def generate(server: WarmServer, question: str, **field: Any) -> dict[str, Any]:
     return httpx.post(f"{server.url}/generate", json=body, timeout=120).raise_for_status().json()
 
 
+def test_without_a_key_records_belong_to_the_credential_that_was_sent(server: WarmServer) -> None:
+    """SGLang checks none there; a gateway has. Who sends none is one owner."""
+    credentials: list[dict[str, str]] = [{"Authorization": "Bearer a"}, {"x-api-key": "b"}, {}]
+    for i, headers in enumerate(credentials):
+        body = {
+            "text": "Q",
+            "rid": "owned",
+            "sampling_params": {"max_new_tokens": 4, "custom_params": {"dynasor": {"branches": i + 1}}},
+        }
+        httpx.post(f"{server.url}/generate", json=body, headers=headers, timeout=60).raise_for_status()
+    path = f"{server.url}/dynasor/programs/owned"
+    assert [httpx.get(path, headers=headers, timeout=30).json()["cap"] for headers in credentials] == [1, 2, 3]
+    assert httpx.get(path, headers={"Authorization": "Bearer c"}, timeout=30).status_code == 404
+    # Who sends none may list everybody's, and read them, as where the OpenAI client sends a key that means nothing.
+    somebody_s = {
+        "text": "Q",
+        "rid": "somebody-s",
+        "sampling_params": {"max_new_tokens": 4, "custom_params": {"dynasor": {}}},
+    }
+    httpx.post(f"{server.url}/generate", json=somebody_s, headers=credentials[0], timeout=60).raise_for_status()
+    path = f"{server.url}/dynasor/programs/somebody-s"
+    assert [httpx.get(path, headers=headers, timeout=30).status_code for headers in credentials] == [200, 404, 200]
+
+
 def scraped(server: WarmServer) -> dict[str, list[tuple[dict[str, str], float]]]:
     """What Prometheus would read: samples by name."""
     text = httpx.get(f"{server.url}/metrics", timeout=30, follow_redirects=True).raise_for_status().text

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_dynasor.errors import FieldError
-from sglang_dynasor.observe.ledger import Owners, RecordBook, Totals
+from sglang_dynasor.observe.ledger import IdBook, RecordBook, Totals
 from sglang_dynasor.policy import program as program_module
 from sglang_dynasor.policy.certaindex import overtake_risk
 from sglang_dynasor.policy.mean import Mean
@@ -721,12 +721,19 @@ def test_the_best_branch_speaks_also_where_nothing_can_be_read() -> None:
     assert judged(texts="prose").winner is None
 
 
-def test_owners_keep_programs_apart() -> None:
+class Held:
+    """What SGLang holds of a request."""
+
+
+UNDER_WAY = Held()
+
+
+def test_tenants_keep_programs_apart() -> None:
     """The same field again is welcome; another tenant's, or one with other settings, is not; old ones are forgotten."""
-    owners, records = Owners(size=4), RecordBook()
+    ids, records = IdBook(lambda rid: UNDER_WAY, size=4), RecordBook()
 
     def send(rid: str, **field: Any) -> None:
-        owners.claim(rid, parse_field({"program": "p", "branches": 4, **field}, 64), records)
+        ids.claim(rid, parse_field({"program": "p", "branches": 4, **field}, 64), records)
 
     send("1")
     send("2")
@@ -757,16 +764,16 @@ def test_owners_keep_programs_apart() -> None:
 )
 def test_a_record_is_overwritten_by_its_own_tenant_only(rid: str, field: dict[str, Any], wrong: str | None) -> None:
     """Whether it is in flight under its rid, or has been answered."""
-    owners, records = Owners(), RecordBook()
+    ids, records = IdBook(lambda rid: UNDER_WAY), RecordBook()
     records.keep("done", {"program": "done", "tenant": "me"})
     records.keep("nobody's", {"program": "nobody's"})
-    owners.claim("mine", parse_field({"tenant": "me"}, 64), records)
+    ids.claim("mine", parse_field({"tenant": "me"}, 64), records)
     asked = {key: value for key, value in ({"tenant": "me"} | field).items() if value}
     if wrong is None:
-        owners.claim(rid, parse_field(asked, 64), records)
+        ids.claim(rid, parse_field(asked, 64), records)
     else:
         with pytest.raises(FieldError, match=wrong):
-            owners.claim(rid, parse_field(asked, 64), records)
+            ids.claim(rid, parse_field(asked, 64), records)
 
 
 @pytest.mark.parametrize(

@@ -397,7 +397,7 @@ def test_budgets_are_known_by_id_while_somebody_needs_them() -> None:
         assert program.spec.budget is not None
         budgets.join(program.spec.budget, program, program, MOST_TOKENS)
     assert programs[0].budget is programs[2].budget is not programs[1].budget is not programs[3].budget
-    assert list(budgets.by_id) == ["b"]
+    assert list(budgets.by_id) == [("", "b")]
     for program in programs:
         budgets.leave(program)
         budgets.leave(program)
@@ -452,14 +452,21 @@ def shared(tokens: int = 1000, num: int = 10, **more: Any) -> Any:
     return parse_field({"budget_tokens": tokens, "budget": "b", "budget_programs": num, **more}, 64)
 
 
+class Held:
+    """What SGLang holds of a request."""
+
+
+UNDER_WAY = Held()
+
+
 def test_a_server_knows_what_a_branch_takes() -> None:
     """Then less than one branch of each is refused; before, and where branches are cut short, it is not."""
-    book = BudgetBook()
+    book = BudgetBook(lambda rid: UNDER_WAY)
     record = {"branch_tokens": [120, 120, 7], "finish_reasons": ["stop", "length", "ended"]}
     for _ in range(FEWEST_BRANCHES // 2 - 1):
         book.learn(record)
     book.check(shared(100), 200)
-    book = BudgetBook()
+    book = BudgetBook(lambda rid: UNDER_WAY)
     for _ in range(FEWEST_BRANCHES // 2):
         book.learn(record)
     with pytest.raises(FieldError, match=r"budget_tokens=1199 is below one branch per question.*send 1200 or more"):
@@ -472,13 +479,13 @@ def test_a_server_knows_what_a_branch_takes() -> None:
 
 def test_a_budget_is_declared_once() -> None:
     """By its tenant, with one number of tokens."""
-    book = BudgetBook()
-    book.claim(shared(), 200)
-    book.claim(shared(stop="fast"), 200)
+    book = BudgetBook(lambda rid: UNDER_WAY)
+    book.claim("rid", shared(), 200)
+    book.claim("rid", shared(stop="fast"), 200)
     with pytest.raises(FieldError, match="declared with budget_tokens=1000 and budget_programs=10"):
-        book.claim(shared(999), 200)
+        book.claim("rid", shared(999), 200)
     with pytest.raises(FieldError, match="another tenant's"):
-        book.claim(shared(tenant="t"), 200)
+        book.claim("rid", shared(tenant="t"), 200)
     own = parse_field({"budget_tokens": 5}, 64)
-    book.claim(own, 200)
-    book.claim(parse_field({"budget_tokens": 6, "tenant": "t"}, 64), 200)
+    book.claim("rid", own, 200)
+    book.claim("rid", parse_field({"budget_tokens": 6, "tenant": "t"}, 64), 200)

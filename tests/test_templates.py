@@ -270,6 +270,13 @@ def test_an_author_s_own_loop_has_no_templates() -> None:
 # Requests
 
 
+class Held:
+    """What SGLang holds of a request."""
+
+
+UNDER_WAY = Held()
+
+
 @pytest.fixture
 def manager(tmp_path: Path) -> Any:
     """As much of a tokenizer manager as is read."""
@@ -279,6 +286,7 @@ def manager(tmp_path: Path) -> Any:
     model_config = SimpleNamespace(vocab_size=8)
     return SimpleNamespace(
         server_args=SimpleNamespace(_dynasor=config),
+        rid_to_state=SimpleNamespace(get=lambda rid: UNDER_WAY),
         preferred_sampling_params=None,
         tokenizer=None,
         model_config=model_config,

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.common import release_kv_cache
 
 from sglang_dynasor.engine import audit
 from sglang_dynasor.engine.controller import Controller
+from sglang_dynasor.engine.ends import failed_record
 from sglang_dynasor.engine.fence import FENCE, MOST_IN_A_ROW, around, guarded
 from sglang_dynasor.engine.live import LiveProgram, SentTag
 from sglang_dynasor.engine.messages import Answer, Ask, Told
@@ -136,8 +137,7 @@ def _answer(controller: Controller, live: LiveProgram, parent: Req) -> bool:
         req = live.reqs[leader if leader in finished else finished[0]]
         req.rid, req.http_worker_ipc, req.stream = parent.rid, parent.http_worker_ipc, parent.stream
         req.finished_output, req.time_stats = None, parent.time_stats
-        record = {"program": live.program.id, "stop_reason": "failed"}
-        req.dynasor_record = record  # type: ignore[attr-defined]
+        req.dynasor_record = failed_record(live.program)  # type: ignore[attr-defined]
         emit([req], req.return_logprob)
     elif enqueue is not None:
         parent.finished_reason = parent.finished_len = parent.dynasor_record = None

@@ -46,23 +46,30 @@ class Control:
                 started_s = time.thread_time()  # what this thread computes; told, and decided by in no step
                 found = snapshot(controller, arguments.get("most"))
                 return {**found, "status": controller.status(), "look_s": time.thread_time() - started_s}
+            case "whose":
+                return {"owners": self._owners_of(arguments["id"])}
             case "program":
-                return self._program(self._find(arguments["id"]), has_texts=arguments["has_texts"])
+                return self._program(self._find(arguments["id"], arguments["owner"]), has_texts=arguments["has_texts"])
             case "finish":
-                return {"is_done": self._finish(self._find(arguments["id"]))}
+                return {"is_done": self._finish(self._find(arguments["id"], arguments["owner"]))}
             case "cancel":
-                return {"is_done": self._cancel(self._find(arguments["id"]))}
+                return {"is_done": self._cancel(self._find(arguments["id"], arguments["owner"]))}
             case _:
                 self._set(**arguments)
                 return self.settings()
 
-    def _find(self, program_id: str) -> LiveProgram | None:
+    def _find(self, program_id: str, owner: str) -> LiveProgram | None:
         """A program in flight."""
         programs = self.controller.programs
-        if (live := programs.held.get(program_id)) is not None:
-            return live
-        sent = programs.sent.get(program_id)
-        return sent if sent is not None and sent.program.num_in_flight else None
+        live = programs.held.get(program_id)
+        return live if live is not None and live.program.spec.owner == owner else programs.sent_by(owner, program_id)
+
+    def _owners_of(self, program_id: str) -> list[str]:
+        """Who has a program in flight with this id."""
+        programs = self.controller.programs
+        held = programs.held.get(program_id)
+        owners = [] if held is None else [held.program.spec.owner]
+        return owners + [owner for owner, id in programs.sent if id == program_id and programs.sent_by(owner, id)]
 
     def _program(self, live: LiveProgram | None, *, has_texts: bool) -> dict[str, Any]:
         if live is None:

@@ -253,7 +253,7 @@ class Ends:
         if live.is_answered:
             pass
         elif done:
-            self._speak(live, done[0], {"program": program.id, "stop_reason": str(StopReason.FAILED)})
+            self._speak(live, done[0], failed_record(program))
             media.drop(parent)
         else:
             assert self.enqueue is not None
@@ -269,6 +269,12 @@ class Ends:
         self.programs.release(live)
         self.tell(live, FALLBACK)
         live.reqs.clear()
+
+
+def failed_record(program: Program) -> dict[str, Any]:
+    """The record of a program whose own counts nobody trusts any more: of whose it is, since it shuts others out."""
+    tenant = program.spec.tenant
+    return {"program": program.id, "stop_reason": str(StopReason.FAILED), **({"tenant": tenant} if tenant else {})}
 
 
 def given_up(program: Program) -> str:

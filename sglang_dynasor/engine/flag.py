@@ -89,7 +89,7 @@ def attach(server_args: ServerArgs, config: DynasorConfig) -> ServerArgs:
     if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
         raise ConfigError("--scheduler dynasor does not work with SGLANG_RUST_SERVER; unset it")
     if has_many_fronts(server_args):
-        for name in ("templates", "default", "log"):
+        for name in ("templates", "default", "log", "owner_header"):
             value = getattr(config, f"dynasor_{name}")
             if value:
                 raise ConfigError(

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sglang_dynasor.engine.books import budgets_of, keep_claims
 from sglang_dynasor.engine.flag import config_of, has_many_fronts, serves_programs
 from sglang_dynasor.engine.logged import line_of
+from sglang_dynasor.engine.owner import owner_in
 from sglang_dynasor.engine.page import note_record
 from sglang_dynasor.engine.templates import book_of
-from sglang_dynasor.engine.validation import budgets_of
 from sglang_dynasor.errors import PatchError
 from sglang_dynasor.observe.ledger import RecordBook
 from sglang_dynasor.observe.log import RecordLog
@@ -22,15 +23,15 @@ def records_of(tokenizer_manager: Any) -> RecordBook:
         book = tokenizer_manager._dynasor_records = RecordBook()
         if (log := log_of(tokenizer_manager)) is not None:
             for line in log.newest(book.size):
-                _keep(book, line["id"], line["record"])
+                _keep(book, line["id"], line["record"], str(line.get("owner", "")))
     return tokenizer_manager._dynasor_records
 
 
-def _keep(book: RecordBook, rid: str, record: dict[str, Any]) -> None:
+def _keep(book: RecordBook, rid: str, record: dict[str, Any], owner: str) -> None:
     """Keep a record under its response's id, and under the program's: of branches sent by a client the latest tells the most."""
-    book.keep(rid, record)
+    book.keep(rid, record, owner)
     if record["program"] != rid:
-        book.keep(record["program"], record)
+        book.keep(record["program"], record, owner)
 
 
 def log_of(tokenizer_manager: Any) -> RecordLog | None:
@@ -58,8 +59,11 @@ def add_record(
         return
     record = records[index][0]
     meta_info["dynasor"] = record
-    _keep(records_of(tokenizer_manager), meta_info["id"], record)
-    note_record(tokenizer_manager, record, state)
+    custom: Any = state.obj.sampling_params["custom_params"]
+    owner = owner_in(custom)
+    _keep(records_of(tokenizer_manager), meta_info["id"], record, owner)
+    keep_claims(tokenizer_manager, owner, meta_info["id"], record["program"], custom["dynasor"])
+    note_record(tokenizer_manager, record, state, owner)
     if (log := log_of(tokenizer_manager)) is not None and log.is_on:
         log.write(line_of(tokenizer_manager, record, meta_info, state))
     if record["program"] == meta_info["id"] and "num_tokens" in record:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_dynasor.engine.flag import has_many_fronts
 from sglang_dynasor.engine.live import tag_of
 from sglang_dynasor.engine.media import check_judge
+from sglang_dynasor.engine.owner import owned
 from sglang_dynasor.engine.validation import CONSTRAINTS, NO_ROOM, check_harmless, check_spec, check_thought
 from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.spec import ProgramSpec, check_greedy, parse_field
@@ -50,8 +51,9 @@ class Gate:
             FieldError: the field is wrong, or cannot be served with the request around it.
         """
         spec = parse_field(field, self.max_branches, level)
-        if not self.is_open:
-            self._check(req, field if isinstance(field, dict) else {}, spec)
+        if self.is_open:
+            return owned(spec, req.sampling_params.custom_params)
+        self._check(req, field if isinstance(field, dict) else {}, spec)
         return spec
 
     def _check(self, req: Req, field: dict[str, Any], spec: ProgramSpec) -> None:

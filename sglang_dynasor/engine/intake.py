@@ -80,7 +80,9 @@ class Intake:
         except FieldError as error:
             self._refuse(req, str(error))
             return
-        if spec.program is not None:
+        if spec.program is not None and (
+            not self.refusal or self.programs.knows(spec)
+        ):  # SGLang counts it in its own queue
             live = self._join(req, spec.program, spec)
         elif self.refusal or self._is_queue_full():
             turn_away(self.scheduler, req, self.refusal or "The request queue is full.")
@@ -144,7 +146,7 @@ class Intake:
         return Program(program_id, spec, usual_tokens=usual_tokens, constraint=constraint_of(req.sampling_params))
 
     def _join(self, req: Req, program_id: str, spec: ProgramSpec) -> LiveProgram:
-        live = self.programs.join(program_id, self._program(program_id, spec, req))
+        live = self.programs.join(self._program(program_id, spec, req))
         program = live.program
         if program.reason is None and len(program.branches) < program.spec.branches:
             set_tag(req, SentTag(live, program.start_branch(), self.sent))

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from sglang_dynasor.engine.flag import config_of
+from sglang_dynasor.engine.owner import owner_in
 from sglang_dynasor.engine.validation import has_field, sampling_of
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.line import VERSION, settings_of
@@ -36,6 +37,8 @@ def line_of(tokenizer_manager: Any, record: dict[str, Any], meta_info: dict[str,
         "settings": _settings(tokenizer_manager, record, state.obj),
         "record": record,
     }
+    if owner := owner_in(state.obj.sampling_params["custom_params"]):
+        line["owner"] = owner
     if config_of(tokenizer_manager.server_args).dynasor_show_texts:
         line["prompt"] = _prompt(tokenizer_manager, state.obj)
     return line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -15,7 +14,6 @@ from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang_dynasor import __version__
 from sglang_dynasor.engine.flag import config_of
 from sglang_dynasor.engine.messages import ask
-from sglang_dynasor.errors import quoted
 from sglang_dynasor.observe.recent import Recent
 from sglang_dynasor.page.files import FOLDER, PAGE, OpenPage, serve_file
 from sglang_dynasor.page.stream import EventStream, event
@@ -31,10 +29,10 @@ def recent_of(tokenizer_manager: Any) -> Recent:
     return tokenizer_manager._dynasor_recent
 
 
-def note_record(tokenizer_manager: Any, record: dict[str, Any], state: Any) -> None:
+def note_record(tokenizer_manager: Any, record: dict[str, Any], state: Any, owner: str) -> None:
     """A record went to its client."""
     latency_s = time.perf_counter() - state.time_stats.created_time
-    recent_of(tokenizer_manager).add(record, time_s=time.time(), latency_s=latency_s)
+    recent_of(tokenizer_manager).add(record, time_s=time.time(), latency_s=latency_s, owner=owner)
 
 
 async def look(tokenizer_manager: Any) -> tuple[bytes, float]:
@@ -61,7 +59,7 @@ async def events(watching: Watching, tokenizer_manager: Any) -> AsyncGenerator[b
 
 
 def add_page(app: FastAPI, manager: Callable[[], Any]) -> None:
-    """The page, its stream, and one program opened. These show everybody's programs, so they want the admin key where there is one.
+    """The page and its stream. It shows everybody's programs, so it wants the admin key where there is one.
 
     Args:
         manager: called for SGLang's tokenizer manager, once there is one.
@@ -77,25 +75,6 @@ def add_page(app: FastAPI, manager: Callable[[], Any]) -> None:
             why = "the server goes down" if watching.is_over() else f"{MOST_VIEWERS} viewers watch already"
             return JSONResponse({"error": why}, status_code=503)
         return EventStream(events(watching, manager()))
-
-    @app.get(f"{PAGE}/opened")
-    @auth_level(AuthLevel.ADMIN_OPTIONAL)
-    async def opened(id: str) -> JSONResponse:
-        has_texts = config_of(manager().server_args).dynasor_show_texts
-        for found in await ask(manager(), "program", id=id, has_texts=has_texts):
-            if found:
-                if has_texts:
-                    found["texts"] = await asyncio.to_thread(texts, manager().tokenizer, **found.pop("tokens"))
-                return JSONResponse(found)
-        return JSONResponse({"error": f"program {quoted(id)} is not in flight"}, status_code=404)
-
-
-def texts(tokenizer: Any, prompt: list[int] | None, branches: dict[str, list[int]]) -> dict[str, Any]:
-    """The ends of a prompt and of what branches have written."""
-    return {
-        "prompt": None if prompt is None else tokenizer.decode(prompt),
-        "branches": {index: tokenizer.decode(tokens) for index, tokens in branches.items()},
-    }
 
 
 def open_page(result: None, app: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_dynasor.engine import validation
 from sglang_dynasor.engine.flag import serves_programs
+from sglang_dynasor.engine.owner import owner_of, with_owner
 from sglang_dynasor.engine.templates import give_templates, with_field
 from sglang_dynasor.engine.validation import has_field
 from sglang_dynasor.errors import FieldError, quoted, spelled
@@ -38,7 +39,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     """Refuse a field that is misspelt, or where nobody reads it (FieldError), before SGLang makes anything of the request.
 
     A body is looked at as its client wrote it: FastAPI, which drops unknown keys, keeps what it has parsed. From here on a
-    request has the settings of its template, and its prompts share its budget.
+    request has the settings of its template and says whose it is, and its prompts share its budget.
     """
     if not serves_programs(tokenizer_manager.server_args) or validation.is_placed(obj):
         return
@@ -59,6 +60,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     give_templates(tokenizer_manager, obj, route, model_of(body))
     if route == "/v1/completions" and body.get("rid") is None:
         _name_prompts(obj)
+    _set_owner(obj, tokenizer_manager.server_args, request)
     if isinstance(obj.sampling_params, list):
         _share_budget(obj)
 
@@ -110,9 +112,39 @@ def model_of(body: Any) -> str:
 
 def _check_rids(obj: Any) -> None:
     """SGLang aborts by prefix of the rid as soon as it knows it: none may be one of the server's own."""
-    for rid in obj.rid if isinstance(obj.rid, list) else [obj.rid]:
-        if isinstance(rid, str) and rid.startswith("\0"):
+    for rid in _rids(obj):
+        if rid.startswith("\0"):
             raise FieldError(f"rid={quoted(rid)} begins with a NUL, as the server's own do; send another, or none")
+
+
+def _rids(obj: Any) -> list[str]:
+    return [rid for rid in (obj.rid if isinstance(obj.rid, list) else [obj.rid]) if isinstance(rid, str)]
+
+
+def _check_names(obj: Any) -> None:
+    """Programs are listed by their rids, in UTF-8, which has no place for half a surrogate pair."""
+    for rid in _rids(obj):
+        try:
+            rid.encode()
+        except UnicodeEncodeError:
+            raise FieldError(
+                f"rid={quoted(rid)} has half a surrogate pair and is no text; send another, or none"
+            ) from None
+
+
+def _set_owner(obj: Any, server_args: Any, request: Any) -> None:
+    """Let the prompts that are programs say whose they are."""
+    params: Any = obj.sampling_params
+    if any(map(has_field, params if isinstance(params, list) else [params])):
+        _check_names(obj)
+        owner = owner_of(server_args, request)
+        obj.sampling_params = [_of(owner, one) for one in params] if isinstance(params, list) else _of(owner, params)
+
+
+def _of(owner: str, params: Any) -> Any:
+    """One prompt's sampling parameters as its owner's."""
+    custom: Any = params["custom_params"] if has_field(params) else None
+    return params if custom is None else params | {"custom_params": with_owner(custom, owner)}
 
 
 def _share_budget(obj: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
@@ -14,9 +15,11 @@ from sglang_dynasor.config import LEVELS, check_level, check_price, check_width
 from sglang_dynasor.engine.flag import config_of, is_off
 from sglang_dynasor.engine.front import log_of, records_of
 from sglang_dynasor.engine.messages import ask
+from sglang_dynasor.engine.owner import is_operator, owner_of
 from sglang_dynasor.engine.page import add_page
 from sglang_dynasor.engine.templates import book_of
 from sglang_dynasor.errors import DynasorError, FieldError, quoted
+from sglang_dynasor.page.files import PAGE
 
 STATES = ("waiting", "running", "done")
 MOST_LISTED = 10_000
@@ -67,31 +70,32 @@ def add_to(app: FastAPI) -> None:
         ]
         return JSONResponse(list(islice(found, int(limit))))
 
-    @app.get("/dynasor/programs/{program_id}")
-    async def program(program_id: str, texts: bool = False) -> JSONResponse:
-        has_texts = texts and config_of(manager().server_args).dynasor_show_texts
-        if texts and not has_texts:
+    # An id may hold a slash.
+    @app.post("/dynasor/programs/{program_id:path}/finish")
+    @operators_only
+    async def finish(program_id: str, owner: str | None = None) -> JSONResponse:
+        return await _do("finish", program_id, owner)
+
+    @app.post("/dynasor/programs/{program_id:path}/cancel")
+    @operators_only
+    async def cancel(program_id: str, owner: str | None = None) -> JSONResponse:
+        return await _do("cancel", program_id, owner)
+
+    @app.get("/dynasor/programs/{program_id:path}")
+    async def program(request: Request, program_id: str, texts: bool = False, owner: str | None = None) -> JSONResponse:
+        if texts:
             return refuse(
-                "texts=true on a server without --dynasor-show-texts; start it with that, or leave texts out", 403
+                f"texts=true is not for clients; the operator reads texts at {PAGE}/opened?id=, with --dynasor-show-texts",
+                403,
             )
-        if (record := records_of(manager()).find(program_id)) is not None and record.get("stop_reason") is not None:
-            return JSONResponse(record)
-        for found in await ask(manager(), "program", id=program_id, has_texts=has_texts):
-            if found:
-                return JSONResponse(found)
-        if record is not None:
-            return JSONResponse(record)
-        return _unknown(program_id)
+        args = manager().server_args
+        own = owner_of(args, request)
+        return await _one(program_id, owner if is_operator(args, request) else own, own)
 
-    @app.post("/dynasor/programs/{program_id}/finish")
+    @app.get(f"{PAGE}/opened")
     @operators_only
-    async def finish(program_id: str) -> JSONResponse:
-        return await _do("finish", program_id)
-
-    @app.post("/dynasor/programs/{program_id}/cancel")
-    @operators_only
-    async def cancel(program_id: str) -> JSONResponse:
-        return await _do("cancel", program_id)
+    async def opened(id: str, owner: str | None = None) -> JSONResponse:
+        return await _one(id, owner, is_opened=True)
 
     @app.get("/dynasor/state")
     @operators_only
@@ -146,9 +150,9 @@ async def _in_flight(state: str) -> list[dict[str, Any]]:
 
 def _done(state: str) -> Iterator[dict[str, Any]]:
     if state in ("", "done"):
-        for record in records_of(manager()).newest():
+        for owner, record in records_of(manager()).newest():
             if record.get("stop_reason") is not None:
-                yield {"id": record["program"], "state": "done", **record}
+                yield {"id": record["program"], "state": "done", "owner": owner or None, **record}
 
 
 def _templates(*, reads: bool) -> JSONResponse:
@@ -164,12 +168,68 @@ def _templates(*, reads: bool) -> JSONResponse:
     return JSONResponse(book.listing())
 
 
-async def _do(what: str, program_id: str) -> JSONResponse:
+async def _one(program_id: str, owner: str | None, own: str | None = None, *, is_opened: bool = False) -> JSONResponse:
+    """A program of this owner's: its record, or how far it is.
+
+    Args:
+        owner: None: whoever's it is, the caller's own first.
+        own: who the caller is; None: nobody who has programs.
+        is_opened: by the operator, who sees texts where they are shown, and of an id that was sent again what is in flight.
+    """
+    try:
+        owner = await _whose(program_id, owner, own)
+    except FieldError as error:
+        return refuse(error, 409)
+    record = records_of(manager()).find(program_id, owner)
+    if not is_opened and record is not None and record.get("stop_reason") is not None:
+        return JSONResponse(record)
+    has_texts = is_opened and config_of(manager().server_args).dynasor_show_texts
+    for found in await ask(manager(), "program", id=program_id, owner=owner, has_texts=has_texts):
+        if found:
+            if has_texts:
+                found["texts"] = await asyncio.to_thread(_texts, manager().tokenizer, **found.pop("tokens"))
+            return JSONResponse(found)
+    return _unknown(program_id) if record is None else JSONResponse(record)
+
+
+def _texts(tokenizer: Any, prompt: list[int] | None, branches: dict[str, list[int]]) -> dict[str, Any]:
+    """The ends of a prompt and of what branches have written."""
+    return {
+        "prompt": None if prompt is None else tokenizer.decode(prompt),
+        "branches": {index: tokenizer.decode(tokens) for index, tokens in branches.items()},
+    }
+
+
+async def _whose(program_id: str, owner: str | None, own: str | None = None) -> str:
+    """The owner of a program; where the operator names it by its id alone, who has one, the operator first.
+
+    Raises:
+        FieldError: several have.
+    """
+    if owner is not None:
+        return owner
+    owners = set(records_of(manager()).owners_of(program_id))
+    for answer in await ask(manager(), "whose", id=program_id):
+        owners.update(answer.get("owners", []))
+    if own in owners:
+        return own
+    if len(owners) > 1:
+        raise FieldError(
+            f"program {quoted(program_id)} is there of {len(owners)} owners; add owner=, as /dynasor/programs lists them"
+        )
+    return owners.pop() if owners else ""
+
+
+async def _do(what: str, program_id: str, owner: str | None) -> JSONResponse:
     """Let whichever scheduler has the program do it."""
-    answers = await ask(manager(), what, id=program_id)
+    try:
+        owner = await _whose(program_id, owner)
+    except FieldError as error:
+        return refuse(error, 409)
+    answers = await ask(manager(), what, id=program_id, owner=owner)
     if any(answer.get("is_done") for answer in answers):
         return JSONResponse({"id": program_id, what: True})
-    if records_of(manager()).find(program_id) is not None:
+    if records_of(manager()).find(program_id, owner) is not None:
         return refuse(
             f"program {quoted(program_id)} has been decided already; its record is at /dynasor/programs/", 409
         )

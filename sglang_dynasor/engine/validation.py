@@ -15,13 +15,14 @@ import numpy as np
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_exec, get_memory, get_serving
 
+from sglang_dynasor.engine.books import budgets_of
 from sglang_dynasor.engine.comparing import same_tokens
 from sglang_dynasor.engine.flag import config_of, serves_programs
 from sglang_dynasor.engine.judge import judge_tokens
 from sglang_dynasor.engine.media import INPUTS, check_judge
+from sglang_dynasor.engine.owner import owned
 from sglang_dynasor.engine.probe import thought_tokens
 from sglang_dynasor.errors import FieldError, quoted
-from sglang_dynasor.observe.ledger import BudgetBook
 from sglang_dynasor.policy.spec import JudgeSpec, ProgramSpec, check_greedy, parse_field
 from sglang_dynasor.symbolic import check_installed
 
@@ -36,13 +37,6 @@ CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")  # of a grammar
 MOST_TOP_K = 2**31 - 1
 
 NO_ROOM = "max_new_tokens=0 with dynasor leaves no room for an answer; send at least 1"
-
-
-def budgets_of(tokenizer_manager: Any) -> BudgetBook:
-    """The budgets that were declared, and how long branches are here."""
-    if not hasattr(tokenizer_manager, "_dynasor_budgets"):
-        tokenizer_manager._dynasor_budgets = BudgetBook()
-    return tokenizer_manager._dynasor_budgets
 
 
 def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int]) -> None:
@@ -119,7 +113,7 @@ def check_program(obj: Any, params: dict[str, Any], tokenizer_manager: Any) -> d
     """
     config = config_of(tokenizer_manager.server_args)
     field, sampling = params["custom_params"]["dynasor"], sampling_of(params, tokenizer_manager)
-    spec = parse_field(field, config.dynasor_max_branches, config.dynasor_level)
+    spec = owned(parse_field(field, config.dynasor_max_branches, config.dynasor_level), params["custom_params"])
     if (params.get("beam_width") or 1) != 1:
         raise FieldError(
             f"beam_width={quoted(params['beam_width'])} with dynasor is not supported; leave out one of the two"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
 from sglang_dynasor.errors import FieldError, quoted
+from sglang_dynasor.observe.claims import Claims
 from sglang_dynasor.observe.savings import saved_branches
+from sglang_dynasor.observe.shelf import Shelf
 from sglang_dynasor.policy.budget_spec import BudgetSpec
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.spec import ProgramSpec
@@ -89,77 +90,88 @@ class Totals:
 
 
 class RecordBook:
-    """The newest `size` records, found by request id or program id; older ones are forgotten."""
+    """The newest `size` records, found by owner and by request id or program id; older ones are forgotten (shelf.py says whose)."""
 
     def __init__(self, size: int = 10_000):
         self.size = size
-        self._records: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._records: Shelf[dict[str, Any]] = Shelf(size)
 
-    def keep(self, key: str, record: dict[str, Any]) -> None:
+    def keep(self, key: str, record: dict[str, Any], owner: str = "") -> None:
         """Store `record` under `key`, as the newest."""
-        self._records[key] = record
-        self._records.move_to_end(key)
-        while len(self._records) > self.size:
-            self._records.popitem(last=False)
+        self._records.keep(owner, key, record)
 
-    def find(self, key: str) -> dict[str, Any] | None:
-        return self._records.get(key)
+    def find(self, key: str, owner: str = "") -> dict[str, Any] | None:
+        return self._records.find(owner, key)
 
-    def newest(self) -> Iterator[dict[str, Any]]:
-        """Each record once, the newest first: of a client's own branches the latest, which tells the most."""
-        programs: set[str] = set()
-        for record in reversed(self._records.values()):
-            if record["program"] not in programs:
-                programs.add(record["program"])
-                yield record
+    def owners_of(self, key: str) -> list[str]:
+        """Who has a record under this key."""
+        return self._records.owners_of(key)
+
+    def newest(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each record once after its owner, the newest first: of a client's own branches the latest, which tells the most."""
+        programs: set[tuple[str, str]] = set()
+        for owner, record in self._records.newest():
+            if (owner, record["program"]) not in programs:
+                programs.add((owner, record["program"]))
+                yield owner, record
 
     def __len__(self) -> int:
         return len(self._records)
 
 
-class Owners:
-    """Whose the ids are that clients name programs by, rids and program ids alike: of the newest `size`, the field that claimed each."""
+class IdBook:
+    """The ids that clients name programs by, rids and program ids alike, each with the program that was asked for under it.
 
-    def __init__(self, size: int = 10_000):
-        self.size = size
-        self._specs: OrderedDict[str, ProgramSpec] = OrderedDict()
+    Every owner has ids of their own. Within one owner they are kept apart by tenant.
+
+    Args:
+        under_way: what SGLang holds of the request of a rid; None where it is over.
+    """
+
+    def __init__(self, under_way: Callable[[str], Any], size: int = 10_000):
+        self._claims: Claims[ProgramSpec] = Claims(under_way, size)
 
     def claim(self, rid: str, spec: ProgramSpec, records: RecordBook) -> None:
         """Take note of a program, or of a branch that a client sends.
 
         Raises:
-            FieldError: an id is another tenant's, in flight or with a record; or the program was declared with other settings.
-                Then nothing is taken note of.
+            FieldError: an id is another tenant's of the same owner, in flight or with a record; or the program was declared with
+                other settings. Then nothing is taken note of.
         """
         ids = {"rid": rid, "dynasor.program": spec.program}
         for key, id in ids.items():
             if id is None:
                 continue
-            first, record = self._specs.get(id), records.find(id)
-            tenants = [first.tenant] if first is not None else []
-            tenants += [record.get("tenant", "")] if record is not None else []
+            tenants = [first.tenant for first in self._claims.holding(spec.owner, id)]
+            if (record := records.find(id, spec.owner)) is not None:
+                tenants.append(record.get("tenant", ""))
             if any(tenant != spec.tenant for tenant in tenants):
                 raise FieldError(f"{key}={quoted(id)} is another tenant's; send an id of your own")
-        first = None if spec.program is None else self._specs.get(spec.program)
-        if first is not None and first.program is not None and first != spec:
+        declared = [] if spec.program is None else self._claims.holding(spec.owner, spec.program)
+        if any(first.program is not None and first != spec for first in declared):
             raise FieldError(
                 f"dynasor.program={quoted(spec.program)} was declared with other settings; send the same with each of its branches, "
                 "or another id"
             )
-        for id in filter(None, ids.values()):
-            self._specs[id] = spec
-            self._specs.move_to_end(id)
-        while len(self._specs) > self.size:
-            self._specs.popitem(last=False)
+        for id in filter(None, dict.fromkeys(ids.values())):
+            self._claims.take(spec.owner, id, spec, rid)
+
+    def keep(self, rid: str, program_id: str, owner: str) -> None:
+        """A record came of the request of a rid, under its program's id: both ids stay taken."""
+        for id in dict.fromkeys((rid, program_id)):
+            self._claims.keep(owner, id, rid)
 
 
 class BudgetBook:
-    """The newest `size` budgets that several requests share, and what a branch usually takes on this server."""
+    """The newest `size` budgets that several requests of one owner share, and what a branch usually takes on this server.
 
-    def __init__(self, size: int = 10_000):
-        self.size = size
+    Args:
+        under_way: what SGLang holds of the request of a rid; None where it is over.
+    """
+
+    def __init__(self, under_way: Callable[[str], Any], size: int = 10_000):
         self.branch_tokens = Mean(0.0)
-        self._declared: OrderedDict[str, tuple[str, BudgetSpec]] = OrderedDict()
+        self._claims: Claims[tuple[str, BudgetSpec]] = Claims(under_way, size)
 
     def learn(self, record: dict[str, Any]) -> None:
         """Take in the lengths of an answered program's branches that came to their own end."""
@@ -167,15 +179,16 @@ class BudgetBook:
             if reason in ("stop", "length"):
                 self.branch_tokens.learn(num_tokens)
 
-    def claim(self, spec: ProgramSpec, most_tokens: Any) -> None:
+    def claim(self, rid: str, spec: ProgramSpec, most_tokens: Any) -> None:
         """Take note of a program's budget, as `check` allows it."""
         self.check(spec, most_tokens)
         budget = spec.budget
         if budget is not None and budget.id:
-            self._declared[budget.id] = spec.tenant, budget
-            self._declared.move_to_end(budget.id)
-            while len(self._declared) > self.size:
-                self._declared.popitem(last=False)
+            self._claims.take(spec.owner, budget.id, (spec.tenant, budget), rid)
+
+    def keep(self, rid: str, budget_id: str, owner: str) -> None:
+        """A record came of the request of a rid: its budget stays as it was declared."""
+        self._claims.keep(owner, budget_id, rid)
 
     def check(self, spec: ProgramSpec, most_tokens: Any) -> None:
         """Whether a program may have its budget.
@@ -184,21 +197,21 @@ class BudgetBook:
             most_tokens: that a branch of it may take; what is no number bounds nothing.
 
         Raises:
-            FieldError: another tenant's, one that was declared with other settings, or one that cannot pay for one branch of each
-                program, as long as branches are here.
+            FieldError: another tenant's of the same owner, one that was declared with other settings, or one that cannot pay for one
+                branch of each program, as long as branches are here.
         """
         budget = spec.budget
         assert budget is not None
-        declared = (spec.tenant, budget)
-        first = self._declared.get(budget.id, declared) if budget.id else declared
-        if first[0] != spec.tenant:
-            raise FieldError(f"dynasor.budget={quoted(budget.id)} is another tenant's; send an id of your own")
-        if first != declared:
-            raise FieldError(
-                f"dynasor.budget={quoted(budget.id)} was declared with budget_tokens={first[1].tokens} and "
-                f"budget_programs={first[1].num_programs}; send the same with each of its programs, or another id"
-            )
-        if budget.id not in self._declared:
+        declared = self._claims.holding(spec.owner, budget.id) if budget.id else []
+        for tenant, first in declared:
+            if tenant != spec.tenant:
+                raise FieldError(f"dynasor.budget={quoted(budget.id)} is another tenant's; send an id of your own")
+            if first != budget:
+                raise FieldError(
+                    f"dynasor.budget={quoted(budget.id)} was declared with budget_tokens={first.tokens} and "
+                    f"budget_programs={first.num_programs}; send the same with each of its programs, or another id"
+                )
+        if not declared:
             self._check_size(budget, most_tokens)
 
     def _check_size(self, budget: BudgetSpec, most_tokens: Any) -> None:

@@ -32,18 +32,20 @@ class Recent:
 
     def __init__(self, size: int = NEWEST):
         self.size = size
-        self._newest: OrderedDict[str, tuple[int, dict[str, Any]]] = OrderedDict()  # by program: its number, its row
+        # By owner and program: its number, its row.
+        self._newest: OrderedDict[tuple[str, str], tuple[int, dict[str, Any]]] = OrderedDict()
         self._num = 0
         self._sums: dict[tuple[str, str], Sum] = {}
         self._tenants: set[str] = set()
 
-    def add(self, record: dict[str, Any], *, time_s: float, latency_s: float) -> None:
+    def add(self, record: dict[str, Any], *, time_s: float, latency_s: float, owner: str = "") -> None:
         """Take in the record of a program that was answered. One of the client's own branches tells again of its program."""
         self._num += 1
         saved = saved_tokens(record)
-        row = {**record, "time_s": time_s, "latency_s": latency_s, "num_saved_tokens": saved}
-        self._newest[record["program"]] = self._num, row
-        self._newest.move_to_end(record["program"])
+        row = {**record, "time_s": time_s, "latency_s": latency_s, "num_saved_tokens": saved, "owner": owner or None}
+        key = owner, record["program"]
+        self._newest[key] = self._num, row
+        self._newest.move_to_end(key)
         while len(self._newest) > self.size:
             self._newest.popitem(last=False)
         if "num_tokens" in record and "index" not in record:

@@ -155,7 +155,7 @@ def dashboard_app(servers: list[Server]) -> Starlette:
         server = next((server for server in servers if str(server.number) == number), None)
         if server is None:
             return JSONResponse({"error": f"server={number!r} is none of 0 to {len(servers) - 1}"}, 404)
-        asked = {"id": request.query_params.get("id", "")}
+        asked = {key: request.query_params[key] for key in ("id", "owner") if key in request.query_params}
         try:
             async with httpx.AsyncClient(timeout=TIMEOUT) as client:
                 found = await client.get(f"{server.url}{PAGE}/opened", params=asked, headers=server.headers)

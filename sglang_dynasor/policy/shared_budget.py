@@ -175,17 +175,23 @@ class SharedBudgets:
     """The budgets of one engine."""
 
     def __init__(self) -> None:
-        self.by_id: OrderedDict[str, SharedBudget] = OrderedDict()  # the longest unused first
+        # By the owner who sends the programs, and the id that they gave; the longest unused first.
+        self.by_id: OrderedDict[tuple[str, str], SharedBudget] = OrderedDict()
         self.due: dict[SharedBudget, None] = {}
 
     def join(self, spec: BudgetSpec, program: Program, owner: Any, most_tokens: int) -> None:
         """A program has come that says so of its budget."""
-        budget = self.by_id.get(spec.id)
+        key = program.spec.owner, spec.id
+        budget = self.by_id.get(key)
+        is_another = budget is not None and (budget.tokens, budget.num_programs) != (spec.tokens, spec.num_programs)
+        if budget is not None and is_another and not budget.members:  # nobody was told of it: it may be declared anew
+            self.due.pop(budget, None)
+            budget = None
         if budget is None:
             budget = SharedBudget(spec.tokens, spec.num_programs, self.due)
         if spec.id:
-            self.by_id[spec.id] = budget
-            self.by_id.move_to_end(spec.id)
+            self.by_id[key] = budget
+            self.by_id.move_to_end(key)
             self._forget()
         budget.join(program, owner, most_tokens)
 
@@ -197,8 +203,8 @@ class SharedBudgets:
         budget.leave(program.budget_number)
         if budget.is_over:
             self.due.pop(budget, None)
-            if self.by_id.get(spec.id) is budget:
-                del self.by_id[spec.id]
+            if self.by_id.get(key := (program.spec.owner, spec.id)) is budget:
+                del self.by_id[key]
 
     def _forget(self) -> None:
         if len(self.by_id) > MOST_BUDGETS:

@@ -133,6 +133,7 @@ class ProgramSpec:
     equal: str = "math"
     budget: BudgetSpec | None = None
     template: str = ""  # whose settings these are, as NAME@VERSION
+    owner: str = ""  # who sent the request, as the front process names them; nothing of the field
 
     @property
     def about(self) -> AlgorithmRecord:

@@ -186,7 +186,7 @@ export class Opened {
     if (!isLive || now - this.asked < MORE_MS) return;
     this.asked = now;
     const key = this.key;
-    const query = new URLSearchParams({ id: live.data.id, server: server.id });
+    const query = new URLSearchParams({ id: live.data.id, owner: live.data.owner ?? "", server: server.id });
     try {
       const response = await fetch(`dynasor/opened?${query}`, { headers: this.feed.headers(), cache: "no-store" });
       if (!response.ok) return;

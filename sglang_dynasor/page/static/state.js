@@ -38,7 +38,7 @@ export class State {
     const seen = new Map();
     for (const scheduler of frame.schedulers)
       for (const data of scheduler.programs) {
-        const key = `${server.id}\n${data.id}`;
+        const key = keyOf(server, data.owner, data.id);
         const known = server.programs.get(key) ?? { key, server, rank: scheduler.rank, history: [], firstSeen: frame.time_s };
         known.data = data;
         known.leader = data.votes.length ? data.votes[0][0] : undefined;
@@ -59,7 +59,7 @@ export class State {
 
   finish(server, rows) {
     for (const row of rows) {
-      const key = `${server.id}\n${row.program}`;
+      const key = keyOf(server, row.owner, row.program);
       this.finished.delete(key); // the newest last
       this.finished.set(key, { key, server, ...row, program: row.program });
     }
@@ -75,6 +75,11 @@ export class State {
     for (const server of this.servers.values()) if (server.programs.has(key)) return server.programs.get(key);
     return this.ended.get(key) ?? null;
   }
+}
+
+// Two owners may call their programs the same.
+function keyOf(server, owner, id) {
+  return `${server.id}\n${owner ?? ""}\n${id}`;
 }
 
 function push(list, moment) {
