@@ -121,22 +121,22 @@ def test_a_key_meant_for_a_program_that_has_ended_is_no_other_s(monkeypatch: pyt
     window = SimpleNamespace(
         erase=lambda: None, getmaxyx=lambda: (30, 160), addnstr=lambda *args: None, timeout=lambda ms: None
     )
-    there, posted = ["a", "b"], list[str]()
+    there, posted = [("a", "x"), ("b", None)], list[str]()
     state = [{"programs": []}]
     monkeypatch.setattr(top, "state_of", lambda operator: state)
     monkeypatch.setattr(top, "summary", lambda state: [])
-    monkeypatch.setattr(top, "programs_of", lambda state: [{**PROGRAM, "id": id} for id in there])
+    monkeypatch.setattr(top, "programs_of", lambda state: [{**PROGRAM, "id": id, "owner": owner} for id, owner in there])
     screen = top._Screen(SimpleNamespace(post=posted.append))  # type: ignore[arg-type]
 
     def press(key: str) -> bool:
-        return screen._obey(ord(key), [program["id"] for program in screen._draw(window)])
+        return screen._obey(ord(key), list(map(top._name, screen._draw(window))))
 
     assert all(press(key) for key in "cfk")
-    assert screen.marked == "a"
+    assert screen.marked == ("a", "x")
     assert all(press(key) for key in "jc")
-    there.remove("b")
+    there.pop()
     assert all(press(key) for key in "cf")
-    assert posted == ["/dynasor/programs/b/cancel"]
+    assert posted == ["/dynasor/programs/b/cancel?owner="]
     assert not press("q")
 
 

@@ -14,7 +14,7 @@ import pytest
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine.front import records_of
 from sglang_dynasor.errors import ConfigError
-from sglang_dynasor.observe.ledger import Owners
+from sglang_dynasor.observe.ledger import IdBook
 from sglang_dynasor.observe.line import LINE_HELP, settings_of
 from sglang_dynasor.observe.log import MOST_UNWRITTEN, NUM_OLDER, RecordLog
 from sglang_dynasor.policy.program import Program
@@ -217,7 +217,7 @@ def test_an_odd_line_stops_no_start(tmp_path: Path, odd: str) -> None:
     path = tmp_path / "log"
     path.write_text("\n".join([json.dumps(record("a")), odd, json.dumps(record("b")), ""]))
     book = records_of(front(path))
-    assert [found["program"] for found in book.newest()] == ["b", "a"]
+    assert [(owner, found["program"]) for owner, found in book.newest()] == [("", "b"), ("", "a")]
     json.dumps(list(book.newest()), allow_nan=False, ensure_ascii=False).encode()
 
 
@@ -232,7 +232,16 @@ def test_a_program_is_found_by_both_of_its_ids_after_a_restart(tmp_path: Path) -
     assert len(list(book.newest())) == 1
     theirs = parse_field({"program": "mine", "tenant": "other"}, 64)
     with pytest.raises(ValueError, match="is another tenant's"):
-        Owners().claim("r9", theirs, book)
+        IdBook(lambda rid: None).claim("r9", theirs, book)
+
+
+def test_records_stay_their_owner_s_after_a_restart(tmp_path: Path) -> None:
+    """Two may have given one id."""
+    path = tmp_path / "log"
+    lines = [{"id": "r", "owner": owner, "record": {"program": "mine", "index": i}} for i, owner in enumerate("ab")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    book = records_of(front(path))
+    assert [(book.find("mine", owner) or {}).get("index") for owner in ("a", "b", "")] == [0, 1, None]
 
 
 def test_lines_without_a_version_are_read(tmp_path: Path) -> None:

@@ -370,7 +370,8 @@ def test_a_record_is_its_owner_s_also_after_a_restart(tmp_path: Path) -> None:
         custom = with_owner({"dynasor": {"program": "p"}}, owner)
         state.obj = SimpleNamespace(sampling_params={"custom_params": custom})
         record = {"program": "p", "stop_reason": "failed", "of": owner}
-        front.add_record(lambda *args: None, manager, {"id": "r"}, state, {"dynasor": [[record]]}, 0, None)
+        meta_info = {"id": "r", "prompt_tokens": 3, "completion_tokens": 1}
+        front.add_record(lambda *args: None, manager, meta_info, state, {"dynasor": [[record]]}, 0, None)
     front.log_of(manager).flush()  # type: ignore[union-attr]
     assert [line.get("owner") for line in RecordLog(tmp_path / "log").newest(10)] == [ALICE, BOB, None]
     for book in (front.records_of(manager), front.records_of(front_process(tmp_path))):
