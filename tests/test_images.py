@@ -291,6 +291,27 @@ def test_several_pictures(engine: Any) -> None:
 
 
 @pytest.mark.engine
+def test_a_video(engine: Any) -> None:
+    """As Hugging Face's processor leaves one, of four frames: SGLang needs no decoder for it."""
+    patches = torch.randn(2 * 4 * 4, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(1))
+    video = {
+        "format": "processor_output",
+        "modality": "VIDEO",
+        "pixel_values_videos": patches,
+        "video_grid_thw": torch.tensor([[2, 4, 4]]),
+    }
+    text = f"<|vision_start|>{'<|video_pad|>' * 8}<|vision_end|>{prompt(QUESTIONS[0].text)}"
+    ids = engine.tokenizer_manager.tokenizer.encode(text)
+    out = engine.generate(input_ids=ids, sampling_params=params(branches=3, stop="never"), video_data=[video])
+    plain = [
+        engine.generate(input_ids=ids, sampling_params=params(branch_seed(7, i)), video_data=[video]) for i in range(3)
+    ]
+    assert out["text"] == plain[record_of(out)["branch"]]["text"]
+    assert record_of(out)["branch_tokens"] == [one["meta_info"]["completion_tokens"] for one in plain]
+    assert out["meta_info"]["video_tokens"] == 8
+
+
+@pytest.mark.engine
 def test_a_judge_sees_the_picture(engine: Any) -> None:
     """It gives what a plain request gives that asks the same after the same picture and text."""
     tokenizer = engine.tokenizer_manager.tokenizer

@@ -31,6 +31,8 @@ OBJECTS = {
     "batch": f"{_MANAGERS}.schedule_batch.ScheduleBatch",
     "running_batch": f"{_MANAGERS}.schedule_batch.ScheduleBatch",
     "kv": f"{_MANAGERS}.schedule_batch.ReqKvInfo",
+    "inputs": f"{_MANAGERS}.schedule_batch.MultimodalInputs",
+    "item": f"{_MANAGERS}.schedule_batch.MultimodalDataItem",
     "time_stats": "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats",
     "sampling_params": "sglang.srt.sampling.sampling_params.SamplingParams",
     "tree_cache": "sglang.srt.mem_cache.base_prefix_cache.BasePrefixCache",
