@@ -55,6 +55,14 @@ def test_of_a_long_log_the_end_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     assert RecordLog(Path("/dev/zero")).newest(100) == []
 
 
+def test_a_file_full_of_nothing_is_not_searched(tmp_path: Path) -> None:
+    """Nobody waits for it at the start."""
+    (tmp_path / "log").write_bytes(json.dumps(record("a")).encode() + b"\n" * (1 << 22))
+    started = time.process_time()
+    assert RecordLog(tmp_path / "log").newest(100) == []
+    assert time.process_time() - started < 2
+
+
 def test_nothing_is_logged_while_it_is_off(tmp_path: Path) -> None:
     log = RecordLog(tmp_path / "log")
     log.is_on = False
