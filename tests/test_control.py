@@ -125,7 +125,9 @@ def test_a_key_meant_for_a_program_that_has_ended_is_no_other_s(monkeypatch: pyt
     state = [{"programs": []}]
     monkeypatch.setattr(top, "state_of", lambda operator: state)
     monkeypatch.setattr(top, "summary", lambda state: [])
-    monkeypatch.setattr(top, "programs_of", lambda state: [{**PROGRAM, "id": id, "owner": owner} for id, owner in there])
+    monkeypatch.setattr(
+        top, "programs_of", lambda state: [{**PROGRAM, "id": id, "owner": owner} for id, owner in there]
+    )
     screen = top._Screen(SimpleNamespace(post=posted.append))  # type: ignore[arg-type]
 
     def press(key: str) -> bool:

@@ -359,6 +359,7 @@ def front_process(tmp_path: Path, **config: Any) -> Any:
         server_args=SimpleNamespace(_dynasor=given, tokenizer_worker_num=1),
         rid_to_state={},
         preferred_sampling_params=None,
+        served_model_name="m",
     )
 
 
