@@ -58,7 +58,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     if (field := carried(request)) is not None:
         _put(obj, field)
     give_templates(tokenizer_manager, obj, route, model_of(body))
-    if route == "/v1/completions" and body.get("rid") is None:
+    if route == "/v1/completions" and isinstance(body, dict) and body.get("rid") is None:
         _name_prompts(obj)
     _set_owner(obj, tokenizer_manager.server_args, request)
     if isinstance(obj.sampling_params, list):
