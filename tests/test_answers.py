@@ -390,6 +390,9 @@ def test_json_of_many_brackets_is_read_in_bounded_time() -> None:
         ("Answer:\n- 5", "5"),
         ("Answer: 1. Paris", "1. Paris"),
         ("Answer: 42. Hope this helps", "42"),
+        ("Answer: 42. QED", "42"),
+        ("Answer: 7. Cheers", "7"),
+        ("Answer: 12. Twelve", "12"),
         ("Answer: 42. I hope it is correct.", "42"),
         # A sign and a command below a mark are part of the value.
         ("Answer:\n-5", "-5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import curses
 import json
 import os
@@ -25,6 +26,8 @@ from questions import held_out, prompt
 from server import Server
 
 from sglang_dynasor import top
+from sglang_dynasor.config import DynasorConfig
+from sglang_dynasor.engine import routes
 from sglang_dynasor.engine.routes import check_query, check_settings
 from sglang_dynasor.errors import ConfigError, DynasorError, FieldError
 from sglang_dynasor.observe.entry import ANSWERED, entry_of
@@ -159,6 +162,30 @@ def test_a_letter_that_does_not_fit_ends_no_terminal() -> None:
         raise curses.error("ERR")
 
     top._put(SimpleNamespace(getmaxyx=lambda: (1, 9), addnstr=full), 0, "\u4e2d" * 9)
+
+
+# A scheduler that has stepped aside
+
+
+@pytest.mark.parametrize("answer", [{"off": "it has stepped aside"}, {"error": "RuntimeError in the scheduler"}])
+def test_who_has_stepped_aside_knows_no_programs(answer: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator is told why, a client what it is always told; a record that is there is found."""
+
+    async def asked(*args: Any, **arguments: Any) -> list[dict[str, Any]]:
+        return [{} if args[1] == "whose" else answer]
+
+    book = RecordBook()
+    book.keep("mine", {"program": "mine", "index": 0})
+    monkeypatch.setattr(
+        routes,
+        "manager",
+        lambda: SimpleNamespace(server_args=SimpleNamespace(_dynasor=DynasorConfig(dynasor_show_texts=True))),
+    )
+    monkeypatch.setattr(routes, "records_of", lambda manager: book)
+    monkeypatch.setattr(routes, "ask", asked)
+    assert asyncio.run(routes._one("x", "", is_opened=True)).status_code == 503
+    assert asyncio.run(routes._one("x", "")).status_code == 404
+    assert asyncio.run(routes._one("mine", "")).status_code == 200
 
 
 engine = pytest.mark.engine

@@ -192,6 +192,10 @@ def test_an_answer_is_complete_when_it_has_ended(lead: str, text: str, extractor
         ("number", "42. Let me double-check: 40 + 2", "42"),
         ("number", "5 + 3 = 8.", "8"),
         ("number", "42 - 40 is 2 m", "2"),
+        ("number", "2 x 3 = 6.", "6"),
+        ("number", "12 mod 5 = 2.", "2"),
+        ("number", "5 x ", None),  # more may come
+        ("number", "5 xylophones, 2 drums", "5"),
         ("number", "-5\n", "-5"),
         ("number", "5\n- 3", "5"),
         ("number", "$1,250$ because of 3", "1,250"),

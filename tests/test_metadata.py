@@ -50,7 +50,9 @@ def test_a_field_is_found(metadata: Any, field: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", " ", "{", '{"branches": }', "[]", "[1]", '"self_consistency"', "branches = 3", "{}{}", "\0", "[" * 100_000, "9" * 5000 + "."]
+    "text", ["", " ", "{", '{"branches": }', "[]", "[1]", '"self_consistency"', "branches = 3", "{}{}", "\0", "[" * 100_000, "9" * 5000 + ".",
+             '{"budget_tokens": 1' + "0" * 400 + "}", '{"budget_tokens": 18446744073709551616}', '{"deadline_s": NaN}', '{"deadline_s": Infinity}',
+             '{"judge_suffix": "\\ud800"}', '{"a": [{"\\udfff": 1}]}']
 )  # fmt: skip
 def test_a_text_that_is_neither_a_name_nor_an_object_is_refused(text: str) -> None:
     """With what may be sent, and not with a megabyte of it."""
@@ -61,9 +63,13 @@ def test_a_text_that_is_neither_a_name_nor_an_object_is_refused(text: str) -> No
     assert len(str(error.value)) < 500
 
 
-@given(st.dictionaries(st.text(), st.none() | st.text() | st.integers() | st.dictionaries(st.text(), st.text())))
+@given(
+    st.dictionaries(
+        st.text(), st.none() | st.text() | st.integers(-(2**63), 2**64 - 1) | st.dictionaries(st.text(), st.text())
+    )
+)
 def test_any_metadata_can_be_read(metadata: Any) -> None:
-    """What is found is what was sent, or it is a FieldError."""
+    """What is found is what was sent. Numbers are those that JSON bodies may have."""
     assert field_in({**metadata, "dynasor": json.dumps(metadata)}) == metadata
 
 

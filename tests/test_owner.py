@@ -21,6 +21,7 @@ from sglang_dynasor.engine.ends import failed_record
 from sglang_dynasor.engine.owner import KEY, is_operator, owned, owner_in, owner_of, with_owner
 from sglang_dynasor.engine.programs import Programs
 from sglang_dynasor.engine.slots import Slots
+from sglang_dynasor.engine.templates import with_field
 from sglang_dynasor.errors import ConfigError, FieldError
 from sglang_dynasor.observe.claims import Claims
 from sglang_dynasor.observe.ledger import BudgetBook, IdBook, RecordBook
@@ -141,6 +142,29 @@ def placed(params: Any, *headers: tuple[str, str], **more: Any) -> Any:
 
 
 KEYED = ("Authorization", "Bearer secret")
+
+
+def test_a_fault_of_ours_names_no_owner_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang goes on with the request as it is then: nobody's."""
+    program = {"custom_params": {"dynasor": {"branches": 2}, KEY: "forged"}}
+    for where in ("_misplaced", "give_templates", "owner_of"):
+        obj = GenerateReqInput(text="Q", sampling_params=program)
+        obj.normalize_batch_and_arguments()
+        with monkeypatch.context() as patched:
+            patched.setattr(place, where, lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                place.check_place(SimpleNamespace(server_args=args()), obj, request(KEYED, body={}))
+        assert obj.sampling_params["custom_params"] == {"dynasor": {"branches": 2}}
+    assert with_field({"custom_params": {KEY: "forged"}}, {"branches": 2})["custom_params"] == {
+        "dynasor": {"branches": 2}
+    }
+
+
+def test_headers_of_another_server_of_sglang_s_are_read() -> None:
+    """Its gRPC server's have no lists."""
+    told = SimpleNamespace(headers=SimpleNamespace(get=lambda name, default=None: {"x-user": "a"}.get(name, default)))
+    assert owner_of(args("x-user"), told) == owner_of(args("x-user"), request(("x-user", "a")))
+    assert owner_of(args("x-other"), told) == ""
 
 
 def test_each_program_of_a_request_has_its_owner() -> None:
@@ -324,6 +348,17 @@ def test_a_branch_that_is_refused_leaves_the_others_their_program() -> None:
         ids.claim(under_way.begin("3"), spec_of(program="p", branches=5), records)
 
 
+def test_a_rid_that_is_sent_again_and_again_holds_one_thing() -> None:
+    """With other settings each time, and a record each time."""
+    under_way = Requests()
+    book: Claims[int] = Claims(under_way.get)
+    for number in range(100):
+        book.take("", "session", number, under_way.begin("session"))
+        book.keep("", "session", "session")
+        under_way.clear()
+        assert book.holding("", "session") == [number]
+
+
 @pytest.mark.parametrize("goes_on", [True, False])
 def test_requests_that_are_over_do_not_gather(goes_on: bool) -> None:
     """A client that tries again and again while it is refused, with one that goes on and without."""
@@ -378,6 +413,30 @@ def test_a_record_is_its_owner_s_also_after_a_restart(tmp_path: Path) -> None:
     for book in (front.records_of(manager), front.records_of(front_process(tmp_path))):
         assert [book.find("r", owner)["of"] for owner in (ALICE, BOB, "")] == [ALICE, BOB, ""]  # type: ignore[index]
         assert book.find("r", "carol") is None
+
+
+def test_a_record_is_kept_whatever_the_request_says_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its field may come from --preferred-sampling-params; and where the log's line fails the record and the usage are told."""
+    manager = front_process(tmp_path)
+    state = SimpleNamespace(
+        time_stats=SimpleNamespace(created_time=time.perf_counter()), obj=SimpleNamespace(sampling_params={})
+    )
+    meta_info = {"id": "p", "prompt_tokens": 3, "completion_tokens": 1, "cached_tokens": 0}
+    record = {
+        "program": "p",
+        "algorithm": "self_consistency",
+        "num_tokens": 20,
+        "num_cached_tokens": 0,
+        "branch_tokens": [20],
+        "finish_reasons": ["stop"],
+        "stop_reason": "certain",
+        "num_branches": 1,
+        "cap": 2,
+    }
+    monkeypatch.setattr(front, "line_of", lambda *args: 1 / 0)
+    front.add_record(lambda *args: None, manager, meta_info, state, {"dynasor": [[record]]}, 0, None)
+    assert meta_info["completion_tokens"] == 20
+    assert front.records_of(manager).find("p") == record
 
 
 def test_a_request_claims_for_its_owner(tmp_path: Path) -> None:

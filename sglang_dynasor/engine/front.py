@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_dynasor.engine.books import budgets_of, keep_claims
+from sglang_dynasor.engine.fence import guarded
 from sglang_dynasor.engine.flag import config_of, has_many_fronts, serves_programs
 from sglang_dynasor.engine.logged import line_of
 from sglang_dynasor.engine.owner import owner_in
@@ -59,13 +60,19 @@ def add_record(
         return
     record = records[index][0]
     meta_info["dynasor"] = record
-    custom: Any = state.obj.sampling_params["custom_params"]
+    custom: Any = (
+        state.obj.sampling_params.get("custom_params") or {}
+    )  # none where --preferred-sampling-params has the field
     owner = owner_in(custom)
     _keep(records_of(tokenizer_manager), meta_info["id"], record, owner)
-    keep_claims(tokenizer_manager, owner, meta_info["id"], record["program"], custom["dynasor"])
+    keep_claims(tokenizer_manager, owner, meta_info["id"], record["program"], custom.get("dynasor"))
     note_record(tokenizer_manager, record, state, owner)
     if (log := log_of(tokenizer_manager)) is not None and log.is_on:
-        log.write(line_of(tokenizer_manager, record, meta_info, state))
+        line = guarded("log")(line_of)(
+            tokenizer_manager, record, meta_info, state
+        )  # by itself: what follows is counted all the same
+        if line is not None:
+            log.write(line)
     if record["program"] == meta_info["id"] and "num_tokens" in record:
         state.dynasor_usage = usage = usage_of(record, meta_info["prompt_tokens"])
         if details := meta_info.get("cached_tokens_details"):  # siblings find what the first has just computed

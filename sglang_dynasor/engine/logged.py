@@ -37,7 +37,7 @@ def line_of(tokenizer_manager: Any, record: dict[str, Any], meta_info: dict[str,
         "settings": _settings(tokenizer_manager, record, state.obj),
         "record": record,
     }
-    if owner := owner_in(state.obj.sampling_params["custom_params"]):
+    if owner := owner_in(state.obj.sampling_params.get("custom_params")):
         line["owner"] = owner
     if config_of(tokenizer_manager.server_args).dynasor_show_texts:
         line["prompt"] = _prompt(tokenizer_manager, state.obj)

@@ -28,7 +28,9 @@ def owner_of(server_args: Any, request: Any) -> str:
         return ""
     name = config_of(server_args).dynasor_owner_header
     # Of a header that is there twice both count: a client that adds one to the gateway's becomes somebody else, not somebody it names.
-    said = headers.getlist(name) if name else [_credential(headers)]
+    # Headers of SGLang's gRPC server are told one by one.
+    listed: Any = getattr(headers, "getlist", lambda name: [headers.get(name) or ""])
+    said = listed(name) if name else [_credential(headers)]
     return sha256("\0".join(said).encode()).hexdigest()[:MOST_CHARS] if any(said) else ""
 
 

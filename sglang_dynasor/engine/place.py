@@ -46,6 +46,7 @@ def check_place(tokenizer_manager: Any, obj: Any, request: Any = None) -> None:
     _check_rids(obj)
     if not isinstance(obj, GenerateReqInput):
         return
+    _map_params(obj, _unowned)  # first: whatever fails from here on, nobody says by himself whose he is
     body: Any = getattr(request, "_json", None)
     route = route_of(request)
     validation.route.set(route)
@@ -89,11 +90,18 @@ def carried(request: Any) -> Any:
 def _put(obj: Any, field: Any) -> None:
     """Let each prompt have the field that the request's metadata carry; a chat has it already (chat.py)."""
 
-    def put(params: Any) -> Any:
-        return params if has_field(params) else with_field(params, field)
+    _map_params(obj, lambda params: params if has_field(params) else with_field(params, field))
 
+
+def _map_params(obj: Any, change: Callable[[Any], Any]) -> None:
+    """Change the sampling parameters of each prompt."""
     params = obj.sampling_params
-    obj.sampling_params = [put(each) for each in params] if isinstance(params, list) else put(params)
+    obj.sampling_params = [change(each) for each in params] if isinstance(params, list) else change(params)
+
+
+def _unowned(params: Any) -> Any:
+    """A program's without what only the front process says."""
+    return params | {"custom_params": with_owner(params["custom_params"], "")} if has_field(params) else params
 
 
 def _name_prompts(obj: Any) -> None:
@@ -138,7 +146,7 @@ def _set_owner(obj: Any, server_args: Any, request: Any) -> None:
     if any(map(has_field, params if isinstance(params, list) else [params])):
         _check_names(obj)
         owner = owner_of(server_args, request)
-        obj.sampling_params = [_of(owner, one) for one in params] if isinstance(params, list) else _of(owner, params)
+        _map_params(obj, lambda one: _of(owner, one))
 
 
 def _of(owner: str, params: Any) -> Any:

@@ -185,7 +185,10 @@ async def _one(program_id: str, owner: str | None, own: str | None = None, *, is
         return JSONResponse(record)
     has_texts = is_opened and config_of(manager().server_args).dynasor_show_texts
     for found in await ask(manager(), "program", id=program_id, owner=owner, has_texts=has_texts):
-        if found:
+        if why := found.get("off") or found.get("error"):
+            if is_opened:
+                return refuse(why, 503)
+        elif found:
             if has_texts:
                 found["texts"] = await asyncio.to_thread(_texts, manager().tokenizer, **found.pop("tokens"))
             return JSONResponse(found)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang_dynasor.engine.flag import config_of, read_templates
 from sglang_dynasor.engine.media import INPUTS
+from sglang_dynasor.engine.owner import KEY
 from sglang_dynasor.engine.validation import UNSUPPORTED_INPUTS, check_program, check_spec, has_field
 from sglang_dynasor.errors import ConfigError, FieldError
 from sglang_dynasor.policy.spec import parse_field
@@ -116,7 +117,7 @@ def book_of(tokenizer_manager: Any) -> TemplateBook:
 
 def with_field(params: dict[str, Any], field: Any) -> dict[str, Any]:
     """A prompt's sampling parameters with this field; with None, without."""
-    custom = {key: value for key, value in (params.get("custom_params") or {}).items() if key != "dynasor"}
+    custom = {key: value for key, value in (params.get("custom_params") or {}).items() if key not in ("dynasor", KEY)}
     if field is not None:
         custom["dynasor"] = field
     return params | {"custom_params": custom or None}

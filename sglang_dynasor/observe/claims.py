@@ -70,6 +70,9 @@ class Claims(Generic[T]):
         if one is not None:
             one.is_kept = True
             one.requests.clear()
+            said[:] = [
+                other for other in said if other is one or not other.is_kept
+            ]  # a rid that is sent again and again holds one
 
     def _has_open(self, one: _Said[T]) -> bool:
         return any(self._is_open(rid, request) for rid, request in one.requests.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_dynasor.errors import ConfigError, quoted
@@ -32,13 +33,16 @@ def run_report(args: argparse.Namespace) -> list[str]:
         for file in with_older(log):
             files.setdefault(os.path.realpath(file), file)
     report = Report()
+    opened: list[Iterator[bytes]] = []
     for file in files.values():
         try:
-            report.read(lines_of(file))
+            opened.append(lines_of(file))
         except OSError as error:
             raise ConfigError(
                 f"{quoted(str(file))} cannot be read ({error.strerror}); name a file of --dynasor-log"
             ) from None
+    for lines in opened:
+        report.read(lines)
     report.close()
     try:
         args.html.write_text(page(report, [str(file) for file in files.values()]), encoding="utf-8", errors="replace")

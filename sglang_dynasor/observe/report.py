@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heappush, heappushpop
 from pathlib import Path
+from typing import BinaryIO
 
 from sglang_dynasor.observe.advice import Advice, Kind, Seen, advice
 from sglang_dynasor.observe.entry import Entry, entry_of
@@ -173,7 +174,11 @@ def lines_of(path: Path) -> Iterator[bytes]:
     Raises:
         OSError: the file is not there, or cannot be read.
     """
-    with path.open("rb") as file:
+    return _lines(path.open("rb"))  # now: a log that is renamed meanwhile is still read once
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    with file:
         while text := file.readline(MOST_LINE_BYTES):
             yield text
             while len(text) == MOST_LINE_BYTES and not text.endswith(b"\n"):

@@ -9,6 +9,7 @@ from sglang_dynasor.errors import FieldError, quoted
 from sglang_dynasor.policy.values import read_id, read_whole
 
 MOST_BUDGET_PROGRAMS = 1_000_000
+MOST_BUDGET_TOKENS = 2**53  # what shares are reckoned in has no larger whole numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,10 @@ def parse_budget(options: dict[str, Any]) -> BudgetSpec | None:
         )
     if tokens < 1:
         raise FieldError(f"dynasor.budget_tokens={quoted(tokens)} is below 1; send a whole number of tokens, 1 or more")
+    if tokens > MOST_BUDGET_TOKENS:
+        raise FieldError(
+            f"dynasor.budget_tokens={quoted(tokens)} is above {MOST_BUDGET_TOKENS}; send fewer, or none for no bound"
+        )
     if ("budget" in options) != ("budget_programs" in options):
         has, lacks = ("budget", "budget_programs") if "budget" in options else ("budget_programs", "budget")
         raise FieldError(

@@ -47,7 +47,7 @@ _NO_VALUE = re.compile(
 _LAYOUT = re.compile(r"(?:[\s_>]|\*(?! )|-{2,}(?=\s)|(?:\\?\[|\${1,2})(?=[ \t]*\n))*")
 _ITEM = re.compile(r"[ \t]*(?:[-*•]|[*_]*(?:(step )\d{1,2}[*_]*[.):]?|\d{1,2}[.)])[*_]*)[ \t]+(?=\S)", re.I)
 _NUMBERED = re.compile(
-    rf"\d{{1,2}}\. [*_]*(?!{STARTER}\b)[A-Z][\w'-]*(?: [\w'-]+){{0,3}}[*_]*"
+    rf"(?:[1-9]|10)\. [*_]*(?!{STARTER}\b)[A-Z][\w'-]*(?: [\w'-]+){{0,3}}[*_]*"
 )  # "1. Paris", in few words
 
 

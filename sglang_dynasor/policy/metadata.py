@@ -24,7 +24,9 @@ def field_in(metadata: Any) -> Any:
     if not isinstance(value, str) or TEMPLATE_ID.fullmatch(value):
         return value
     try:
-        field = json.loads(value)
+        # What SGLang's parser of bodies does not take this does not, either: nobody further on looks for it.
+        field = json.loads(value, parse_int=_whole, parse_constant=_whole)
+        json.dumps(field, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         field = None
     if not isinstance(field, dict):
@@ -33,3 +35,10 @@ def field_in(metadata: Any) -> Any:
             'or a text such as {"branches": 8}'
         )
     return field
+
+
+def _whole(text: str) -> int:
+    """A whole number of 64 bits; ValueError for others, and for what is no number (NaN, Infinity)."""
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(text)
+    return int(text)

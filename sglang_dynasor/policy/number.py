@@ -39,7 +39,7 @@ _CURRENCY = re.compile(r"\\?[$€£¥₹]\s?$")
 _THOUSANDS = re.compile(_GROUPED)
 _SAYS = re.compile(r"\b(?:is|are|was|be|equals?|gives?|gets?|to|than|of|and|or)$", re.I)  # what a number is said after
 _RECKONED = re.compile(
-    r"[ \t]*(?:[=≈]|[+*/×÷·⋅^−–-][ \t]?[\d(\\.]|\\(?:times|cdot|div|approx)|(?:times|plus|minus|divided|multiplied|over)\b|(?:is|equals|makes|gives) [$\\-]{0,2}\d)"
+    r"[ \t]*(?:[=≈]|[+*/×÷·⋅^−–-][ \t]?[\d(\\.]|\\(?:times|cdot|div|approx)|[xX][ \t]?(?:[\d(\\.]|$)|(?:times|plus|minus|divided|multiplied|over|mod|choose|squared|cubed|to the)\b|(?:is|equals|makes|gives) [$\\-]{0,2}\d)"
 )
 _FOLLOWED = re.compile(
     r"[*_$\"'`)\]}]*(?:[.;:!?][*_$\"'`)\]}]*\s|,\s+[^\W\d]|[ \t]*\n|\s+[^\W\d_]+\W)"

@@ -8,7 +8,7 @@ _END = re.compile(r"[.。!](?=[*_$`\"')}\]]*(?:\s|$))|,? (?:since|because|so tha
 # Words that begin a sentence of their own, so that they are no part of the name before them.
 STARTER = (
     r"(?:So|Thus|Therefore|Hence|Then|However|Also|Note|Because|Since|This|That|These|There|It|The|We|You|If|In|As|For|And|But|Or|To|Of|On|At|By|From|With|When|While|Finally|"
-    r"Yes|No|Not|Done|Ok|Okay|Indeed|Check|Why|How|Let|Hope|Thanks?|Good|Please|Feel|Here|Happy|Glad|He|She|They|Explanation|Reason|Option|Answer)"
+    r"Yes|No|Not|Done|Ok|Okay|Indeed|Check|Why|How|Let|Hope|Thanks?|Good|Please|Feel|Here|Happy|Glad|He|She|They|Explanation|Reason|Option|Answer|QED|Cheers|Verified|Verification|Verify|Solution|Proof)"
 )
 # One more word of a name: nothing follows that would make it the first word of a sentence.
 _NAME = rf"(?!{STARTER}\b)[A-Z][\w'’-]+(?=[*_\"')\]]*(?:$|[.,;:!?])| [A-Z]| (?:of|and|for|the|de|van|von) [A-Z])"

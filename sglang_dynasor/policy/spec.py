@@ -207,7 +207,7 @@ def parse_field(field: Any, max_branches: int, level: str = CAREFUL) -> ProgramS
         raise FieldError(f"dynasor.vote={quoted(vote)} is not known; use one of {', '.join(VOTES)}")
     if stop.uses("margin") and vote in _UNBOUNDED:
         raise FieldError(
-            f"dynasor.stop={quoted(stop.text)} with vote {quoted(vote)}: nothing bounds what one more branch changes, so that margin never "
+            f"dynasor.stop={quoted(stop.text)} with vote {quoted(vote)}{' (the default with this stop)' if weighs_confidence and 'vote' not in options else ''}: nothing bounds what one more branch changes, so that margin never "
             "holds; use another rule, or vote majority or reward"
         )
     needs_rewards = about.needs_rewards or vote in ("reward", "best") or stop.uses("reward") or stop.uses("best")

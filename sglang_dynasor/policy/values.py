@@ -43,6 +43,12 @@ def read_text(options: dict[str, Any], key: str, default: str, allowed: str) -> 
     value = options.get(key, default)
     if not isinstance(value, str):
         raise FieldError(f"dynasor.{key}={quoted(value)} is a {type(value).__name__}; send a string: {allowed}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise FieldError(
+            f"dynasor.{key}={quoted(value)} has half a surrogate pair and is no text; send {allowed}"
+        ) from None
     return value
 
 
