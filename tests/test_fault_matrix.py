@@ -519,7 +519,8 @@ def test_the_clock_is_stepped(server: FaultyServer) -> None:
 
 
 def test_time_of_day_is_shown_and_decides_nothing() -> None:
-    """It is read in the front process alone, for the log, the live page and the list of templates; all else counts monotonic seconds."""
+    """It is read in the front process alone, for the log, the live page and the list of templates, and a report writes dates; all else
+    counts monotonic seconds."""
     found = {
         str(path.relative_to(PACKAGE)): num
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -531,7 +532,7 @@ def test_time_of_day_is_shown_and_decides_nothing() -> None:
             )
         )
     }
-    assert found == {"engine/front.py": 1, "engine/page.py": 2, "engine/templates.py": 1}
+    assert found == {"engine/logged.py": 1, "engine/page.py": 2, "engine/templates.py": 1, "observe/report_page.py": 3}
 
 
 def shown_time(server: FaultyServer) -> float:

@@ -155,8 +155,8 @@ def test_what_is_shown_is_what_is_there() -> None:
             or "ended" not in record["finish_reasons"]
         )
         await tab.press(*ESCAPE)
-        assert not await tab.ask("document.getElementById('opened').open")
-        assert await tab.ask("document.activeElement === document.querySelector('#finished-table .open')")
+        await tab.until("!document.getElementById('opened').open")
+        await tab.until("document.activeElement === document.querySelector('#finished-table .open')")
 
         # Filtered, and saved as it is filtered.
         tenant = next(row["tenant"] for row in feed.recent.since(0)[1] if "tenant" in row)
