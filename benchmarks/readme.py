@@ -44,7 +44,7 @@ COMMANDS = {
     "policy_overhead": "make bench",
     "viewers": "python benchmarks/bench_viewers.py --rounds 8 --csv benchmarks/results/viewers.csv",
     "kernels": "python benchmarks/bench_kernels.py --csv benchmarks/results/kernels.csv",
-    "soak": "make soak",
+    "soak": "python benchmarks/soak.py --minutes 60 --csv benchmarks/results/soak.csv",
     "soak_policy": "python benchmarks/soak_policy.py --csv benchmarks/results/soak_policy.csv",
     "long_cot": "python benchmarks/bench_long_cot.py --num-questions 48 --repeats 1",
     "long_cot_32": "python benchmarks/bench_long_cot.py --num-questions 96 --repeats 2 --concurrency 32 "
