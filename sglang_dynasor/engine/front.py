@@ -60,9 +60,8 @@ def add_record(
         return
     record = records[index][0]
     meta_info["dynasor"] = record
-    custom: Any = (
-        state.obj.sampling_params.get("custom_params") or {}
-    )  # none where --preferred-sampling-params has the field
+    params: dict[str, Any] = state.obj.sampling_params
+    custom: Any = params.get("custom_params") or {}  # none where --preferred-sampling-params has the field
     owner = owner_in(custom)
     _keep(records_of(tokenizer_manager), meta_info["id"], record, owner)
     keep_claims(tokenizer_manager, owner, meta_info["id"], record["program"], custom.get("dynasor"))

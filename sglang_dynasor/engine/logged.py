@@ -37,7 +37,8 @@ def line_of(tokenizer_manager: Any, record: dict[str, Any], meta_info: dict[str,
         "settings": _settings(tokenizer_manager, record, state.obj),
         "record": record,
     }
-    if owner := owner_in(state.obj.sampling_params.get("custom_params")):
+    params: dict[str, Any] = state.obj.sampling_params
+    if owner := owner_in(params.get("custom_params")):
         line["owner"] = owner
     if config_of(tokenizer_manager.server_args).dynasor_show_texts:
         line["prompt"] = _prompt(tokenizer_manager, state.obj)
