@@ -38,7 +38,7 @@ class Tab:
         number = self.num
         await self.socket.send_json({"id": number, "method": method, "params": params, "sessionId": self.session})
         while True:
-            message = json.loads((await self.socket.receive(timeout=30)).data)
+            message = json.loads((await self.socket.receive(timeout=60)).data)
             self._note(message)
             if message.get("id") == number and message.get("sessionId") == self.session:
                 assert "error" not in message, message
@@ -59,7 +59,7 @@ class Tab:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, expression: str, timeout_s: float = 20) -> Any:
+    async def until(self, expression: str, timeout_s: float = 60) -> Any:
         """Its value once it is true.
 
         Raises:
@@ -104,7 +104,7 @@ async def chromium() -> AsyncIterator[Tab]:
         )  # fmt: skip
         try:
             assert process.stderr is not None
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 async for line in process.stderr:
                     if b"DevTools listening on " in line:
                         address = line.decode().split("DevTools listening on ")[1].strip()
@@ -132,6 +132,6 @@ async def _root_call(root: Tab, method: str, **params: Any) -> dict[str, Any]:
     root.num += 1
     await root.socket.send_json({"id": root.num, "method": method, "params": params})
     while True:
-        message = json.loads((await root.socket.receive(timeout=30)).data)
+        message = json.loads((await root.socket.receive(timeout=60)).data)
         if message.get("id") == root.num and "sessionId" not in message:
             return message["result"]

@@ -18,6 +18,8 @@ from engines import ENGINE_ARGS, assert_nothing_left
 from forked import forked_engine, processes
 from hypothesis import settings
 
+from sglang_dynasor import symbolic
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; more threads decode many times slower
 
 # SGLang leaves its contexts to the garbage collector. Terminated there, one waits for ever where a socket with something unsent goes in the
@@ -25,6 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; mo
 zmq.Context.__del__ = lambda self: None
 
 # A stall of a shared machine is no failure, and the same cases run everywhere.
+symbolic.SymbolicWorker.__init__.__defaults__ = (60.0,)  # seconds for a pair, also in engines that fork from here
+symbolic.START_S = 240.0
 settings.register_profile("shared", deadline=None, derandomize=True)
 settings.register_profile("deep", settings.get_profile("shared"), max_examples=10_000)
 settings.load_profile("shared")

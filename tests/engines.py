@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,26 @@ def settled(engine: Any) -> dict[str, Any]:
             break
         time.sleep(0.05)
     return status
+
+
+async def filled(engine: Any, num_branches: int) -> None:
+    """Return once so many branches are inside. Waits a minute at most."""
+    async with asyncio.timeout(60):
+        while (await _status(engine))["num_branches_inside"] < num_branches:
+            await asyncio.sleep(0.01)
+
+
+async def arrived(engine: Any, calls: dict[str, asyncio.Future[Any]]) -> None:
+    """Return once the scheduler has each of these requests, by rid, or has answered it. Waits a minute at most."""
+    states = engine.tokenizer_manager.rid_to_state
+    async with asyncio.timeout(60):
+        while not all(call.done() or (rid in states and states[rid].dispatched) for rid, call in calls.items()):
+            await asyncio.sleep(0.01)
+        await _status(engine)  # it takes in one after the other, and this after them
+
+
+async def _status(engine: Any) -> dict[str, Any]:
+    return (await engine.tokenizer_manager.get_internal_state())[0]["dynasor"]
 
 
 def assert_nothing_left(engine: Any) -> None:

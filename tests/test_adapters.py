@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from adapter import make_adapter
 from engines import assert_nothing_left, settled
+from forked import processes
 from questions import held_out, prompt
 
 from sglang_dynasor.engine import hooks
@@ -36,16 +39,39 @@ def params(max_new_tokens: int = 60, seed: int | None = None, **field: Any) -> d
 
 
 def run(engine: Any, requests: list[tuple[str, dict[str, Any], str | None]]) -> list[dict[str, Any]]:
-    """Send all at once, each a rid, sampling parameters and an adapter's name; answers in their order."""
+    """Send all at once, each a rid, sampling parameters and an adapter's name; answers in their order.
+
+    The scheduler is stopped until all are sent, or who comes first and who finds whom running would be the machine's word.
+    """
+
+    manager, num_sent = engine.tokenizer_manager, 0
+    send_one = manager._send_one_request
+
+    async def count(*args: Any) -> Any:
+        nonlocal num_sent
+        await send_one(*args)
+        num_sent += 1
 
     async def send() -> list[Any]:
         calls = [
-            engine.async_generate(PROMPTS[(i + 7) % len(PROMPTS)], sampling, rid=rid, lora_path=adapter)
+            asyncio.ensure_future(
+                engine.async_generate(PROMPTS[(i + 7) % len(PROMPTS)], sampling, rid=rid, lora_path=adapter)
+            )
             for i, (rid, sampling, adapter) in enumerate(requests)
         ]
+        while num_sent < len(calls) and not any(call.done() for call in calls):
+            await asyncio.sleep(0.01)
+        for process in processes(engine):
+            os.kill(process.pid, signal.SIGCONT)
         return await asyncio.gather(*calls)
 
-    return engine.loop.run_until_complete(send())
+    for process in processes(engine):
+        os.kill(process.pid, signal.SIGSTOP)
+    manager._send_one_request = count
+    try:
+        return engine.loop.run_until_complete(send())
+    finally:
+        del manager._send_one_request
 
 
 def users_of(engine: Any) -> dict[str, int]:

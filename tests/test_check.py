@@ -25,7 +25,7 @@ from sglang_dynasor_patches.records import PATCHES
 def run_cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "sglang_dynasor.cli", *args],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, **env},
+        capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **env},
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engines import CHECKPOINT, settled, status_of
+from engines import CHECKPOINT, assert_nothing_left, settled, status_of
 from forked import processes
 from questions import held_out, prompt
 from test_findings import Words, server
@@ -34,6 +34,15 @@ def params(**field: Any) -> dict[str, Any]:
 def records(engine: Any, **field: Any) -> list[dict[str, Any]]:
     sampling = [{**params(**field), "sampling_seed": seed} for seed in range(len(PROMPTS))]
     return [out["meta_info"]["dynasor"] for out in engine.generate(PROMPTS, sampling)]
+
+
+def same_records(engine: Any, **field: Any) -> list[dict[str, Any]]:
+    """One after the other, each from an empty cache: in the same batches each time, to the last bit of a logit."""
+    found: list[dict[str, Any]] = []
+    for seed, text in enumerate(PROMPTS):
+        assert_nothing_left(engine)
+        found.append(engine.generate(text, {**params(**field), "sampling_seed": seed})["meta_info"]["dynasor"])
+    return found
 
 
 def by_value(record: dict[str, Any]) -> dict[int, int]:
@@ -70,31 +79,31 @@ def test_answers_that_are_the_same_are_one_vote(start_engine: Any, monkeypatch: 
     monkeypatch.setattr(comparing, "LABELS", ((" good", " bad"),))
     answers = [embed]
     with server(lambda texts: answers[0](texts)) as fake:
-        engine = start_engine(
-            scheduler="dynasor", dynasor_strict=True, dynasor_embedding_url=fake.url, dynasor_equal_timeout_s=12
-        )
-        apart = records(engine)
+        options = {"scheduler": "dynasor", "dynasor_strict": True, "dynasor_embedding_url": fake.url}
+        engine = start_engine(**options, dynasor_equal_timeout_s=200)  # machines of tests stall
+        apart = same_records(engine)
         assert status_of(engine)["num_comparisons"] == 0
         assert not any("merges" in record for record in apart)
-        records(engine, equal="symbolic")  # on a busy machine the process that compares takes a while to start
-        before = settled(engine)
         for equal in ("symbolic", "embedding:0.9999"):
-            together = records(engine, equal=equal)
+            before = settled(engine)
+            together = same_records(engine, equal=equal)
             check_merges(apart, together, equal)
-        status = settled(engine)
-        num_merges = status["num_merges"] - before["num_merges"]
-        assert num_merges == 2 * sum(len(record["merges"]) for record in together) > 0
-        assert status["num_comparison_errors"] == before["num_comparison_errors"]
+            status = settled(engine)
+            num_merges = status["num_merges"] - before["num_merges"]
+            assert num_merges == sum(len(record["merges"]) for record in together) > 0
+            assert status["num_comparison_errors"] == before["num_comparison_errors"]
         check_that_the_rule_is_asked_again(engine)
         check_the_model(engine)
         check_a_killed_worker(engine)
         answers[0] = lambda texts: {"data": "oops"}
         check_apart(engine, "a")
-        answers[0] = lambda texts: time.sleep(16)
+        answers[0] = lambda texts: time.sleep(300)
+        check_a_deadline(engine)
+        assert settled(engine)["num_held_programs"] == 0
+        engine = start_engine(**options, dynasor_equal_timeout_s=3)
         started = time.monotonic()
         check_apart(engine, "b")
-        assert 12 <= time.monotonic() - started < 60  # it has waited for what could have changed the answer
-        check_a_deadline(engine)
+        assert 3 <= time.monotonic() - started < 200  # it has waited for what could have changed the answer
     assert settled(engine)["num_held_programs"] == 0
 
 
@@ -166,9 +175,9 @@ def check_a_killed_worker(engine: Any) -> None:
 
 def check_apart(engine: Any, tenant: str) -> None:
     """As if answers were compared by their keys only; each that was not compared is counted."""
-    apart = records(engine, tenant=tenant, equal="text")
+    apart = same_records(engine, tenant=tenant, equal="text")
     before = settled(engine)
-    found = records(engine, tenant=tenant, equal="embedding")
+    found = same_records(engine, tenant=tenant, equal="embedding")
     assert [record["merges"] for record in found] == [[]] * len(found)
     assert [record["votes"] for record in found] == [record["votes"] for record in apart]
     num, num_errors = (settled(engine)[key] - before[key] for key in ("num_comparisons", "num_comparison_errors"))
@@ -179,7 +188,7 @@ def check_a_deadline(engine: Any) -> None:
     """It wins over findings that are waited for."""
     started = time.monotonic()
     found = records(engine, tenant="c", equal="embedding", deadline_s=1.5)
-    assert time.monotonic() - started < 14
+    assert time.monotonic() - started < 150
     assert {record["stop_reason"] for record in found} <= {"cap", "deadline"}
     assert any(record["stop_reason"] == "deadline" for record in found)
 

@@ -202,7 +202,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--api-key", KEY, "--admin-api-key", ADMIN, "--max-running-requests", "8",
     )  # fmt: skip
     try:
-        running.wait()
+        running.wait(500)  # it begins in a Python of its own, on a machine that others load
         yield running
     finally:
         running.stop()
@@ -238,13 +238,12 @@ def until(server: Server, query: str, num: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def sent(server: Server) -> Iterator[list[Future[httpx.Response]]]:
-    """Three programs that do not end by themselves on eight rows: two of four branches run, one waits."""
+    """Three programs that do not end by themselves on eight rows: two run, four branches at once, and one waits."""
     with ThreadPoolExecutor(4) as pool:
         futures = []
         for i in range(3):
-            futures.append(
-                pool.submit(send, server, f"endless-{i}", ENDLESS, branches=4, width=4, stop="never", tenant=f"t{i}")
-            )
+            field = {"branches": 64, "width": 4, "stop": "never", "tenant": f"t{i}"}
+            futures.append(pool.submit(send, server, f"endless-{i}", ENDLESS, **field))
             until(server, "", i + 1)
         yield futures
         for i in range(3):
@@ -265,26 +264,32 @@ def test_programs_are_seen_finished_and_cancelled(server: Server, sent: list[Fut
     assert states == {"endless-0": "running", "endless-1": "running", "endless-2": "waiting"}
     (waiting,) = call(server, "GET", "/dynasor/programs?state=waiting").json()
     assert (waiting["tenant"], waiting["branches"], waiting["rank"]) == ("t2", [], 0)
-    (found,) = call(server, "GET", "/dynasor/programs?tenant=t1").json()
+    for _ in range(600):
+        (found,) = call(server, "GET", "/dynasor/programs?tenant=t1").json()
+        running = [branch for branch in found["branches"] if branch["state"] == "running"]
+        if len(running) == 4 and found["num_tokens"]:
+            break
+        time.sleep(0.05)
     assert found["id"] == "endless-1"
-    assert [branch["state"] for branch in found["branches"]] == ["running"] * 4
+    assert len(running) == 4
     assert found["num_tokens"] == sum(branch["num_tokens"] for branch in found["branches"]) > 0
     assert found["age_s"] > 0
     assert call(server, "GET", "/dynasor/programs?algorithm=long_cot&state=running").json() == []
 
     seen = call(server, "GET", "/dynasor/programs/endless-0", KEY).json()
-    assert (seen["state"], seen["stop_reason"], len(seen["branches"])) == ("running", None, 4)
+    assert (seen["state"], seen["stop_reason"]) == ("running", None)
+    assert len(seen["branches"]) >= 4
     assert "texts" not in seen
 
     assert call(server, "POST", "/dynasor/programs/endless-0/finish").json() == {"id": "endless-0", "finish": True}
-    finished = sent[0].result(60)
+    finished = sent[0].result(120)
     record = finished.json()["meta_info"]["dynasor"]
     assert record["stop_reason"] == "operator"
     assert finished.json()["text"]  # of a branch that was running
     assert call(server, "POST", "/dynasor/programs/endless-0/finish").status_code == 409
 
     assert call(server, "POST", "/dynasor/programs/endless-1/cancel").json() == {"id": "endless-1", "cancel": True}
-    cancelled = sent[1].result(60)
+    cancelled = sent[1].result(120)
     assert cancelled.status_code == 503
     assert "operator cancelled" in cancelled.text
     assert not sent[2].done()  # it runs now
@@ -299,7 +304,7 @@ def test_a_terminal_shows_and_ends_them(server: Server, sent: list[Future[httpx.
     command = [sys.executable, "-m", "sglang_dynasor.cli", "top", "--url", server.url]
     environment = {**os.environ, "DYNASOR_API_KEY": ADMIN, "TERM": "xterm", "COLUMNS": "160", "LINES": "30"}
     printed = subprocess.run(
-        [*command, "--once"], capture_output=True, text=True, env=environment, timeout=60, check=True
+        [*command, "--once"], capture_output=True, text=True, env=environment, timeout=120, check=True
     ).stdout
     assert [line.split()[0] for line in printed.splitlines()[3:]] == ["endless-0", "endless-1", "endless-2"]
     assert "programs 3" in printed
@@ -310,10 +315,10 @@ def test_a_terminal_shows_and_ends_them(server: Server, sent: list[Future[httpx.
             while "endless-0" not in seen:
                 seen += os.read(outer, 65536).decode(errors="replace")
             os.write(outer, b"jc")
-            assert sent[0].result(60).status_code == 503
+            assert sent[0].result(120).status_code == 503
             assert not sent[1].done()
             os.write(outer, b"q")
-            assert top.wait(20) == 0
+            assert top.wait(60) == 0
         finally:
             top.kill()
     refused = subprocess.run(
@@ -321,7 +326,7 @@ def test_a_terminal_shows_and_ends_them(server: Server, sent: list[Future[httpx.
         capture_output=True,
         text=True,
         env={**environment, "DYNASOR_API_KEY": ""},
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert refused.returncode == 1
@@ -380,12 +385,16 @@ def test_the_live_page_opens_without_a_key_and_shows_nothing_without_the_operato
 def test_a_program_that_is_opened_shows_its_texts(server: Server) -> None:
     """On a server that was started so; of one that waits the prompt."""
     until(server, "state=running", 2)
-    found = call(server, "GET", "/dynasor/opened?id=endless-0").json()
+    for _ in range(600):
+        found = call(server, "GET", "/dynasor/opened?id=endless-0").json()
+        if len(found["texts"]["branches"]) >= 4 and any(found["texts"]["branches"].values()):
+            break
+        time.sleep(0.05)
     assert found["id"] == "endless-0"
     assert found["texts"]["prompt"] == QUESTION
     assert any(found["texts"]["branches"].values())
     assert call(server, "GET", "/dynasor/opened?id=endless-2").json()["texts"] == {"prompt": QUESTION, "branches": {}}
-    assert len(found["texts"]["branches"]) == 4
+    assert len(found["texts"]["branches"]) >= 4
     gone = call(server, "GET", "/dynasor/opened?id=nobody")
     assert gone.status_code == 404
     assert gone.json()["error"].startswith("program 'nobody' is not known")
@@ -397,12 +406,12 @@ def test_an_id_may_be_any_text(server: Server) -> None:
     rid = "a/b/finish?c=%2F#ä𝕏"
     path = f"/dynasor/programs/{quote(rid, safe='')}"
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(send, server, rid, ENDLESS, branches=2, stop="never")
+        running = pool.submit(send, server, rid, ENDLESS, branches=64, width=2, stop="never")
         until(server, "state=running", 1)
         assert call(server, "GET", path, KEY).json()["id"] == rid
         assert call(server, "POST", f"{path}/cancel", KEY).status_code == 401
         assert call(server, "POST", f"{path}/cancel").json() == {"id": rid, "cancel": True}
-        assert running.result(60).status_code == 503
+        assert running.result(120).status_code == 503
     assert call(server, "POST", f"{path}/finish").status_code == 409
     assert call(server, "GET", path, KEY).json()["stop_reason"] == "aborted"
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
@@ -448,9 +457,7 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
     """It serves those that it has, and plain requests."""
     assert send(server, "early-0", program="early", branches=2).status_code == 200
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(
-            send, server, "before", {"ignore_eos": True, "max_new_tokens": 400}, branches=2, stop="never"
-        )
+        running = pool.submit(send, server, "before", ENDLESS, branches=2, stop="never")
         until(server, "state=running", 1)
         assert call(server, "POST", "/dynasor/settings", json={"drain": True}).json()["drain"] is True
         try:
@@ -468,7 +475,7 @@ def test_a_server_that_drains_takes_no_programs(server: Server) -> None:
                 json={"text": QUESTION, "sampling_params": {"max_new_tokens": 4, "temperature": 0}},
             )
             assert plain.status_code == 200
-            assert running.result(60).status_code == 200
+            assert running.result(120).status_code == 200
         finally:
             assert call(server, "POST", "/dynasor/settings", json={"drain": False}).json()["drain"] is False
     assert send(server, "again").status_code == 200
@@ -502,11 +509,11 @@ def test_records_are_logged(server: Server) -> None:
     }
     assert (line["endpoint"], line["prompt"]) == ("/generate", QUESTION)
     assert line["model"] == call(server, "GET", "/v1/models", KEY).json()["data"][0]["id"]
-    assert 0 < line["took_s"] < 60
+    assert 0 < line["took_s"] < 600
     assert line["at"] - line["arrived_at"] == pytest.approx(line["took_s"], abs=0.01)
     assert time.time() - 600 < line["arrived_at"] < time.time()
     assert (line["prompt_tokens"], line["output_tokens"] in line["record"]["branch_tokens"]) == (
-        response["prompt_tokens"] // 2,
+        response["prompt_tokens"] // line["record"]["num_branches"],
         True,
     )
 
@@ -515,7 +522,8 @@ def logged(server: Server, key: str, value: str, num: int = 1) -> list[dict[str,
     """The lines of the server's log, once there are so many with this value."""
     path = server.log.parent / "records"
     for _ in range(600):
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        text = path.read_text()
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # one may be half written
         log = call(server, "GET", "/dynasor/settings").json()["log"]
         if len(lines) == log["num_written"] and sum(line[key] == value for line in lines) >= num:
             return lines
@@ -530,6 +538,8 @@ def test_a_report_of_the_log_says_what_the_server_counted(server: Server, tmp_pa
         "model": "m", "prompt": [QUESTION] * 2, "max_tokens": 200, "temperature": 1.0,
         "custom_params": {"dynasor": {"answer": "hash", "tenant": "acme", "deadline_s": 50}},
     }  # fmt: skip
+    # One that is sure long before its cap: at this temperature all branches say the same.
+    assert send(server, "sure", {"temperature": 0.01}, width=2).status_code == 200
     assert call(server, "POST", "/v1/completions", KEY, json=body).status_code == 200
     # Programs whose branches clients send are not in the status.
     lines = [line for line in logged(server, "endpoint", "/v1/completions", 2) if "index" not in line["record"]]
@@ -563,7 +573,7 @@ def test_a_report_of_the_log_says_what_the_server_counted(server: Server, tmp_pa
     assert (report.num_unreadable, report.num_unknown) == (0, 0)
     made = subprocess.run(
         [sys.executable, "-m", "sglang_dynasor.cli", "report", str(path), "--html", str(tmp_path / "page.html")],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert f"programs: {len(lines)} (" in made.stdout
     html = (tmp_path / "page.html").read_text()

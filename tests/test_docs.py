@@ -92,7 +92,7 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
     """As `make docs`; each page must be in the navigation, too."""
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
     assert "rebase.py" in (tmp_path / "frontend.html").read_text()
 

@@ -66,9 +66,15 @@ def test_certain_programs_stop_early_and_never_uses_the_cap(engine: Any) -> None
 
 def test_branches_differ_and_a_seed_reproduces_them(engine: Any) -> None:
     """Siblings sample under seeds of their own; the same request seed gives the same record."""
-    one = solve(engine, QUESTIONS[4:8], seed=5, stop="never")
-    two = solve(engine, QUESTIONS[4:8], seed=5, stop="never")
-    other = solve(engine, QUESTIONS[4:8], seed=6, stop="never")
+
+    def sampled(seed: int) -> list[dict[str, Any]]:
+        outs: list[dict[str, Any]] = []
+        for question in QUESTIONS[4:8]:
+            assert_nothing_left(engine)  # alone, from an empty cache: in the same batches, to the last bit of a logit
+            outs += solve(engine, [question], seed=seed, stop="never")
+        return outs
+
+    one, two, other = sampled(5), sampled(5), sampled(6)
     for a, b in zip(one, two, strict=True):
         assert a["text"] == b["text"]
         assert a["meta_info"]["dynasor"]["votes"] == b["meta_info"]["dynasor"]["votes"]

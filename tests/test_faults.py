@@ -99,12 +99,10 @@ def test_a_full_queue_is_waited_for(start_engine: Any) -> None:
     params = {"temperature": 1.0, "max_new_tokens": 60, "custom_params": {"dynasor": {"answer": "hash"}}}
     with pytest.raises(HTTPException, match="queue is full"):
         engine.generate([prompt(q.text) for q in QUESTIONS], [params] * len(QUESTIONS))
-    for _ in range(100):
-        status = status_of(engine)
-        if status["num_branches_inside"] == status["num_held_programs"] == 0:
-            break
+    deadline = time.monotonic() + 200
+    while (status := status_of(engine))["num_branches_inside"] or status["num_held_programs"]:
+        assert time.monotonic() < deadline, status
         time.sleep(0.1)
-    assert status["num_branches_inside"] == status["num_held_programs"] == 0
 
 
 def test_one_rid_used_again_is_another_program(start_engine: Any) -> None:
@@ -124,7 +122,7 @@ def test_a_timeout_holds_for_the_program(start_engine: Any, monkeypatch: pytest.
     started = time.perf_counter()
     with pytest.raises(HTTPException, match="timeout"):
         engine.generate(prompt(QUESTIONS[0].text), params)
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 200
     status = settled(engine)
     assert status["num_held_programs"] == 0
 
@@ -142,7 +140,7 @@ def test_a_thousand_programs_leave_nothing(start_engine: Any) -> None:
     assert status["num_held_programs"] == status["num_client_programs"] == status["num_branches_inside"] == 0
     assert status["num_policy_errors"] == 0
     assert process.memory_info().rss - before_bytes < 64 * 2**20
-    assert engine.flush_cache().success
+    assert_nothing_left(engine)
 
 
 @pytest.mark.parametrize(

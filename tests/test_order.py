@@ -383,13 +383,13 @@ def seconds_per_change(num_waiting: int) -> float:
     tickets = stand(order, *(chance.random() for _ in range(num_waiting)))
     best = float("inf")
     for _ in range(7):
-        start = time.perf_counter()
+        start = time.thread_time()
         for _ in range(300):
             ticket = tickets[chance.randrange(num_waiting)]
             order.wait(ticket, chance.random())
             order.charge(ticket, 1)
             next(order.candidates())
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return best / 300
 
 

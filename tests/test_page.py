@@ -6,8 +6,9 @@ import asyncio
 import json
 import re
 import socket
+import time
 from argparse import Namespace
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -150,6 +151,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "LEAST_PAUSE_S", 0.005)
 
 
+async def comes(what: Callable[[], Any]) -> None:
+    """Return once it is so, however slow the machine is: half a minute at most."""
+    async with asyncio.timeout(30):
+        while not what():
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.usefixtures("quick")
 def test_nothing_runs_while_nobody_watches() -> None:
     """Before the first viewer, and after the last; one look serves all between."""
@@ -166,11 +174,10 @@ def test_nothing_runs_while_nobody_watches() -> None:
         assert page.num_viewers == 5
         for stream in streams[1:]:
             await stream.aclose()
-        assert data_of(await anext(streams[0])) == 2
+        assert data_of(await anext(streams[0])) >= 2
         await streams[0].aclose()
         assert page.num_viewers == 0
-        await asyncio.sleep(0.05)
-        assert page.poller is None
+        await comes(lambda: page.poller is None)
         num = looks.num
         await asyncio.sleep(0.05)
         assert looks.num == num
@@ -188,11 +195,8 @@ def test_who_is_late_skips() -> None:
         looks = Looks()
         async with aclosing(Watching(looks.look).frames()) as frames:
             assert data_of(await anext(frames)) == 1
-            async with asyncio.timeout(30):
-                while looks.num < 4:
-                    await asyncio.sleep(0.01)
-            num = looks.num
-            assert data_of(await anext(frames)) == num
+            await comes(lambda: looks.num >= 4)
+            assert data_of(await anext(frames)) in (looks.num - 1, looks.num)  # one may be under way
 
     asyncio.run(run())
 
@@ -207,7 +211,9 @@ def test_a_look_that_fails_is_told_and_tried_again() -> None:
             assert b"RuntimeError" in part
             assert b"secret" not in part
             looks.error = None
-            assert data_of(await anext(frames)) == 2
+            while b"trouble" in part:
+                part = await asyncio.wait_for(anext(frames), 30)
+            assert data_of(part) >= 2
 
     asyncio.run(run())
 
@@ -232,7 +238,7 @@ def test_a_look_under_way_is_not_cut_off() -> None:
         await asyncio.gather(viewer, return_exceptions=True)
         assert page.num_viewers == 0
         may_answer.set()
-        await asyncio.wait_for(answered.wait(), 1)
+        await asyncio.wait_for(answered.wait(), 30)
 
     asyncio.run(run())
 
@@ -264,7 +270,9 @@ def test_a_silent_server_says_that_it_is_there(monkeypatch: pytest.MonkeyPatch) 
         async with aclosing(Watching(look).frames()) as frames:
             assert await anext(frames) == watching.STILL_HERE
             never.set()
-            assert data_of(await anext(frames)) == 1
+            while (part := await anext(frames)) == watching.STILL_HERE:
+                pass
+            assert data_of(part) == 1
 
     asyncio.run(run())
 
@@ -322,20 +330,17 @@ def test_who_takes_nothing_is_asked_for_nothing_and_dropped(ends: str) -> None:
         viewer, closed = Viewer(), list[str]()
         response = EventStream(numbers(closed), stuck_s=0.1 if ends == "stuck" else 60)
         serving = asyncio.ensure_future(response({"type": "http"}, viewer.receive, viewer.send))
-        await asyncio.sleep(0.02)
-        num = len(viewer.parts)
-        assert num > 0
+        await comes(lambda: viewer.parts)
         viewer.takes.clear()
-        await asyncio.sleep(0.02)
-        held = len(viewer.parts)
-        await asyncio.sleep(0.02)
-        assert len(viewer.parts) == held
-        assert not closed
+        held, began = len(viewer.parts), time.monotonic()
         if ends == "gone":
+            await asyncio.sleep(0.04)
+            assert not closed
             viewer.leaves.set()
-        await asyncio.wait_for(serving, 2)
+        await asyncio.wait_for(serving, 30)
         assert closed == ["closed"]
         assert len(viewer.parts) == held
+        assert ends == "gone" or time.monotonic() - began > 0.09
 
     asyncio.run(run())
 
@@ -343,7 +348,7 @@ def test_who_takes_nothing_is_asked_for_nothing_and_dropped(ends: str) -> None:
 def test_a_slow_viewer_who_takes_in_time_stays() -> None:
     async def run() -> None:
         viewer, closed = Viewer(), list[str]()
-        response = EventStream(numbers(closed), stuck_s=1)
+        response = EventStream(numbers(closed), stuck_s=20)
         serving = asyncio.ensure_future(response({"type": "http"}, viewer.receive, viewer.send))
         for _ in range(3):
             viewer.takes.clear()
@@ -352,7 +357,7 @@ def test_a_slow_viewer_who_takes_in_time_stays() -> None:
             await asyncio.sleep(0.02)
         assert not closed
         viewer.leaves.set()
-        await asyncio.wait_for(serving, 2)
+        await asyncio.wait_for(serving, 30)
 
     asyncio.run(run())
 
@@ -430,12 +435,13 @@ def test_only_the_page_s_own_files_are_open() -> None:
 
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[str]:
-    """The address of an app on a port of this machine."""
+    """The address of an app on a port of this machine, once it takes in who comes."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     try:
+        await comes(lambda: server.started or serving.done())
         yield f"{LOCAL}:{listening.getsockname()[1]}"
     finally:
         server.should_exit = True
@@ -444,15 +450,15 @@ async def served(app: Any) -> AsyncIterator[str]:
 
 
 async def until(
-    parts: AsyncGenerator[bytes], wanted: set[tuple[str, str]], num: int = 60
+    parts: AsyncGenerator[bytes], wanted: set[tuple[str, str]], num: int = 600
 ) -> dict[tuple[str, str], Any]:
-    """The data of the last of each event, by name and server, once all wanted have come."""
+    """The data of the first of each event, by name and server, once all wanted have come."""
     found: dict[tuple[str, str], Any] = {}
     for _ in range(num):
-        part = (await asyncio.wait_for(anext(parts), 10)).decode()
+        part = (await asyncio.wait_for(anext(parts), 30)).decode()
         for name, data, id in re.findall(r"event: (\w+)\n(?:id: .*\n)?data: (.*)\n(?:id: (.*)\n)?", part):
             number = id or re.search(r"id: (.*)", part)[1]  # type: ignore[index]
-            found[name, number] = json.loads(data)
+            found.setdefault((name, number), json.loads(data))
         if wanted <= set(found):
             return found
     raise AssertionError(set(found))

@@ -7,11 +7,13 @@ import os
 import random
 import subprocess
 import sys
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from engines import settled, status_of
+from engines import assert_nothing_left, status_of
 from questions import held_out, prompt
 
 from sglang_dynasor.engine import comparing, statistics
@@ -53,7 +55,7 @@ def test_tensor_parallel_ranks_decide_alike(
     monkeypatch.setattr(statistics, "compute", on_first_rank(statistics.compute))
     monkeypatch.setattr(comparing, "LABELS", ((JUDGE["judge_good"], JUDGE["judge_bad"]),))
     monkeypatch.setenv("SGLANG_ENABLE_RANK_CONSENSUS_CHECKER", "1")
-    monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "8")
+    monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "15")
     engine = start_engine(
         scheduler="dynasor", dynasor_strict=True, tp_size=2, max_running_requests=24, max_total_tokens=6000,
         disable_overlap_schedule=not overlap, dynasor_max_price=0.02,
@@ -66,7 +68,8 @@ def test_tensor_parallel_ranks_decide_alike(
         field: dict[str, Any] = {"tenant": f"t{i % 3}"}
         text = prompt(QUESTIONS[i % len(QUESTIONS)].text)
         if i % 6 == 1:
-            field |= {"stop": "confidence", "weak_frac": 0.6, "group_tokens": 8}
+            # Where all branches are to come some are below most of the first ones, whatever order they finish in.
+            field |= {"stop": "confidence" if i % 4 == 1 else "never", "weak_frac": 0.9, "group_tokens": 8}
         elif i % 6 == 4:
             field |= {"vote": "reward", **JUDGE}
         elif i % 6 == 2:
@@ -95,19 +98,19 @@ def test_tensor_parallel_ranks_decide_alike(
 
     outs = engine.loop.run_until_complete(everyone())
     answered = [out for out in outs if isinstance(out, dict) and "dynasor" in out["meta_info"]]
-    reasons = [out["meta_info"]["dynasor"]["stop_reason"] for out in answered]
-    assert reasons.count("certain") >= num_programs // 6
-    assert reasons.count("deadline") >= num_programs // 20
-    assert "budget" in reasons
+    reasons = Counter(out["meta_info"]["dynasor"]["stop_reason"] for out in answered)
+    assert reasons["certain"] > 0, reasons
+    assert reasons["certain"] + reasons["price"] >= num_programs // 6, reasons  # the more load, the more of the latter
+    assert reasons["deadline"] >= num_programs // 20, reasons
+    assert reasons["budget"] > 0, reasons
     assert len(answered) < 0.9 * num_programs  # plain ones, aborts, time-outs
     records = [out["meta_info"]["dynasor"] for out in answered]
     assert any(reward is not None for record in records for reward in record.get("rewards", []))
     if overlap:  # of forty few have weak branches, and only three are compared by the model
         assert sum(record.get("num_weak", 0) for record in records) > 0
         assert any(merge["by"] == "model" for record in records for merge in record.get("merges", []))
-    status = settled(engine)
-    assert status["num_held_programs"] == status["num_branches_inside"] == status["num_branches_watched"] == 0
-    assert status["num_policy_errors"] == 0
+    assert_nothing_left(engine)
+    status = status_of(engine)
     assert status["num_aborted"] >= 1
     assert status["num_comparisons"] > 0
     # Both ranks are alive and agree after all this.
@@ -127,7 +130,7 @@ def test_thoughts_on_two_ranks(start_engine: Any, two_ranks: None, monkeypatch: 
     }  # fmt: skip
     short = [q for q in QUESTIONS if q.num_steps <= 4][:16]
     together = {"branches": 4, "stop": "trials:0.7", "hold_tokens": 12}
-    kinds: list[dict[str, Any]] = [{}, {"branches": 3}, {}, together]
+    kinds: list[dict[str, Any]] = [{}, {"branches": 3}, together, together]
 
     async def everyone() -> list[Any]:
         calls = (
@@ -193,7 +196,12 @@ def test_data_parallel_keeps_programs_whole(start_engine: Any, two_ranks: None) 
         num_done = sum(vote["votes"] for vote in record["votes"]) + record["num_abstentions"]
         last[record["program"]] = max(last.get(record["program"], 0), num_done)
     assert last == {f"mine-{i}": 4 for i in range(8)}  # each program saw all four of its branches
-    states = [state["dynasor"] for state in engine.get_server_info()["internal_states"]]
+    deadline = time.monotonic() + 30  # siblings leave a step after the answer
+    while True:
+        states = [state["dynasor"] for state in engine.get_server_info()["internal_states"]]
+        if not any(state["num_branches_inside"] for state in states):
+            break
+        assert time.monotonic() < deadline, states
+        time.sleep(0.1)
     assert len(states) == 2
     assert all(state["num_programs"] > 0 and state["num_client_programs"] > 0 for state in states)
-    assert all(state["num_branches_inside"] == 0 for state in states)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import assert_nothing_left
+from engines import arrived, assert_nothing_left, filled
 from hypothesis import given
 from hypothesis import strategies as st
 from questions import held_out, prompt
@@ -272,13 +272,15 @@ def test_the_most_urgent_go_first(start_engine: Any, started: Any) -> None:
             "plain-none": (greedy, None), "program-0": (program, 0), "plain-low": (greedy, 3), "program-high": (program, 5),
             "plain-high": (greedy, 9),
         }  # fmt: skip
-        first = asyncio.ensure_future(engine.async_generate(PROMPTS[0], program, rid="first"))
-        await asyncio.sleep(0.3)  # it runs, and fills the engine
-        calls = [
-            engine.async_generate(PROMPTS[i + 1], params, rid=rid, priority=priority)
-            for i, (rid, (params, priority)) in enumerate(waits.items())
-        ]
-        return await asyncio.gather(first, *calls)
+        long = {**program, "max_new_tokens": 900}
+        calls = {"first": asyncio.ensure_future(engine.async_generate(PROMPTS[0], long, rid="first"))}
+        await filled(engine, 3)
+        for i, (rid, (params, priority)) in enumerate(waits.items()):
+            call = engine.async_generate(PROMPTS[i + 1], params, rid=rid, priority=priority)
+            calls[rid] = asyncio.ensure_future(call)
+        await arrived(engine, calls)
+        engine.tokenizer_manager.abort_request("first")
+        return await asyncio.gather(*calls.values(), return_exceptions=True)
 
     outs = engine.loop.run_until_complete(send())
     assert [out["text"] for out in (outs[1], outs[3])] == [stock[1], stock[3]]
@@ -313,15 +315,19 @@ def test_the_urgent_go_before_those_that_were_retracted(
     options = {"enable_priority_scheduling": True, "disable_priority_preemption": True, "max_running_requests": 8}
     engine = start_engine(scheduler="dynasor", dynasor_strict=True, dynasor_width=4, **options)
     field = {"answer": "hash", "branches": 4, "stop": "never"}
-    program = {"temperature": 1.0, "max_new_tokens": 60, "ignore_eos": True, "custom_params": {"dynasor": field}}
+    program = {"temperature": 1.0, "max_new_tokens": 300, "ignore_eos": True, "custom_params": {"dynasor": field}}
 
     async def send() -> Any:
         asked = [engine.async_generate(PROMPTS[i], program, rid=f"program-{i}", priority=0) for i in range(2)]
         calls = [asyncio.ensure_future(one) for one in asked]
-        for i in range(12):
+        await filled(engine, 8)
+        params = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
+        for i in range(200):  # until one came while those that were retracted waited
             await asyncio.sleep(0.02)
-            params = {"temperature": 0, "max_new_tokens": 30, "ignore_eos": True}
-            calls.append(asyncio.ensure_future(engine.async_generate(PROMPTS[i], params, rid=f"plain-{i}", priority=5)))
+            one = engine.async_generate(PROMPTS[i % 12], params, rid=f"plain-{i}", priority=5)
+            calls.append(asyncio.ensure_future(one))
+            if i >= 11 and "plain" in log.read_text():
+                break
         return await asyncio.gather(*calls)
 
     outs = engine.loop.run_until_complete(send())

@@ -408,7 +408,7 @@ def test_programs_with_other_settings_are_looked_at_apart() -> None:
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sglang_dynasor.cli", "report", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=500, check=False)
 
 
 def write(path: Path, *lines: Any) -> None:

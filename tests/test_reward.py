@@ -75,7 +75,7 @@ def test_what_an_answer_means(answer: Any, expected: list[float]) -> None:
 def test_the_least_of_the_steps_counts() -> None:
     """A solution is as good as its worst step; all are asked about at once."""
     with model(b'[{"embedding": [3.0]}, {"embedding": [-1.0]}, {"embedding": [2.0]}]') as url:
-        rewards = RewardModel(url, 5)
+        rewards = RewardModel(url, 60)
         rewards.ask_about((1, 0), lambda: ["a", "ab", "abc"])
         assert wait(rewards, 1) == {(1, 0): pytest.approx(1 / (1 + exp(1)))}
 
@@ -132,7 +132,7 @@ def test_a_head_of_many_numbers_is_an_error() -> None:
 def test_a_reward_is_given_until_it_is_forgotten() -> None:
     """SGLang may drop what a poll returns, so it is told again."""
     with model(b'{"embedding": [0.0]}') as url:
-        rewards = RewardModel(url, 5)
+        rewards = RewardModel(url, 60)
         assert dict(rewards.given()) == {}
         rewards.ask_about((1, 2), lambda: ["text"])
         assert wait(rewards, 1) == {(1, 2): 0.5}
@@ -160,19 +160,19 @@ def test_a_model_that_fails_costs_the_reward_only(
 
 def test_the_timeout_counts_from_asking() -> None:
     """Also for those that wait behind others: more than fit at once, to a server that hangs."""
-    with model(b'{"embedding": [0.0]}', delay_s=5) as url:
-        rewards = RewardModel(url, 0.5)
+    with model(b'{"embedding": [0.0]}', delay_s=60) as url:
+        rewards = RewardModel(url, 2)  # machines of tests stall
         started = time.monotonic()
         for index in range(2 * MOST_AT_ONCE):
             rewards.ask_about((1, index), lambda: ["text"])
         assert dict(rewards.given()) == {}
         given = wait(rewards, 2 * MOST_AT_ONCE)
-        assert time.monotonic() - started < 4.5
+        assert time.monotonic() - started < 50  # nobody has waited for an answer
         assert set(given.values()) == {None}
         assert rewards.num_errors == 2 * MOST_AT_ONCE
         rewards.ask_about((2, 0), lambda: ["text"])
         rewards.forget((2, 0))  # its program is over
-        time.sleep(0.6)
+        time.sleep(2.2)
         assert (2, 0) not in dict(rewards.given())
 
 

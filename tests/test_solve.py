@@ -17,6 +17,8 @@ from questions import held_out, prompt
 import sglang_dynasor
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.frontend import LocalEngine
+from sglang_dynasor.policy.answers import extract_answer
+from sglang_dynasor.policy.equal import answer_key
 
 pytestmark = pytest.mark.engine
 QUESTIONS = held_out(16)
@@ -48,13 +50,15 @@ def test_every_algorithm_solves_a_batch(engine: Any, algorithm: str) -> None:
     results = solve(engine, 4, algorithm, branches=8, **judge)
     assert [result.question for result in results] == PROMPTS[:4]
     for result in results:
-        assert result.answer is None or f"#### {result.answer}" in result.text
+        assert result.answer is None or answer_key(extract_answer(result.text, "hash") or "") == answer_key(
+            result.answer
+        )
         assert 0 <= result.certaindex <= 1
         assert result.num_tokens > 0
         assert result.stop_reason in ("certain", "cap")
         assert result.num_branches <= 8
     assert results.num_tokens == sum(row["tokens"] for row in results.rows())
-    lines = results.table().splitlines()
+    lines = [line for line in results.table().splitlines() if not line.startswith("hint for ")]
     assert len(lines) == 6
     assert lines[-1].startswith(f"{algorithm}: 4 questions, {results.num_tokens} tokens")
 
@@ -100,8 +104,8 @@ def test_a_budget_goes_to_hard_questions(where: str, request: pytest.FixtureRequ
         num_branches[len(result.record["votes"]) > 1].append(result.num_branches)
     assert all(min(nums) >= 1 for nums in num_branches.values())
     assert mean(num_branches[True]) > 1.5 * mean(num_branches[False])
-    # On plain SGLang nobody sees how long a branch has grown.
-    assert 1000 < results.num_tokens <= 1600 + (160 if where == "engine" else SAMPLING["max_new_tokens"])
+    # Beyond first branches a quarter of the questions run one at once, none of which takes a hundred tokens here.
+    assert 600 < results.num_tokens <= 1600 + 4 * 100
 
 
 @pytest.mark.parametrize("where", ["engine", "plain"])
@@ -118,26 +122,27 @@ def test_a_large_budget_ends_nobody(where: str, request: pytest.FixtureRequest) 
 def test_the_prompts_of_one_request_share_its_budget(engine: Any) -> None:
     """Without an id; others have theirs, and a program alone has its own."""
     field = {"answer": "hash", "stop": "never", "budget_tokens": 600}
-    params = {**SAMPLING, "custom_params": {"dynasor": field}}
+    # No branch is so cheap that a program comes to its cap.
+    sampling = {"temperature": 1.0, "max_new_tokens": 40, "ignore_eos": True}
+    params = {**sampling, "custom_params": {"dynasor": field}}
     records = [out["meta_info"]["dynasor"] for out in engine.generate(PROMPTS[:6], params)]
     assert sum(record["num_tokens"] for record in records) <= 660
     assert len({record["budget_left_tokens"] for record in records}) == 1  # nothing was left for any, at once
     assert all(record["stop_reason"] == "budget" for record in records)
-    few = {**SAMPLING, "custom_params": {"dynasor": field | {"budget_tokens": 200}}}
-    alone = engine.generate(PROMPTS[0], few)["meta_info"]["dynasor"]
+    alone = engine.generate(PROMPTS[0], params)["meta_info"]["dynasor"]
     assert alone["num_branches"] > 1
-    assert alone["num_tokens"] <= 220
+    assert alone["num_tokens"] <= 640
     named = field | {"budget": "mine", "budget_programs": 2}
-    two = [{**SAMPLING, "custom_params": {"dynasor": named}} for _ in range(2)]
+    two = [{**sampling, "custom_params": {"dynasor": named}} for _ in range(2)]
     shared = [out["meta_info"]["dynasor"] for out in engine.generate(PROMPTS[:2], two)]
     assert sum(record["num_tokens"] for record in shared) <= 600
-    other = {**SAMPLING, "custom_params": {"dynasor": field | {"budget_tokens": 999}}}
+    other = {**sampling, "custom_params": {"dynasor": field | {"budget_tokens": 999}}}
     with pytest.raises(ValueError, match="its prompts share one budget"):
         engine.generate(PROMPTS[:2], [params, other])
     with pytest.raises(ValueError, match="'mine' was declared with budget_tokens=600"):
-        engine.generate(PROMPTS[0], {**SAMPLING, "custom_params": {"dynasor": named | {"budget_tokens": 999}}})
+        engine.generate(PROMPTS[0], {**sampling, "custom_params": {"dynasor": named | {"budget_tokens": 999}}})
     with pytest.raises(ValueError, match=r"dynasor\.budget_tokens=40 is below one branch per question: 8 programs"):
-        engine.generate(PROMPTS[:8], {**SAMPLING, "custom_params": {"dynasor": field | {"budget_tokens": 40}}})
+        engine.generate(PROMPTS[:8], {**sampling, "custom_params": {"dynasor": field | {"budget_tokens": 40}}})
 
 
 def test_long_cot_needs_the_scheduler(plain: Any) -> None:
@@ -157,9 +162,13 @@ def test_a_deadline_ends_a_search(engine: Any) -> None:
 
 def test_rewards_of_a_function(engine: Any) -> None:
     """In place of a judge; best-of-N is then driven from here."""
-    right = f"#### {QUESTIONS[0].answer}"
-    (result,) = solve(engine, 1, "best_of_n", stop="best:1", reward=lambda question, text: float(right in text))
-    assert result.answer == str(QUESTIONS[0].answer)
+    right = str(QUESTIONS[0].answer)
+
+    def reward(question: str, text: str) -> float:
+        return float(extract_answer(text, "hash") == right)
+
+    (result,) = solve(engine, 1, "best_of_n", stop="best:1", branches=64, reward=reward)
+    assert result.answer == right
     assert result.certaindex == 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import time
 from math import exp
 from pathlib import Path
 from statistics import mean, pvariance
@@ -77,7 +76,7 @@ def test_nothing_is_computed_where_nobody_asks(engine: Any) -> None:
     assert status_of(engine)["num_steps_watched"] > before
     assert beside["text"] == alone["text"]
     assert len(watched["meta_info"]["dynasor"]["confidences"]) == watched["meta_info"]["dynasor"]["num_branches"]
-    assert status_of(engine)["num_branches_watched"] == 0
+    assert settled(engine)["num_branches_watched"] == 0
 
 
 def test_the_judge_says_what_the_model_says(engine: Any) -> None:
@@ -163,11 +162,11 @@ def test_slots_are_exact_whatever_the_scheduler_does(
         see(self, live, req, tag, token, found, i)
 
     def adding(self: Slots, tag: Any, said: Any, place: int, num: int) -> None:
-        rows.setdefault((id(tag.live), said), []).append(Slots.watch.row)  # type: ignore[attr-defined]
+        rows.setdefault((tag.live.program.id, said), []).append(Slots.watch.row)  # type: ignore[attr-defined]
         add(self, tag, said, place, num)
 
     def mixing(self: Watch, live: Any, added: Any, entropy: float) -> None:
-        there = rows[id(live), added.slot.said][: added.addition.num_rows]
+        there = rows[live.program.id, added.slot.said][: added.addition.num_rows]
         mean = torch.stack(there).mean(0)
         error = abs(entropy + torch.special.xlogy(mean, mean).sum().item())
         with log.open("a") as out:
@@ -238,9 +237,12 @@ def test_a_judge_that_cannot_be_is_refused(engine: Any, judge: dict[str, Any], m
 
 def test_at_its_deadline_a_judged_program_gives_its_longest_text(engine: Any) -> None:
     """Nobody has voted: there is no time to judge, and the text there is is the answer."""
-    field = {**params(branches=4, stop="never", deadline_s=0.7, **JUDGE), "max_new_tokens": 900, "ignore_eos": True}
-    out = engine.generate(prompt(QUESTIONS[1].text), field)
-    assert out["meta_info"]["dynasor"]["stop_reason"] == "deadline"
+    for deadline_s in (0.7, 2.0, 6.0):  # on a machine that stalls there is no text at the first
+        field = params(branches=64, width=16, stop="never", deadline_s=deadline_s, **JUDGE)
+        out = engine.generate(prompt(QUESTIONS[1].text), {**field, "max_new_tokens": 900, "ignore_eos": True})
+        assert out["meta_info"]["dynasor"]["stop_reason"] == "deadline"
+        if out["text"]:
+            break
     assert out["text"]
     status = settled(engine)
     assert status["num_held_programs"] == status["num_policy_errors"] == 0
@@ -259,11 +261,7 @@ def test_clients_that_give_up_leave_no_judge(engine: Any) -> None:
         return await asyncio.gather(*map(one, range(12)), return_exceptions=True)
 
     engine.loop.run_until_complete(everyone())
-    for _ in range(100):
-        status = status_of(engine)
-        if not status["num_branches_inside"]:
-            break
-        time.sleep(0.05)
+    status = settled(engine)
     assert status["num_branches_inside"] == status["num_branches_watched"] == status["num_held_programs"] == 0
     assert status["num_policy_errors"] == 0
 

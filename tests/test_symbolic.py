@@ -129,13 +129,15 @@ def test_the_first_that_is_the_same(worker: SymbolicWorker) -> None:
 
 def test_a_comparison_that_takes_too_long_ends_the_process() -> None:
     """The next one has a process of its own, and is right."""
-    worker = SymbolicWorker(pair_s=1.0)
+    worker = SymbolicWorker(pair_s=60.0)
     assert worker.first_same("2k+2", ["2+2k"]) == 0
     first = worker.pid
+    worker.pair_s = 1.0
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         worker.first_same(ENDLESS[0], [ENDLESS[1]])
     assert time.monotonic() - started < 30
+    worker.pair_s = 60.0
     assert worker.pid is None
     assert_gone(first)
     assert worker.first_same("2k+2", ["2+2k"]) == 0
@@ -144,7 +146,7 @@ def test_a_comparison_that_takes_too_long_ends_the_process() -> None:
 
 def test_a_process_that_dies_is_started_again() -> None:
     """It costs the comparison under way, no other."""
-    worker = SymbolicWorker()
+    worker = SymbolicWorker(pair_s=60.0)
     assert worker.first_same("7!", ["5040"]) == 0
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
@@ -164,6 +166,7 @@ def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_fork_has_a_process_of_its_own() -> None:
     """Two that wrote to one would read each other's findings."""
     mine = shared_worker()
+    mine.pair_s = 60.0
     assert shared_worker() is mine
     with ProcessPoolExecutor(1, get_context("fork")) as pool:
         assert pool.submit(_is_fresh, mine.first_same("7!", ["5040"])).result()
@@ -192,9 +195,9 @@ def test_the_process_ends_with_who_started_it(is_busy: bool) -> None:
     pair = ENDLESS if is_busy else ("2k+2", "2+2k")
     code = (
         "import threading, time; from sglang_dynasor.symbolic import SymbolicWorker\n"
-        "worker = SymbolicWorker(pair_s=2.0); worker.first_same('x', ['y'])\n"
+        "worker = SymbolicWorker(pair_s=60.0); worker.first_same('x', ['y']); pid, worker.pair_s = worker.pid, 2.0\n"
         f"threading.Thread(target=worker.first_same, args=({pair[0]!r}, [{pair[1]!r}]), daemon=True).start()\n"
-        "time.sleep(0.5); print(worker.pid, flush=True); time.sleep(60)"
+        "time.sleep(0.5); print(pid, flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
@@ -206,14 +209,19 @@ def test_the_process_ends_with_who_started_it(is_busy: bool) -> None:
 
 
 def assert_gone(pid: int | None) -> None:
-    """Its process ends within half a minute."""
-    deadline = time.monotonic() + 30
-    while (
-        Path(f"/proc/{pid}/stat").exists()
-        and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    ):
+    """Its process ends within a minute."""
+    deadline = time.monotonic() + 60
+    while runs(pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def runs(pid: int | None) -> bool:
+    """Also where it ends while it is looked at."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_without_math_verify_it_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ class Remote:
 
     def __call__(self, what: str, *args: Any, **kwargs: Any) -> Any:
         self._here.send((what, args, kwargs))
-        if not self._here.poll(30):
+        if not self._here.poll(120):
             raise AssertionError(f"the scheduler does not answer: {what} {args}")
         self.num = self._here.recv()
         return self.num

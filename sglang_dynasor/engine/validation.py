@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_exec, get_memory, get_serving
 
@@ -52,6 +53,7 @@ def validate(result: None, tokenizer_manager: Any, obj: Any, input_ids: list[int
         # With images SGLang has put its own ids in, which it reads as no tokens.
         ids: Any = obj.input_ids if _sees(tokenizer_manager) and media_of(obj) else input_ids
         check_harmless(ids, params, tokenizer_manager.model_config.vocab_size)
+        _check_internals(obj)
         obj.sampling_params = check_program(obj, params, tokenizer_manager)
 
 
@@ -71,6 +73,16 @@ def check_harmless(input_ids: Sequence[int] | None, params: dict[str, Any], voca
     top_k = params.get("top_k")
     if isinstance(top_k, int) and top_k > MOST_TOP_K:
         raise FieldError(f"top_k={quoted(top_k)} is above {MOST_TOP_K}; send -1 for all tokens")
+
+
+def _check_internals(obj: Any) -> None:
+    """Raise FieldError for JSON in place of what SGLang makes itself, or an Engine in this process: its scheduler dies of it."""
+    if obj.positional_embed_overrides is not None and not isinstance(obj.positional_embed_overrides, PositionalEmbeds):
+        raise FieldError(
+            f"positional_embed_overrides={quoted(obj.positional_embed_overrides)} is no PositionalEmbeds, which JSON cannot say; leave it out"
+        )
+    if obj.lora_id is not None and not obj.lora_path:
+        raise FieldError(f"lora_id={quoted(obj.lora_id)} is SGLang's own; send the adapter's name as lora_path")
 
 
 def _first_outside(input_ids: Sequence[int], vocab_size: int) -> int | None:
