@@ -13,7 +13,7 @@ from forked import processes
 from questions import held_out, prompt
 
 from sglang_dynasor.engine import branches
-from sglang_dynasor.policy import program
+from sglang_dynasor.policy import branch
 from sglang_dynasor.policy.program import Program
 
 pytestmark = pytest.mark.engine
@@ -36,14 +36,14 @@ def greedy(engine: Any) -> list[str]:
 
 def test_a_crash_in_the_vote_falls_back(start_engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading an answer crashes on some texts: they abstain, programs are answered, plain requests are not touched."""
-    real = program.read_answer
+    real = branch.read_answer
 
     def extract(lead: str, text: str, extractor: str, *, is_cut: bool) -> str | None:
         if len(text) % 2:
             raise RuntimeError("injected")
         return real(lead, text, extractor, is_cut=is_cut)
 
-    monkeypatch.setattr(program, "read_answer", extract)  # the scheduler forks from here
+    monkeypatch.setattr(branch, "read_answer", extract)  # the scheduler forks from here
     engine = start_engine(scheduler="dynasor")
     before = greedy(engine)
     outs = ask(engine, QUESTIONS)

@@ -241,7 +241,7 @@ def test_an_answer_that_cannot_be_read_still_counts(monkeypatch: pytest.MonkeyPa
 
     p = program(branches=2, width=2)
     start_all(p)
-    monkeypatch.setattr("sglang_dynasor.policy.program.read_answer", broken)
+    monkeypatch.setattr("sglang_dynasor.policy.branch.read_answer", broken)
     for index in range(2):
         with pytest.raises(RuntimeError, match="injected"):
             p.finish(index, "#### 1", 1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from sglang_dynasor.policy.answers import is_thinking, read_answer, thinks_on
 from sglang_dynasor.policy.confidence import Confidence
 from sglang_dynasor.policy.thought import Trial
 
@@ -45,6 +46,21 @@ class Branch:
     def is_thought_open(self) -> bool:
         """Whether it still thinks, as far as is known: it runs, and nobody has closed its thought."""
         return self.state is BranchState.IN_FLIGHT and self.closed_at is None
+
+    def read(self, text: str, extractor: str, *, lead: str, think_end: str, is_cut: bool) -> str | None:
+        """The answer as written that it gives with `text`, after `lead`; None: none. Notes whether it thinks, or went on to.
+
+        Args:
+            think_end: what ends its thought, where the client names it; else empty.
+            is_cut: whether `text` may be unfinished.
+        """
+        self.thinks_on = self.closed_at is not None and thinks_on(text, think_end)
+        has_end = not think_end or think_end in text
+        if think_end and has_end:
+            lead, text = think_end, text.rpartition(think_end)[2]  # it may begin the answer
+        answer = read_answer(lead, text, extractor, is_cut=is_cut)
+        self.is_thinking = answer is None and (is_thinking(lead, text) or not has_end)
+        return answer
 
     @property
     def finish_reason(self) -> str | None:

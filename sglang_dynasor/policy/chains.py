@@ -9,11 +9,12 @@ docs/long_cot.md has what the numbers here were measured to bring.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sglang_dynasor.policy.branch import Branch, BranchState
+from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.policy.standing import NO_STANDING, Standing
 from sglang_dynasor.policy.thought import Trial, is_likely, is_settled, may_settle, next_probe_tokens
@@ -123,6 +124,23 @@ class Chains:
         """The key of the answer that has its share, and has had it for long enough; None: no answer has."""
         standing, share = self.standing, self.spec.stop.level_of("trials")
         return standing.leader if share is not None and standing.is_held and standing.share >= share else None
+
+    def have_answer(self, voters: Mapping[str, list[int]], evidence: Evidence) -> bool:
+        """Whether a finished chain has given the answer that was decided for: that all chains hold, else that the vote leads to."""
+        if (held := self.held_answer) is not None:
+            return held in voters
+        return evidence.lead > 0 and not evidence.is_contested
+
+    def answering(self, voters: Mapping[str, list[int]]) -> list[int]:
+        """The chains of which one is the program's answer: who was to speak, if it has, else who gave what was decided.
+
+        Empty where the vote alone says.
+        """
+        if self.speaker is not None:
+            branch = self.branches[self.speaker]
+            if branch.state is BranchState.FINISHED and (branch.key is not None or not voters):
+                return [self.speaker]
+        return [] if self.verdict is None else voters.get(self.verdict, [])
 
     def decide(self) -> None:
         """They have decided, by what they say together or by the votes of finished ones; from here on their standing stays."""

@@ -10,7 +10,6 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from sglang_dynasor.policy.allocation import votes_needed
-from sglang_dynasor.policy.answers import is_thinking, read_answer, thinks_on
 from sglang_dynasor.policy.branch import Branch, BranchState, Ending
 from sglang_dynasor.policy.budget import branch_worth
 from sglang_dynasor.policy.certaindex import overtake_risk
@@ -191,21 +190,13 @@ class Program:
         did. Where chains decided while they thought, their answer leads. Not the first to finish, which would depend on the
         load. Where nobody voted, the same of all finished branches; None where none finished.
         """
-        speaker, voters = self.speaker, self.votes.voters
-        spoken = None if speaker is None else self.branches[speaker]
-        if spoken is not None and spoken.state is BranchState.FINISHED and (spoken.key is not None or not voters):
-            return speaker
-        if self._verdict in voters:
-            return self._speaks_for(voters[self._verdict])
-        if voters:
-            return self._speaks_for(self.votes.ranking[0])
-        finished = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
-        return self._speaks_for(finished) if finished else None
-
-    @property
-    def _verdict(self) -> str | None:
-        """The key of the answer that chains decided for while they thought; None where they did not."""
-        return None if self.chains is None else self.chains.verdict
+        voters = self.votes.voters
+        who = [] if self.chains is None else self.chains.answering(voters)
+        if not who and voters:
+            who = self.votes.ranking[0]
+        elif not who:
+            who = [i for i, branch in enumerate(self.branches) if branch.state is BranchState.FINISHED]
+        return self._speaks_for(who) if who else None
 
     @property
     def speakers(self) -> set[int]:
@@ -221,19 +212,13 @@ class Program:
     def certaindex(self) -> float:
         """How sure it is, in [0, 1]: 1 - risk, the best reward (`AlgorithmRecord.is_sure_by_reward`), or the share of chains that
         decided while they thought."""
-        if self.chains is not None and self._answers_as_decided:
-            return self.chains.standing.share
+        if self.chains is not None and self.chains.verdict is not None:
+            winner = self.winner
+            if self.reason is None or (winner is not None and self.branches[winner].key == self.chains.verdict):
+                return self.chains.standing.share
         if self.spec.about.is_sure_by_reward:
             return max((branch.reward or 0.0 for branch in self.branches), default=0.0)
         return 1.0 - self.risk
-
-    @property
-    def _answers_as_decided(self) -> bool:
-        """Whether chains decided while they thought, and the program gives that answer, or will."""
-        if self._verdict is None:
-            return False
-        winner = self.winner
-        return self.reason is None or (winner is not None and self.branches[winner].key == self._verdict)
 
     @property
     def risk(self) -> float:
@@ -250,16 +235,12 @@ class Program:
         Whatever is raised in reading the text or by the rule, the branch has been counted: unread, it abstained.
         """
         answer, ending = None, ending or Ending()
-        branch = self.branches[index]
         try:
             if self.reason is None:
                 end = "" if self.spec.thought is None else self.spec.thought.end.strip()  # where the client names it
-                branch.thinks_on = branch.closed_at is not None and thinks_on(text, end)
-                has_end = not end or end in text
-                if end and has_end:
-                    lead, text = end, text.rpartition(end)[2]  # it may begin the answer
-                answer = read_answer(lead, text, self.spec.answer, is_cut=ending.is_cut)
-                branch.is_thinking = answer is None and (is_thinking(lead, text) or not has_end)
+                answer = self.branches[index].read(
+                    text, self.spec.answer, lead=lead, think_end=end, is_cut=ending.is_cut
+                )
         finally:
             self.count(index, answer, num_tokens, reward, ending=ending)
 
@@ -273,7 +254,7 @@ class Program:
         """
         branch = self._leave(index, BranchState.FINISHED, num_tokens)
         branch.reward, branch.ending = reward, ending
-        if answer is None and index == self.speaker and self._verdict is not None:
+        if answer is None and index == self.speaker and self.chains is not None and self.chains.verdict is not None:
             answer, key = branch.trials[-1].answer, branch.trials[-1].key
         if self.reason is not None:  # it does not vote; but who was to speak still does
             if index == self.speaker:
@@ -322,17 +303,11 @@ class Program:
             return None
         if not chains.decide_together or not self.spec.stop.stops(self.evidence):
             return chains.settle(index)
-        if self._has_answer(chains):
-            chains.decide()
-            self.reason = StopReason.CERTAIN
-            return None
-        return chains.speak()
-
-    def _has_answer(self, chains: Chains) -> bool:
-        """Whether a finished chain has given the answer that was decided for: that all chains hold, else that the vote leads to."""
-        if (held := chains.held_answer) is not None:
-            return held in self.votes.voters
-        return self.evidence.lead > 0 and not self.evidence.is_contested
+        if not chains.have_answer(self.votes.voters, self.evidence):
+            return chains.speak()
+        chains.decide()
+        self.reason = StopReason.CERTAIN
+        return None
 
     def mix_answers(self, said: Said, num: int, entropy: float) -> None:
         """The device has mixed what `num` branches said there."""
@@ -423,7 +398,7 @@ class Program:
         ):
             return
         if self.chains is not None:
-            if not self._has_answer(self.chains):
+            if not self.chains.have_answer(self.votes.voters, self.evidence):
                 return  # a running chain is to speak: who, the next trial says
             self.chains.decide()
         self.reason = StopReason.CERTAIN
