@@ -309,12 +309,11 @@ def test_room_is_saved_for_a_tenant_that_lags(start_engine: Any, admitted: Any, 
         scheduler="dynasor", dynasor_strict=True, dynasor_width=4, max_running_requests=4,
         dynasor_patience_tokens=patience,
     )  # fmt: skip
-    single = {**params(40, branches=1, tenant="many"), "ignore_eos": True}
-    uneven = [{**single, "max_new_tokens": 20 + 7 * (i % 4)} for i in range(40)]  # so that rows free one by one
-    # Those that run until all have come end one by one, too.
-    requests = [(f"s{i}", {**uneven[i], "max_new_tokens": 300 + 7 * i}) for i in range(4)]
+    single = {**params(30, branches=1, tenant="many"), "ignore_eos": True}
+    # Those that run until all have come end one by one, and so do those in their places: rows free one by one.
+    requests = [(f"s{i}", {**single, "max_new_tokens": 300 + 7 * i}) for i in range(4)]
     requests += [("gang", params(40, branches=4, stop="beta", tenant="few"))]
-    requests += [(f"s{i}", uneven[i]) for i in range(4, 40)]
+    requests += [(f"s{i}", single) for i in range(4, 40)]
     run(engine, requests, num_first=4, num_rows=4, ends_first=False)
     place = first_seen(admitted()).index("gang")
     assert (place < 30) is (patience == 300), place
