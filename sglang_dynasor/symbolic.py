@@ -39,8 +39,8 @@ def check_installed() -> None:
 class SymbolicWorker:
     """The process, started when first asked and again after it has ended. Thread-safe: one pair at a time."""
 
-    def __init__(self, pair_s: float = PAIR_S):
-        self.pair_s = pair_s
+    def __init__(self, pair_s: float | None = None):
+        self.pair_s = PAIR_S if pair_s is None else pair_s
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 

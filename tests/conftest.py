@@ -27,8 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; mo
 zmq.Context.__del__ = lambda self: None
 
 # A stall of a shared machine is no failure, and the same cases run everywhere.
-symbolic.SymbolicWorker.__init__.__defaults__ = (60.0,)  # seconds for a pair, also in engines that fork from here
-symbolic.START_S = 240.0
+symbolic.PAIR_S, symbolic.START_S = 60.0, 240.0  # also in engines that fork from here
 settings.register_profile("shared", deadline=None, derandomize=True)
 settings.register_profile("deep", settings.get_profile("shared"), max_examples=10_000)
 settings.load_profile("shared")

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,8 @@ from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine import routes
 from sglang_dynasor.engine.routes import check_query, check_settings
 from sglang_dynasor.errors import ConfigError, DynasorError, FieldError
+from sglang_dynasor.frontend.backend import abort_all
+from sglang_dynasor.frontend.endpoint import Endpoint
 from sglang_dynasor.observe.entry import ANSWERED, entry_of
 from sglang_dynasor.observe.ledger import RecordBook
 from sglang_dynasor.observe.line import LINE_HELP, VERSION
@@ -221,6 +223,20 @@ def send(server: Server, rid: str, params: dict[str, Any] | None = None, **field
         "custom_params": {"dynasor": {"answer": "hash", **field}},
     }
     return call(server, "POST", "/generate", KEY, json={"text": QUESTION, "rid": rid, "sampling_params": sampling})
+
+
+@engine
+@pytest.mark.parametrize(("admin", "num"), [(None, 1), (ADMIN, 0)])
+def test_who_searches_needs_the_admin_key_to_end_requests(
+    server: Server, caplog: pytest.LogCaptureFixture, admin: str | None, num: int
+) -> None:
+    """SGLang wants it where there is one. Without it all runs on, and the author is told, once."""
+    with closing(Endpoint(server.url, api_key=KEY, admin_api_key=admin)) as backend:
+        assert backend.has_scheduler
+        abort_all(backend, ["nobody", "nobody else"])
+    told = [record.message for record in caplog.records if "was not ended" in record.message]
+    assert len(told) == num
+    assert all("HTTP 401" in message and "admin_api_key" in message for message in told)
 
 
 ENDLESS = {"ignore_eos": True, "max_new_tokens": 900}

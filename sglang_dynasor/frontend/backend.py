@@ -53,10 +53,8 @@ class Backend(Protocol):
 
 def warn_once(backend: Any) -> None:
     """Tell the author, once per backend, that it does not run our scheduler."""
-    with _warning_lock:
-        if getattr(backend, "_dynasor_warned", False):
-            return
-        backend._dynasor_warned = True
+    if not _is_first(backend, "_dynasor_warned"):
+        return
     warnings.warn(
         f"{backend.name} does not run --scheduler dynasor: branches are counted by this process, with the same answers, and "
         "end a little later than they could",
@@ -65,9 +63,22 @@ def warn_once(backend: Any) -> None:
 
 
 def abort_all(backend: Backend, rids: Iterable[str]) -> None:
-    """End requests, each whatever becomes of the others. One that cannot be ended runs to its own end, which is logged."""
+    """End requests, each whatever becomes of the others. One that cannot be ended runs to its own end; the first is logged."""
     for rid in rids:
         try:
             backend.abort(rid)
         except Exception as error:
-            logger.warning("dynasor: request %s of %s was not ended (%s) and runs on", rid, backend.name, error)
+            if _is_first(backend, "_dynasor_abort_failed"):
+                logger.warning(
+                    "dynasor: request %s of %s was not ended (%s) and runs on, as others may; a server with an admin key wants it: "
+                    "Endpoint(url, api_key=..., admin_api_key=...)",
+                    rid, backend.name, error,
+                )  # fmt: skip
+
+
+def _is_first(backend: Any, flag: str) -> bool:
+    """Whether nobody has asked for this flag of the backend before."""
+    with _warning_lock:
+        is_first = not getattr(backend, flag, False)
+        setattr(backend, flag, True)
+        return is_first

@@ -21,11 +21,13 @@ class Endpoint(RuntimeEndpoint):
     Args:
         base_url: http://HOST:PORT of an SGLang server.
         rows: most requests at once of searches that run here.
+        admin_api_key: the server's, if it has one: SGLang wants it of who ends a request, and `api_key` of all else.
         options: of SGLang's RuntimeEndpoint: api_key, verify, chat_template_name.
     """
 
-    def __init__(self, base_url: str, *, rows: int = DEFAULT_ROWS, **options: Any):
+    def __init__(self, base_url: str, *, rows: int = DEFAULT_ROWS, admin_api_key: str | None = None, **options: Any):
         super().__init__(base_url.rstrip("/"), **options)
+        self.admin_api_key = admin_api_key
         self.driver = Driver(self, rows)
 
     @property
@@ -40,8 +42,8 @@ class Endpoint(RuntimeEndpoint):
     def _answers_status(self) -> bool:
         return self._request("/dynasor/status").status_code == HTTPStatus.OK
 
-    def _request(self, path: str, data: dict[str, Any] | None = None) -> Any:
-        return http_request(self.base_url + path, json=data, api_key=self.api_key, verify=self.verify)
+    def _request(self, path: str, data: dict[str, Any] | None = None, api_key: str | None = None) -> Any:
+        return http_request(self.base_url + path, json=data, api_key=api_key or self.api_key, verify=self.verify)
 
     def post(self, data: dict[str, Any]) -> dict[str, Any] | None:
         response = self._request("/generate", data)
@@ -75,7 +77,9 @@ class Endpoint(RuntimeEndpoint):
         return response.json()["tokens"]
 
     def abort(self, rid: str) -> None:
-        self._request("/abort_request", {"rid": rid})
+        response = self._request("/abort_request", {"rid": rid}, self.admin_api_key)
+        if response.status_code != HTTPStatus.OK:
+            raise RuntimeError(f"HTTP {response.status_code} from /abort_request")
 
     def close(self) -> None:
         """Let the threads of searches go."""

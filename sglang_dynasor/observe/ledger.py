@@ -26,7 +26,7 @@ STATUS_HELP = {
     "num_priced_out": "of those, ended because one more branch was not worth its price under the load",
     "num_aborted": "programs given up: aborts, disconnects, time-outs; their clients are told what there was",
     "num_branches": "branches that answered programs started",
-    "num_branches_saved": "branches that the caps of those allowed that were sure, or priced out, and that they did not start; others have saved nothing",
+    "num_branches_saved": "branches that their caps allowed and that were never started, of those that ended as sure or priced out; others have saved nothing",
     "num_tokens": "tokens that answered programs generated, all branches together",
     "num_policy_errors": "exceptions in our own code that fell back to stock behaviour",
     "num_fresh_starts": "times that such an exception left something half done: programs under way ended, and new ones began anew",

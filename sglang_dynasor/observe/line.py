@@ -20,7 +20,7 @@ LINE_HELP: dict[str, tuple[str, str]] = {
     "endpoint": ("always", "that the request was sent to; empty for `sgl.Engine`"),
     "prompt_tokens": ("always", "of the prompt, once"),
     "output_tokens": ("always", "of the text that was sent back; all that were generated are the record's `num_tokens`"),
-    "settings": ("always", "what the field came to, defaults included, under the [field's names](reference.md#keys-of-the-field) or the record's; what the record says is not said twice. And `max_new_tokens`, `temperature`"),
+    "settings": ("always", "what the field came to, defaults included, under the [field's names](reference.md#keys-of-the-field) or the record's; what the record says is not said twice. And `max_new_tokens`, `temperature`; of thoughts `level`, the least probability of `exit`"),
     "record": ("always", "[the record](reference.md#keys-of-the-record)"),
     "owner": ("of who sends a credential, or is named by a gateway", "who sent the request, as a hash ([whose is what](#who-may-read-and-do-what))"),
     "prompt": ("`--dynasor-show-texts`", "how the prompt begins: up to 2,000 characters"),

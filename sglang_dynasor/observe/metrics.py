@@ -46,7 +46,7 @@ METRICS: dict[str, Metric] = {
     "dynasor_certaindex": Metric("histogram", "certaindex of answered programs at the end", _PROGRAM, (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 1)),
     "dynasor_risk": Metric("histogram", "risk of answered programs at the end", _PROGRAM, (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)),
     "dynasor_branches_total": Metric("counter", "branches that programs started, by how each ended (`stop`, `length`, `weak`, `failed`; `ended`: no longer needed) and the program's outcome", (*_PROGRAM, "end", "outcome")),
-    "dynasor_branches_saved_total": Metric("counter", "branches that the caps of programs allowed that were sure, or priced out, and that they did not start; others have saved nothing", _PROGRAM),
+    "dynasor_branches_saved_total": Metric("counter", "branches that their caps allowed and that were never started, of programs that ended as sure or priced out; others have saved nothing", _PROGRAM),
     "dynasor_tokens_total": Metric("counter", "tokens that programs generated, all branches together", (*_PROGRAM, "tenant")),
     "dynasor_tokens_saved_estimate_total": Metric("counter", "estimate: of each program, the branches saved times the mean length of its branches that came to their own end; the rest of branches that were ended is not in it", _PROGRAM),
     "dynasor_branches_truncated_total": Metric("counter", "branches that ended by their length, or because time was up", _PROGRAM),

@@ -62,7 +62,7 @@ _HELP = {
     "algorithm": (", ".join(ENGINE_ALGORITHMS), "; ".join(record.summary for record in _RECORDS)),
     "branches": ("1 to --dynasor-max-branches", f"the cap: most branches the program may use ({_default('branches')})"),
     "width": ("1 to branches", "most branches in flight at once (default: as many as the load allows)"),
-    "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')}; long_cot with several branches: that or {TOGETHER})"),
+    "stop": (f"{', '.join(LEVELS)}, or NAME[:LEVEL], joined by and / or", f"when to end early ({_default('stop')}; --dynasor-level in place of {SELF_CONSISTENCY.stop}; long_cot with several branches: that or {TOGETHER})"),
     "answer": (", ".join((*EXTRACTORS, *FORMS)), "where the answer stands in the text (default auto)"),
     "equal": ("math, text, symbolic, model[:PROBABILITY], embedding[:COSINE]", "which answers are one vote: math merges writings of one value, text only white space; symbolic also what sympy proves equal, model what the served model says means the same, embedding what an embedding server puts close together (default math; " + ", ".join(f"{kind}:{score:g}" for kind, score in SCORES.items()) + ")"),
     "deadline_s": ("above 0 to 86400", "seconds from arrival after which the best answer so far is given (default none)"),
