@@ -32,6 +32,7 @@ from sglang_dynasor.engine.live import (
     Times,
     branch_tag_of,
     record_of,
+    set_arrival,
     set_tag,
     tag_of,
 )
@@ -753,6 +754,23 @@ def test_who_leaves_unseen_is_charged_and_looked_after() -> None:
     assert made._is_stale
 
 
+@pytest.mark.parametrize(
+    ("num_output_tokens", "num_chunks", "charged"), [(0, 0, 0), (0, 1, 100), (5, 1, 105), (5, 0, 105)]
+)
+def test_who_never_ran_is_charged_nothing(
+    make_controller: Callable[..., Controller], num_output_tokens: int, num_chunks: int, charged: int
+) -> None:
+    """A plain request of a full queue, or that waited too long, took nobody's place; one that was retracted did."""
+    controller = make_controller()
+    controller.admission.arrive(live_program().gang)
+    req = request(num_output_tokens, extend_batch_idx=num_chunks)
+    set_arrival(req, controller.admission.note_arrival())
+    line = controller.admission.order.line("")
+    before = line.counter
+    assert not controller.on_aborted(SimpleNamespace(rid="r"), req)  # type: ignore[arg-type]
+    assert line.counter == before + charged
+
+
 # What is told
 
 
@@ -942,8 +960,12 @@ def test_every_rank_reads_as_far_as_the_one_that_would_sleep(
     controller = make_controller(idle_sleeper="one" if is_first_rank and sleeps else None)
     opened: list[bool] = []
     monkeypatch.setattr(controller.branches.readings, "open_step", lambda has_bound: opened.append(has_bound))
+    ended = [[live_program().gang], [live_program().gang], []]  # by a budget, as many as a look may end
+    monkeypatch.setattr(controller.admission, "share_out", lambda: ended.pop(0))
+    monkeypatch.setattr(controller.ends, "guarded", lambda live, act: None)
     controller.admit(SimpleNamespace(is_empty=lambda: is_empty, reqs=[], batch_is_full=False))
     assert opened == [has_bound]
+    assert len(ended) == (2 if has_bound else 0)
 
 
 @pytest.mark.parametrize(

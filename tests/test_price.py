@@ -88,6 +88,25 @@ def test_load_is_what_waits(num: int, num_plain: int, load: float) -> None:
     assert admission.load_frac(first) == pytest.approx(load)
 
 
+def test_who_begins_to_wait_hides_nobody() -> None:
+    """Another waits since the last look: so he does, now that this one has a branch less in flight and waits too."""
+    admission = admission_of(0.1)
+    first, *_ = come(admission, ROWS + 1, stop="never")
+    admission.wait(first)
+    assert admission.load_frac(first) == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("num_plain", [0, 100])
+def test_plain_requests_that_wait_narrow_a_program(num_plain: int) -> None:
+    """Each row that it takes keeps them waiting, as it keeps programs."""
+    admission = Admission(Rows(num_plain), 10**9, {}, 0, 0.0)
+    gang = Gang(Program("p", parse_field({"branches": 8}, 64)), 5, Cost(0, 5), None)
+    admission.arrive(gang)
+    alone = Admission(Rows(), 10**9, {}, 0, 0.0)
+    alone.arrive(gang)
+    assert (admission._width(gang) < alone._width(gang)) is (num_plain > 0)
+
+
 def test_it_does_not_fire_where_nobody_waits() -> None:
     """However high the price: what votes still cost nobody else."""
     admission = admission_of(1.0)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sglang_dynasor.errors import FieldError
 from sglang_dynasor.observe.ledger import FEWEST_BRANCHES, BudgetBook
-from sglang_dynasor.policy.budget import Budget, branch_worth
+from sglang_dynasor.policy.budget import MOST_PASSED, Budget, branch_worth
 from sglang_dynasor.policy.budget_spec import BudgetSpec
+from sglang_dynasor.policy.evidence import Evidence
 from sglang_dynasor.policy.mean import Mean
 from sglang_dynasor.policy.program import Program, StopReason
 from sglang_dynasor.policy.shared_budget import HOLD, MOST_ENDED, SharedBudget, SharedBudgets
@@ -385,6 +386,18 @@ def test_the_greatest_worth_goes_first(votes: list[tuple[int, int]]) -> None:
 
 
 # Those of an engine
+
+
+@pytest.mark.parametrize("is_held", [False, True])
+def test_who_can_be_paid_for_is_found_behind_many_who_cannot(is_held: bool) -> None:
+    """Where nothing is in flight, and nothing will come back; else a look is bounded."""
+    budget = Budget(5_000.0)
+    for program in range(MOST_PASSED + 2):
+        budget.offer(program, Evidence((1, 1), 0, 4), 8_000.0)
+    budget.offer(99, Evidence((3, 1), 0, 4), 1_000.0)
+    if is_held:
+        budget.hold(50, 10.0)
+    assert budget.take() == (None if is_held else 99)
 
 
 def test_budgets_are_known_by_id_while_somebody_needs_them() -> None:

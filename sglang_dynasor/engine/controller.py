@@ -152,10 +152,14 @@ class Controller:
         thoughts = self.branches.thoughts
         self.room.running_batch = running_batch
         # An engine that sleeps when it is idle would sleep over what waits.
-        self.branches.readings.open_step(has_bound=not (self.sleeps_when_idle and running_batch.is_empty()))
+        sleeps = self.sleeps_when_idle and running_batch.is_empty()
+        self.branches.readings.open_step(has_bound=not sleeps)
         thoughts.make_due()
-        for gang in self.admission.share_out():
-            self.ends.guarded(gang.owner, self.ends.answer)
+        while ended := self.admission.share_out():
+            for gang in ended:
+                self.ends.guarded(gang.owner, self.ends.answer)
+            if not sleeps:
+                break
         head = self.admission.look()
         if head is not None:  # its prompt is used next: the radix cache evicts others first
             touch_waiting_prefix(head.owner.parent, self.scheduler.tree_cache)
@@ -212,7 +216,8 @@ class Controller:
         return is_internal
 
     def _note_departure(self, req: Req) -> None:
-        num_tokens = len(req.origin_input_ids) + len(req.output_ids)
+        has_run = bool(req.output_ids) or req.extend_batch_idx > 0  # else nobody has been given anything for it
+        num_tokens = len(req.origin_input_ids) + len(req.output_ids) if has_run else 0
         self.admission.note_departure(arrival_of(req), num_tokens, self.room.rank(req))
 
     def abort(self, abort: AbortReq) -> None:

@@ -220,7 +220,8 @@ class Admission:
 
         0 where nobody waits for room. Those of the last look count: who has just come may start in the next.
         """
-        num_waiting = self._num_kept - gang.ticket.is_waiting + self.engine.num_plain_waiting
+        num_kept = min(self._num_kept, self.order.num_waiting - gang.ticket.is_waiting)
+        num_waiting = num_kept + self.engine.num_plain_waiting
         num_running = self.engine.whole.rows - self.engine.free_rows
         return num_waiting / (num_waiting + max(1, num_running)) if num_waiting > 0 else 0.0
 
@@ -368,7 +369,8 @@ class Admission:
         engine, forecast, program = self.engine, self.forecast, gang.program
         whole, evidence = engine.whole, program.evidence
         num_rows = whole.rows - engine.free_rows
-        num_others = self.order.num_alive - 1 + max(0, num_rows - engine.num_branches)
+        num_plain = max(0, num_rows - engine.num_branches) + engine.num_plain_waiting
+        num_others = self.order.num_alive - 1 + num_plain
         load = Load(self.fixed_rows, max(0, num_rows - program.num_in_flight), num_others)
         decides_together = program.chains is not None and program.chains.decide_together
         width = best_width(

@@ -48,11 +48,13 @@ class Budget:
     def take(self) -> int | None:
         """The program whose next branch is worth most of those that can be paid for, of equals the first; its tokens are held.
 
-        None where no branch is worth anything or can be paid for. Of the most worth MOST_PASSED are looked at.
+        None where no branch is worth anything or can be paid for. While tokens are held, which may come back, of the most worth
+        MOST_PASSED are looked at; else all, as those who are waiting have nothing to wait for.
         """
+        most_passed = MOST_PASSED if self.held_tokens else len(self._ranked)
         passed: list[tuple[float, int]] = []
         taken = None
-        while self._ranked and taken is None and len(passed) < MOST_PASSED:
+        while self._ranked and taken is None and len(passed) < most_passed:
             entry = heapq.heappop(self._ranked)
             program = entry[1]
             worth, tokens = self.offers.get(program, (0.0, 0.0))
