@@ -358,7 +358,7 @@ def test_memory_runs_out(server: FaultyServer) -> None:
     """Plain requests grow. Branches are retracted, and each is answered whole; so is each plain request."""
     num_rounds, grows = 0, {"text": prompt(QUESTIONS[2]), "sampling_params": GROWS}
     fields = ({**THOUGHT, "branches": 4, "stop": "never"}, {"branches": 4, "stop": "never", **OWN_JUDGE})
-    while "BranchTag" not in server.retracted():
+    while not num_rounds or "BranchTag" not in server.retracted():
         assert num_rounds < 8, server.retracted()
         params = {"max_new_tokens": 80, "min_new_tokens": 80}
         bodies = [body_of(num_rounds + i, params=params, **fields[i % 2]) for i in range(4)]
