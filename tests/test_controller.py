@@ -12,11 +12,17 @@ import pytest
 import torch
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.schedule_batch import FINISH_MATCHED_STR
+from sglang.srt.utils.weight_versions import (
+    WeightVersionEvent,
+    compute_weight_version_spans,
+    record_weight_version_events,
+)
 
 from sglang_dynasor.config import DynasorConfig
 from sglang_dynasor.engine import aside, fence, hooks, messages
 from sglang_dynasor.engine import branches as branches_module
 from sglang_dynasor.engine import controller as controller_module
+from sglang_dynasor.engine import live as live_module
 from sglang_dynasor.engine import programs as programs_module
 from sglang_dynasor.engine import teller as teller_module
 from sglang_dynasor.engine import thoughts as thoughts_module
@@ -76,7 +82,7 @@ def request(num_output_tokens: int = 0, **fields: Any) -> Any:
         "output_ids": array("q", range(num_output_tokens)), "finished_reason": None, "to_finish": None, "finished_len": None, "finished_output": None,
         "kv": SimpleNamespace(holds_kv=True), "return_logprob": False, "logprob_start_len": -1,
         "origin_input_ids": array("q", range(100)), "sampling_params": SimpleNamespace(max_new_tokens=50),
-        "multimodal_inputs": None,
+        "multimodal_inputs": None, "is_retracted": False, "weight_version_events": [],
     }  # fmt: skip
     req = Stand(**{**given, **fields})
     req.finished = lambda: req.finished_reason is not None
@@ -111,7 +117,7 @@ def scheduler_of(**fields: Any) -> Any:
         "_pending_chunked_abort_req": None, "enable_lora": False, "enable_priority_scheduling": False,
         "_set_or_validate_priority": lambda req: True, "server_args": SimpleNamespace(tokenizer_worker_num=1),
         "model_config": SimpleNamespace(vocab_size=512), "beam_coordinator": SimpleNamespace(retire_group=lambda req: None),
-        "max_queued_requests": None, "last_batch": None, "policy": SimpleNamespace(priority_sign=-1),
+        "_engine_paused": False, "forward_ct": 0, "max_queued_requests": None, "last_batch": None, "policy": SimpleNamespace(priority_sign=-1),
         "tp_worker": SimpleNamespace(model_runner=SimpleNamespace(sampling_observer=None)),
     }  # fmt: skip
     return SimpleNamespace(**{**given, **fields})
@@ -123,6 +129,7 @@ def make_controller(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Controller
     parallel = SimpleNamespace(pp_rank=0, attn_tp_rank=0, attn_cp_rank=0)
     monkeypatch.setattr(controller_module, "get_parallel", lambda: parallel)
     monkeypatch.setattr(controller_module, "get_device", lambda: SimpleNamespace(sleep_on_idle=False))
+    monkeypatch.setattr(live_module, "get_serving", lambda: SimpleNamespace(weight_version="first"))
 
     def make(*, strict: bool = True, **fields: Any) -> Controller:
         config = DynasorConfig(scheduler="dynasor", dynasor_strict=strict)
@@ -1023,6 +1030,29 @@ def test_branches_that_end_together_vote_in_turn(
     assert expired == [59]
 
 
+@pytest.mark.parametrize("is_paused", [True, False])
+def test_what_waits_is_read_in_a_pause(
+    is_paused: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No step comes that would read. A deadline that is told again and again is heard once, after what had finished before."""
+    controller = make_controller(_engine_paused=is_paused)
+    live = controller.programs.number(live_program().program, request())
+    live.gang = Gang(live.program, 100, Cost(100, 52), live)
+    controller.admission.arrive(live.gang)
+    controller.programs.hold(live)
+    done: list[Any] = []
+    monkeypatch.setattr(controller.ends, "close", lambda live, why: done.append(why))
+    readings = controller.branches.readings
+    for number in range(4):
+        readings.add(live, STEP_CHARS + 1, lambda live, number=number: done.append(number))
+    controller.teller.date(live.number, 0.0)
+    for num_polls in range(1, 6):
+        for told in controller.due():
+            controller.hear(cast("Told", told))
+        assert done == ([0, 1, 2, 3, StopReason.DEADLINE] if is_paused else [0])[: num_polls + 1]
+        assert len(readings) == (max(0, 4 - num_polls) if is_paused else 4)
+
+
 @pytest.mark.parametrize("is_broken", [True, False])
 def test_a_client_s_branch_that_is_read_late_is_told_once(
     is_broken: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
@@ -1125,6 +1155,58 @@ def test_answers_go_out_with_the_output_of_their_step(
     controller.inside.num_reqs = 0
     streamer.stream_output([plain], False)  # nothing of ours is there
     assert sent[2:] == [([plain], False)]
+
+
+# Weights that are updated
+
+
+def spans_of(req: Any, version: str) -> list[tuple[str, int, int]]:
+    """As SGLang tells the client, at a time when the weights are of this version."""
+    spans = compute_weight_version_spans(req.weight_version_events, version, len(req.output_ids))
+    return [(span.version, span.start, span.end) for span in spans]
+
+
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_who_speaks_later_tells_its_own_weights(
+    is_sent: bool, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that it was sampled by, though they have changed since it ended; and those before, which SGLang has noted."""
+    controller = make_controller()
+    sent: list[Any] = []
+    controller.ends.emit = lambda reqs, return_logprob: sent.extend(reqs)
+    monkeypatch.setattr(controller.branches.voting, "finish", lambda live, index, *_: live.program.count(index, "7", 9))
+    monkeypatch.setattr(controller.branches, "advance", lambda live: None)
+    live = live_program(branches=4, answer="hash", stop="never")
+    req = branch(live, kind=SentTag if is_sent else BranchTag, num_output_tokens=9)
+    live.reqs[0] = req
+    req.weight_version_events.append(WeightVersionEvent("before", 4))
+    req.finished_reason, req.output_ids_through_stop = FINISH_MATCHED_STR("x"), req.output_ids
+    controller.branches.readings.add(live, STEP_CHARS, lambda live: None)  # the step is full
+    (controller.intake.sent if is_sent else controller.branches).has_ended(req, tag_of(req))  # type: ignore[arg-type]
+    monkeypatch.setattr(live_module, "get_serving", lambda: SimpleNamespace(weight_version="second"))
+    controller.branches.readings.open_step()
+    if not is_sent:
+        controller.ends._speak(live, req, {})
+    assert sent == [req]
+    assert spans_of(req, "second") == [("before", 0, 4), ("first", 4, 9)]
+    assert spans_of(req, "first") == [("before", 0, 4), ("first", 4, 9)]
+
+
+def test_who_goes_on_for_a_thought_tells_its_weights(
+    make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins with tokens that another Req has sampled, by weights that SGLang has noted there."""
+    controller = make_controller()
+    live = live_program(algorithm="long_cot", think_end="end")
+    controller.admission.arrive(live.gang)
+    live.reqs[0] = chain = branch(live, num_output_tokens=9)
+    record_weight_version_events([chain], "before")
+    monkeypatch.setattr(branches_module, "make_branch", lambda *args: request())
+    monkeypatch.setattr(branches_module, "go_on_from", lambda req, given: setattr(req, "output_ids", given))
+    controller.branches._replace(live, 0, array("q", range(12)), 9)
+    record_weight_version_events([chain], "first")  # it ends with the step under way
+    assert live.reqs[0] is not chain
+    assert spans_of(live.reqs[0], "first") == [("before", 0, 9), ("first", 9, 12)]
 
 
 # Spans
@@ -1317,6 +1399,28 @@ def test_a_client_s_branch_that_comes_late_leaves_nothing_with_sglang(
     req = asks(field, session=SimpleNamespace(streaming=True))
     controller.take(lambda req, is_retracted: stock.append(req), req, is_retracted=False)
     assert (books.released, sent, stock) == (([req], [req], []) if is_decided else ([], [], [req]))
+
+
+@pytest.mark.parametrize("state", ["on", "aside"])
+def test_what_a_pause_retracts_is_no_new_program(
+    state: str, make_controller: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fell back to a plain request has its field still; and it came when it came. SGLang tells by the request alone."""
+    books, own, stock = Books(), Fence(), list[Any]()
+    own.is_aside = state == "aside"
+    monkeypatch.setattr(hooks, "FENCE", own)
+    controller = make_controller(**books.fields())
+    scheduler = controller.scheduler
+    if own.is_aside:
+        scheduler._dynasor = None
+    waits = live_program()
+    controller.admission.arrive(waits.gang)  # from now on arrivals are counted
+    plain = request(is_retracted=True, sampling_params=SimpleNamespace(custom_params=None))
+    for req in (asks({}, is_retracted=True), plain):
+        hooks.enqueue(lambda scheduler, *given: stock.append(given), scheduler, req)
+        assert stock.pop() == (req, False)
+        assert not hasattr(req, "dynasor_arrival")
+    assert (books.told, controller.programs.held) == ([], {})
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -250,9 +250,12 @@ def drop(scheduler: Any, req: Req) -> None:
 
 
 def is_program(req: Req, is_retracted: bool) -> bool:
-    """Whether a request names a program: as what was queued before is served as stock, it must be new."""
+    """Whether a request names a program: as what was queued before is served as stock, it must be new.
+
+    A pause retracts, too, and SGLang says so in the request alone.
+    """
     custom = req.sampling_params.custom_params
-    return isinstance(custom, dict) and "dynasor" in custom and not is_retracted
+    return isinstance(custom, dict) and "dynasor" in custom and not (is_retracted or req.is_retracted)
 
 
 def status() -> dict[str, Any]:

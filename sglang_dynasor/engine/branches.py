@@ -75,6 +75,7 @@ class Branches:
         tag = BranchTag(live, index, self, given_tokens=len(given), spent_tokens=spent_tokens)
         req = make_branch(self.scheduler, live.parent, self.inside.new_rid(), tag)
         go_on_from(req, given)
+        req.weight_version_events = live.reqs[index].weight_version_events[:]  # of the tokens given
         live.reqs[index] = req
         self.inside.put(req, tag)
 
@@ -99,6 +100,9 @@ class Branches:
 
     def close(self, live: LiveProgram, why: StopReason) -> None:
         """Its time is up, or the operator wants its answer: what has finished is read, unjudged, and then the program is answered."""
+        if live.is_closing:  # told again while what has finished waits to be read
+            return
+        live.is_closing = True
         if live.program.reason is None:
             for index in self.ends.end_judges(live):
                 self._read(live, index, live.reqs[index])

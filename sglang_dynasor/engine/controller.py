@@ -235,6 +235,8 @@ class Controller:
         )
         if (limit_s := envs.SGLANG_REQ_WAITING_TIMEOUT.get()) > 0:
             due += self._waited_too_long(time.perf_counter() - limit_s)
+        if self.scheduler._engine_paused and self.branches.readings:  # no step comes that would read
+            due.append(Told(what="read"))
         return due
 
     def _waited_too_long(self, since: float) -> list[AbortReq]:
@@ -254,6 +256,9 @@ class Controller:
         what, parts = told.what, told.parts
         if what == "fixed_rows":
             (self.admission.fixed_rows,) = parts
+            return
+        if what == "read":
+            self.branches.readings.open_step()
             return
         number, *rest = parts
         live = self.programs.numbered.get(number)

@@ -63,13 +63,15 @@ class Intake:
             self.scheduler._release_aborted_request(req)
             return
         field = field_of(req)
+        # A pause retracts, too, and SGLang says so in the request alone.
+        is_new = not is_retracted and not req.is_retracted
         # A request that already ends with an error, and the cache warm-up that n > 1 sends, are no branches.
-        is_plain = field is None or is_retracted or tag_of(req) is not None or req.to_finish is not None
+        is_plain = field is None or not is_new or tag_of(req) is not None or req.to_finish is not None
         if self.gate.is_forged(req):
             self._refuse(req, f"rid={quoted(req.rid)} begins with a NUL, as the server's own do")
             return
         if is_plain or req.finished() or self.gate.is_warm_up(req):
-            if not is_retracted:
+            if is_new:
                 self._note(req)
             enqueue(req, is_retracted)
             return

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.runtime_context import get_serving
+from sglang.srt.utils.weight_versions import record_weight_version_events
 
 from sglang_dynasor.engine.mould import Mould
 from sglang_dynasor.policy.admission import Gang
@@ -47,6 +49,7 @@ class LiveProgram:
     mould: Mould | None = None  # of its branches, once the first was made
     lead: str | None = None  # the end of its prompt, once somebody asked
     failure: dict[str, Any] | None = None  # why the last branch failed, told if none finishes
+    is_closing: bool = False  # it was told to answer with what it has
     is_answered: bool = False  # its client has what it will get
     times: dict[int, Times] = field(default_factory=dict[int, Times])  # of its branches, where it is traced
     gang: Gang = field(init=False)  # programs whose branches clients send have none
@@ -205,7 +208,11 @@ def generated_tokens(req: Req, num_tokens: int) -> int:
 
 
 def note_end(live: LiveProgram, index: int, req: Req) -> None:
-    """What is known of a branch from the Req that ends: found in the cache, generated in its thought, and when."""
+    """What is known of a branch from the Req that ends: found in the cache, generated in its thought, and when.
+
+    And by which weights: SGLang notes a change of them in what it holds, and this Req may wait here to speak.
+    """
+    record_weight_version_events([req], get_serving().weight_version)
     branch = live.program.branches[index]
     branch.num_cached_tokens = min(req.cached_tokens, len(req.origin_input_ids))
     branch.num_reasoning_tokens = generated_tokens(req, req.reasoning_tokens) if req.require_reasoning else 0

@@ -10,7 +10,7 @@ from sglang_dynasor.policy.pattern import weight
 from sglang_dynasor.policy.spec import ProgramSpec
 from sglang_dynasor.policy.structured import READ_CHARS
 
-STEP_CHARS = 12_288  # of one step: two of the dearest texts that a program of 64 branches may have, about 8 ms
+STEP_CHARS = 12_288  # of one step, about 8 ms: two texts of a program of 64 branches, or one of JSON or code
 TOKEN_CHARS = 4  # that a token is taken to have
 VOTE_CHARS = 8  # that counting a vote is worth, for each branch of the program's cap
 
