@@ -468,6 +468,7 @@ def test_a_plain_request_with_keys_of_its_own_is_served(server: Server, path: st
         ({"text": ""}, {}, "the prompt has no tokens"),
         ({"input_ids": [5, 10**6]}, {}, "input_ids has 1000000, outside [0, "),
         ({"input_ids": [-5]}, {}, "input_ids has -5, outside [0, "),
+        ({"text": "Q", "input_ids": [[5], [6]]}, {}, "input_ids has [5], outside [0, "),
         ({"text": "Q"}, {"top_k": 2**31}, "top_k=2147483648 is above 2147483647"),
         ({"text": "Q", "positional_embed_overrides": 1.0}, {}, "positional_embed_overrides=1.0 is no PositionalEmbeds"),
         ({"text": "Q", "lora_id": []}, {}, "lora_id=[] is SGLang's own"),

@@ -85,12 +85,15 @@ def _check_internals(obj: Any) -> None:
         raise FieldError(f"lora_id={quoted(obj.lora_id)} is SGLang's own; send the adapter's name as lora_path")
 
 
-def _first_outside(input_ids: Sequence[int], vocab_size: int) -> int | None:
+def _first_outside(input_ids: Sequence[Any], vocab_size: int) -> object:
     if isinstance(input_ids, array):  # as a scheduler has them, whose loop waits for this (gate.py)
         ids = np.frombuffer(input_ids, input_ids.typecode)
         if ids.min() >= 0 and ids.max() < vocab_size:
             return None
-    return next((token for token in input_ids if not 0 <= token < vocab_size), None)
+    try:
+        return next((token for token in input_ids if not 0 <= token < vocab_size), None)
+    except TypeError:  # one is no number: JSON may say anything
+        return next((token for token in input_ids if not isinstance(token, int)), None)
 
 
 # Of the request that this task serves: the endpoint that it was sent to. SGLang makes one object of each of its prompts.
