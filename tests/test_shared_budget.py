@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -398,6 +399,24 @@ def test_who_can_be_paid_for_is_found_behind_many_who_cannot(is_held: bool) -> N
     if is_held:
         budget.hold(50, 10.0)
     assert budget.take() == (None if is_held else 99)
+
+
+def test_all_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps it takes to end them; again when more is left, or somebody asks for less."""
+    budget, evidence = Budget(5_000.0), Evidence((1, 1), 0, 4)
+    for program in range(100):
+        budget.offer(program, evidence, 8_000.0)
+    looked: list[Any] = []
+    real = heapq.heappop
+    monkeypatch.setattr("sglang_dynasor.policy.budget.heapq.heappop", lambda heap: looked.append(1) or real(heap))
+    assert (budget.take(), len(looked)) == (None, 100)
+    assert (budget.take(), len(looked)) == (None, 100 + MOST_PASSED)
+    budget.offer(100, Evidence((3, 1), 0, 4), 6_000.0)
+    budget.left_tokens += 2_000
+    assert budget.take() == 100
+    budget.settle(100, 2_000)
+    budget.offer(101, Evidence((3, 1), 0, 4), 1_000.0)
+    assert budget.take() == 101
 
 
 def test_budgets_are_known_by_id_while_somebody_needs_them() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
+from math import inf
 
 from sglang_dynasor.policy.evidence import Evidence
 
@@ -33,12 +34,15 @@ class Budget:
     offers: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
     # ^ by program: what its next branch is worth, and what is held for it
     held_tokens: dict[int, float] = field(default_factory=dict[int, float])  # by program: for its branch in flight
+    _none_at: float = -inf  # tokens that were left when all were looked at and nobody could be paid for
     _ranked: list[tuple[float, int]] = field(default_factory=list[tuple[float, int]])  # heap; stale entries are void
 
     def offer(self, program: int, evidence: Evidence, tokens: float) -> None:
         """A program may start one more branch, for which `tokens` are held. Offered again after each change of its evidence."""
         worth = branch_worth(evidence)
         self.offers[program] = worth, tokens
+        if tokens <= self.left_tokens:
+            self._none_at = -inf
         heapq.heappush(self._ranked, (-worth, program))
 
     def withdraw(self, program: int) -> None:
@@ -49,9 +53,10 @@ class Budget:
         """The program whose next branch is worth most of those that can be paid for, of equals the first; its tokens are held.
 
         None where no branch is worth anything or can be paid for. While tokens are held, which may come back, of the most worth
-        MOST_PASSED are looked at; else all, as those who are waiting have nothing to wait for.
+        MOST_PASSED are looked at; else all, once, as those who are waiting have nothing to wait for.
         """
-        most_passed = MOST_PASSED if self.held_tokens else len(self._ranked)
+        looks_at_all = not self.held_tokens and self.left_tokens > self._none_at
+        most_passed = len(self._ranked) if looks_at_all else MOST_PASSED
         passed: list[tuple[float, int]] = []
         taken = None
         while self._ranked and taken is None and len(passed) < most_passed:
@@ -68,6 +73,8 @@ class Budget:
             del self.offers[program]
         for entry in passed:
             heapq.heappush(self._ranked, entry)
+        if looks_at_all and taken is None:
+            self._none_at = self.left_tokens
         return taken
 
     def hold(self, program: int, tokens: float) -> None:
